@@ -1,0 +1,404 @@
+"""
+Reinforcement learning from human feedback: estimators and losses, reward and value models, and the PPO trainer.
+
+The pure functions come first, each the few lines that its paper's equation needs. `PPOTrainer` puts them together:
+
+    rollout:     sample completions, remember log π_old of each token
+    score:       r_t = -kl_coef · (log π_old - log π_ref), and the reward of the whole text on the last token
+    advantages:  generalised advantage estimation with the value function
+    update:      some epochs of minibatches on the clipped objective
+
+Sources: Schulman et al. 2015 (GAE, arXiv:1506.02438), Schulman et al. 2017 (PPO, arXiv:1707.06347), Ziegler et al. 2019
+(RL on language models, arXiv:1909.08593), Stiennon et al. 2020 (arXiv:2009.01325), Huang et al. 2024 (arXiv:2403.17031).
+
+Which token a number speaks of is where RLHF code goes wrong most often. All (B, T-1) tensors here are indexed by t and speak
+of the *action* idx[:, t+1], taken in the *state* idx[:, :t+1]. For one row, left-padded, of a 2-token prompt:
+
+    position           0     1     2     3     4     5     6
+    idx                pad   p     p     a     b     <eot> <eot>      the second <eot> fills the row up
+    attention_mask     0     1     1     1     1     1     0          what the models may read
+    completion_mask    0     0     0     1     1     1     0          what the policy wrote, its <eot> included
+
+    t                  0     1     2     3     4     5
+    action idx[t+1]    p     p     a     b     <eot> -
+    mask               0     0     1     1     1     0                completion_mask[:, 1:]
+    log_probs[t]       -     -     x     x     x     -                log π(idx[t+1] | idx[:t+1])
+    values[t]          -     -     x     x     x     -                V(idx[:t+1]): what the state before the action promises
+    rewards[t]         0     0     kl    kl    kl+score  0
+"""
+
+import copy
+import logging
+import math
+
+import torch
+import torch.nn as nn
+from torch.nn import functional as F
+
+from mingpt.model import Transformer, last_real, resolve_config
+from mingpt.trainer import Trainer
+from mingpt.utils import adamw
+
+logger = logging.getLogger("mingpt")
+
+# ---------------------------------------------------------------------------------------------------------------------
+# estimators and losses: (B, T) tensors, mask 1 on the completion's tokens; what lies off the mask never matters
+
+
+def masked(x, mask):
+    """x with exact zeros off the mask, so that junk there, NaN and infinities too, reaches neither value nor gradient."""
+    return torch.where(mask.bool(), x, torch.zeros_like(x))
+
+
+def masked_mean(x, mask, dim=None):
+    """Mean of x over the masked entries, in all or along dim; 0 where there are none."""
+    total, count = masked(x, mask), mask.to(x.dtype)
+    if dim is None:
+        return total.sum() / count.sum().clamp(min=1)
+    return total.sum(dim) / count.sum(dim).clamp(min=1)
+
+
+def masked_whiten(x, mask, shift_mean=True):
+    """x scaled to unit variance over the mask, and to zero mean unless shift_mean is False; 0 off the mask."""
+    x = masked(x, mask)
+    mean = masked_mean(x, mask)
+    std = masked_mean((x - mean) ** 2, mask).sqrt()
+    whitened = (x - mean) / (std + 1e-8)
+    return masked(whitened if shift_mean else whitened + mean, mask)
+
+
+def kl_estimate(log_probs, ref_log_probs, kind="k1"):
+    """Per-token estimates of KL(π || π_ref) from tokens sampled by π, in nats (Schulman 2020, joschu.net/blog/kl-approx).
+
+    k1 = -log r is unbiased; k2 = (log r)²/2 has less variance and some bias; k3 = r - 1 - log r is unbiased and never
+    negative, where r = π_ref / π.
+    """
+    log_ratio = ref_log_probs - log_probs
+    if kind == "k1":
+        return -log_ratio
+    if kind == "k2":
+        return log_ratio ** 2 / 2
+    if kind == "k3":
+        return log_ratio.expm1() - log_ratio
+    raise ValueError(f"kind={kind!r} must be k1, k2 or k3")
+
+
+def gae(rewards, values, mask, gamma=1.0, lam=0.95):
+    """Generalised advantage estimation (Schulman et al. 2015, equation 16): (advantages, returns), zero off the mask.
+
+        δ_t = r_t + γ V_{t+1} - V_t,    A_t = δ_t + γλ A_{t+1},    returns_t = A_t + V_t
+
+    The episode ends with the last masked token: behind it, V and A are 0.
+    """
+    rewards, values = masked(rewards, mask), masked(values, mask)
+    backwards = []
+    next_value = next_advantage = torch.zeros_like(rewards[:, 0])
+    for t in reversed(range(rewards.size(1))):
+        delta = rewards[:, t] + gamma * next_value - values[:, t]
+        next_advantage = masked(delta + gamma * lam * next_advantage, mask[:, t])
+        next_value = values[:, t]
+        backwards.append(next_advantage)
+    advantages = torch.stack(backwards[::-1], dim=1)
+    return advantages, advantages + values
+
+
+def ppo_policy_loss(log_probs, old_log_probs, advantages, mask, clip_range=0.2):
+    """The clipped surrogate objective, negated (Schulman et al. 2017, equation 7): (loss, clip_fraction).
+
+        L = -mean min(ρ A, clip(ρ, 1-ε, 1+ε) A),    ρ = π / π_old
+
+    clip_fraction is the share of tokens where the clipped term is the smaller one, that is where no gradient flows.
+    """
+    ratio = masked(log_probs - old_log_probs, mask).exp()
+    advantages = masked(advantages, mask)
+    unclipped, clipped = ratio * advantages, ratio.clamp(1 - clip_range, 1 + clip_range) * advantages
+    loss = -masked_mean(torch.minimum(unclipped, clipped), mask)
+    return loss, masked_mean((clipped < unclipped).to(loss.dtype), mask).detach()
+
+
+def value_loss(values, old_values, returns, mask, clip_range=0.2):
+    """Squared error of the value function, with its 1/2, clipped like the ratio (the PPO paper's code, `baselines`).
+
+        L = 1/2 mean max((V - R)², (clip(V, V_old - ε, V_old + ε) - R)²)
+    """
+    values, old_values, returns = masked(values, mask), masked(old_values, mask), masked(returns, mask)
+    clipped = old_values + (values - old_values).clamp(-clip_range, clip_range)
+    return 0.5 * masked_mean(torch.maximum((values - returns) ** 2, (clipped - returns) ** 2), mask)
+
+
+def reward_loss(chosen, rejected, margin=0.0):
+    """Negative log-likelihood of the comparisons under Bradley-Terry: -mean log σ(r_chosen - r_rejected - margin)."""
+    return -F.logsigmoid(chosen - rejected - margin).mean()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# models with a scalar head
+
+
+class ScalarModel(nn.Module):
+    """A GPT's trunk and a linear head to one number per position, initialised N(0, 1/(C+1)) (Stiennon et al. 2020)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = resolve_config(config)
+        self.transformer = Transformer(self.config)
+        self.head = nn.Linear(self.config.n_embd, 1)
+        nn.init.normal_(self.head.weight, std=1 / math.sqrt(self.config.n_embd + 1))
+        nn.init.zeros_(self.head.bias)
+
+    @classmethod
+    def from_gpt(cls, gpt):
+        """A new model whose trunk starts as a copy of gpt's; the head is fresh."""
+        model = cls(gpt.config)
+        model.transformer.load_state_dict(gpt.transformer.state_dict())
+        return model.to(next(gpt.parameters()).device)
+
+    def configure_optimizers(self, train_config):
+        return adamw(self, train_config)
+
+    def scores(self, idx, attention_mask=None):
+        """The head's output at every position: (B, T) -> (B, T)."""
+        return self.head(self.transformer(idx, attention_mask)).squeeze(-1)
+
+
+class ValueModel(ScalarModel):
+    """V(s): the return that the policy can expect from each prefix. forward(idx (B, T), attention_mask) -> (B, T)."""
+
+    def forward(self, idx, attention_mask=None):
+        return self.scores(idx, attention_mask)
+
+
+class RewardModel(ScalarModel):
+    """One number for a whole text, read at its last real token. forward(idx (B, T), attention_mask) -> (B,).
+
+    It is a reward_fn as it stands; the completion_mask that PPOTrainer hands to reward functions is not needed.
+    """
+
+    def forward(self, idx, attention_mask=None, completion_mask=None):
+        scores = self.scores(idx, attention_mask)
+        if attention_mask is None:
+            return scores[:, -1]
+        return scores.gather(1, last_real(attention_mask)[:, None])[:, 0]
+
+
+class ActorCritic(nn.Module):
+    """Policy and value model as one module, so that one optimizer steps both and one forward pass serves the loss."""
+
+    def __init__(self, policy, value_model=None):
+        super().__init__()
+        self.policy = policy
+        self.value_model = value_model
+
+    def forward(self, idx, attention_mask, temperature=1.0):
+        """(log_probs, values), both (B, T-1): of the actions idx[:, 1:], and of the states before them."""
+        log_probs = self.policy.log_probs(idx, attention_mask, temperature)
+        return log_probs, self.values(idx, attention_mask)
+
+    def values(self, idx, attention_mask):
+        """V of each state (B, T-1): value(idx)[:, :-1], and by causality the last token need not even be read."""
+        if self.value_model is None:
+            return torch.zeros(idx[:, 1:].shape, device=idx.device)
+        return self.value_model(idx[:, :-1], attention_mask[:, :-1])
+
+
+class TextReward:
+    """Makes a reward_fn of `f(completions, prompts) -> list of floats`, which sees decoded text without end-of-text."""
+
+    def __init__(self, f, tokenizer):
+        self.f, self.tokenizer = f, tokenizer
+
+    def __call__(self, idx, attention_mask, completion_mask):
+        def texts(mask):
+            return [self.tokenizer.decode([i for i in row[keep].tolist() if i != self.tokenizer.eot_token])
+                    for row, keep in zip(idx, mask.bool())]
+        rewards = self.f(texts(completion_mask), texts(attention_mask.bool() & ~completion_mask.bool()))
+        return torch.as_tensor(rewards, dtype=torch.float32, device=idx.device)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the trainer
+
+
+class PPOTrainer(Trainer):
+    """Teaches a policy to get reward without straying far from where it started.
+
+    policy: a GPT, or any module with its `log_probs` and `generate`. reward_fn(idx, attention_mask, completion_mask) -> (B,).
+    prompts: (N, T) LongTensor, a list of lists of ids, or with a tokenizer a list of strings; unlike lengths are left-padded.
+    value_model: by default `ValueModel.from_gpt(policy)`. ref_policy: by default a frozen copy of policy.
+
+    One iteration of the Trainer's loop is one round of rollout, score, advantages and update. No dropout anywhere: the
+    ratio π / π_old must start at 1.
+    """
+
+    @staticmethod
+    def get_default_config():
+        C = Trainer.get_default_config()
+        C.algorithm = "ppo"           # or reinforce: one plain policy-gradient step a rollout, no value function
+        C.batch_size = 64             # episodes in a rollout
+        C.minibatch_size = None       # episodes per optimizer step; None: all of them
+        C.ppo_epochs = 4              # passes over a rollout
+        C.max_new_tokens = 64
+        C.stop_token = None           # ends an episode; None: the tokenizer's end-of-text, if there is a tokenizer
+        C.temperature = 1.0
+        C.learning_rate = 1e-4
+        C.eps = 1e-5                  # Adam's, as in the PPO papers' code (Huang et al. 2024)
+        C.weight_decay = 0.0
+        C.log_every = 1
+        C.checkpoint_every = 20
+        C.kl_coef = 0.05              # β, reward per nat
+        C.kl_target = None            # nats per episode: adapt kl_coef towards it (Ziegler et al. 2019, section 2.2)
+        C.kl_horizon = 10_000         # ... over so many episodes
+        C.gamma = 1.0
+        C.gae_lambda = 0.95
+        C.clip_range = 0.2
+        C.value_clip_range = 0.2
+        C.value_coef = 0.1
+        C.value_warmup_iters = 0      # first iterations, in which only the value function learns
+        return C
+
+    def __init__(self, config, policy, reward_fn, prompts, value_model=None, ref_policy=None, tokenizer=None):
+        if config.algorithm not in ("ppo", "reinforce"):
+            raise ValueError(f"algorithm={config.algorithm!r} must be ppo or reinforce")
+        if config.algorithm == "ppo" and value_model is None:
+            value_model = ValueModel.from_gpt(policy)
+        self.stop_token = config.stop_token if config.stop_token is not None else getattr(tokenizer, "eot_token", None)
+        self.reward_fn = reward_fn
+        self.kl_coef = config.kl_coef
+        super().__init__(config, ActorCritic(policy, value_model), encode_prompts(prompts, tokenizer),
+                         loss_fn=self.policy_and_value_loss, collate_fn=left_pad)
+        self.policy = policy
+        self.ref_policy = (ref_policy or copy.deepcopy(policy)).to(self.device).eval().requires_grad_(False)
+
+    # -- one iteration -------------------------------------------------------------------------------------------------
+
+    def train_step(self, batch):
+        """Rollout, score, advantages, update."""
+        self.model.eval()  # no dropout
+        rollout = self.rollout(*batch)
+        metrics = self.update(rollout)
+        metrics |= self.describe(rollout)
+        if self.config.kl_target is not None:
+            error = metrics["objective/kl"] / self.config.kl_target - 1
+            self.kl_coef *= 1 + min(max(error, -0.2), 0.2) * len(rollout["idx"]) / self.config.kl_horizon
+        return metrics
+
+    @torch.no_grad()
+    def rollout(self, prompts, prompt_mask):
+        """Sample an episode for each prompt, and all that the update needs to know of it: a dict of tensors, B first."""
+        C = self.config
+        idx, sampled = self.policy.generate(prompts, C.max_new_tokens, temperature=C.temperature, do_sample=True,
+                                            attention_mask=prompt_mask, stop_token=self.stop_token, return_log_probs=True)
+        completion_mask = self.completion_mask(idx, prompts.size(1))
+        attention_mask = torch.cat([prompt_mask, completion_mask[:, prompts.size(1):]], dim=1)
+        mask = completion_mask[:, 1:]
+        old_log_probs = F.pad(sampled, (prompts.size(1) - 1, 0))
+        ref_log_probs = self.ref_policy.log_probs(idx, attention_mask, C.temperature)
+        values = masked(self.model.values(idx, attention_mask), mask)
+        scores = self.score(idx, attention_mask, completion_mask)
+        kl = masked(kl_estimate(old_log_probs, ref_log_probs), mask)
+        rewards = -self.kl_coef * kl
+        rewards[torch.arange(len(idx)), last_real(mask)] += scores
+        if C.algorithm == "reinforce":
+            advantages, returns = gae(rewards, values, mask, C.gamma, lam=1.0)
+        else:
+            advantages, returns = gae(rewards, values, mask, C.gamma, C.gae_lambda)
+        return {"idx": idx, "attention_mask": attention_mask, "mask": mask, "old_log_probs": old_log_probs, "kl": kl,
+                "scores": scores, "old_values": values, "returns": returns, "advantages": masked_whiten(advantages, mask)}
+
+    def completion_mask(self, idx, prompt_length):
+        """True on what was generated, up to and including the first stop token: (B, T) -> (B, T)."""
+        mask = torch.ones_like(idx, dtype=torch.bool)
+        mask[:, :prompt_length] = False
+        if self.stop_token is not None:
+            stops = (idx == self.stop_token) & mask
+            mask &= stops.cumsum(1) - stops.long() == 0  # no stop token before this one
+        return mask
+
+    def score(self, idx, attention_mask, completion_mask):
+        scores = self.reward_fn(idx, attention_mask, completion_mask)
+        if not torch.is_tensor(scores) or scores.shape != (len(idx),):
+            raise ValueError(f"reward_fn must return a tensor of shape ({len(idx)},), one reward an episode, not "
+                             f"{tuple(scores.shape) if torch.is_tensor(scores) else type(scores).__name__}")
+        if not torch.isfinite(scores).all():
+            row = int((~torch.isfinite(scores)).nonzero()[0])
+            raise ValueError(f"reward_fn gave {scores[row]} to sample {row}, ids {idx[row][attention_mask[row].bool()].tolist()}")
+        return scores.float().to(idx.device)
+
+    def update(self, rollout):
+        """Epochs of minibatches over the rollout; returns the mean of their metrics."""
+        C, rows = self.config, []
+        algorithm_epochs = 1 if C.algorithm == "reinforce" else C.ppo_epochs
+        for _ in range(algorithm_epochs):
+            for index in torch.randperm(len(rollout["idx"])).split(C.minibatch_size or len(rollout["idx"])):
+                minibatch = {name: x[index.to(self.device)] for name, x in rollout.items()}
+                rows.append(self.optimizer_step(self.micro_batches(minibatch)))
+        metrics = {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
+        metrics["log_prob_error"] = rows[0]["log_prob_error"]  # the sampler's against those of the first minibatch
+        return metrics
+
+    def micro_batches(self, minibatch):
+        """(weight, micro-batch) pairs, weighted by their share of the completion's tokens."""
+        size = self.config.micro_batch_size or len(minibatch["idx"])
+        tokens = minibatch["mask"].sum().clamp(min=1)
+        for start in range(0, len(minibatch["idx"]), size):
+            part = {name: x[start:start + size] for name, x in minibatch.items()}
+            yield part["mask"].sum() / tokens, part
+
+    def policy_and_value_loss(self, model, batch):
+        """The loss of a micro-batch, and its metrics."""
+        C = self.config
+        mask, old_log_probs = batch["mask"], batch["old_log_probs"]
+        log_probs, values = model(batch["idx"], batch["attention_mask"], C.temperature)
+        log_ratio = masked(log_probs - old_log_probs, mask)
+        policy_loss, clip_fraction = ppo_policy_loss(log_probs, old_log_probs, batch["advantages"], mask, C.clip_range)
+        v_loss = value_loss(values, batch["old_values"], batch["returns"], mask, C.value_clip_range)
+        loss = C.value_coef * v_loss
+        if self.iter_num >= C.value_warmup_iters:
+            loss = loss + policy_loss
+        with torch.no_grad():
+            metrics = {"loss/policy": policy_loss.detach(), "loss/value": v_loss.detach(), "policy/clipfrac": clip_fraction,
+                       "policy/approxkl": masked_mean(log_ratio ** 2 / 2, mask), "val/ratio": masked_mean(log_ratio.exp(), mask),
+                       "log_prob_error": log_ratio.abs().max()}
+        return loss, metrics
+
+    def describe(self, rollout):
+        """What the rollout looked like, under the field's usual names."""
+        mask, returns = rollout["mask"], rollout["returns"]
+        kl = rollout["kl"].sum(1).mean()
+        residual = masked_mean((returns - rollout["old_values"]) ** 2, mask)
+        variance = masked_mean((returns - masked_mean(returns, mask)) ** 2, mask)
+        metrics = {"objective/kl": kl, "objective/scores": rollout["scores"].mean(),
+                   "objective/rlhf_reward": rollout["scores"].mean() - self.kl_coef * kl,
+                   "objective/entropy": -masked_mean(rollout["old_log_probs"], mask),
+                   "val/explained_variance": 1 - residual / variance.clamp(min=1e-8),
+                   "episode_length": mask.sum(1).float().mean(), "kl_coef": torch.tensor(self.kl_coef)}
+        return {name: value.item() for name, value in metrics.items()}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# prompts
+
+
+def encode_prompts(prompts, tokenizer=None):
+    """Prompts as a list of 1-D LongTensors: from strings, lists of ids or a (N, T) tensor. ValueError for an empty one."""
+    def encode(prompt):
+        if isinstance(prompt, str):
+            if tokenizer is None:
+                raise ValueError(f"prompt {prompt!r} is text: pass the tokenizer that encodes it")
+            prompt = tokenizer.encode(prompt)
+        return torch.as_tensor(prompt, dtype=torch.long)
+
+    encoded = [encode(prompt) for prompt in prompts]
+    for prompt in encoded:
+        if prompt.dim() != 1 or len(prompt) == 0:
+            raise ValueError(f"prompt of shape {tuple(prompt.shape)}: each must be a row of one token or more "
+                             "(the end-of-text token, say, to start from nothing)")
+    return encoded
+
+
+def left_pad(prompts):
+    """Collate rows of unlike lengths: (idx (B, T), attention_mask (B, T)), padded on the left with id 0."""
+    T = max(len(prompt) for prompt in prompts)
+    idx = torch.stack([F.pad(prompt, (T - len(prompt), 0)) for prompt in prompts])
+    mask = torch.stack([F.pad(torch.ones_like(prompt, dtype=torch.bool), (T - len(prompt), 0)) for prompt in prompts])
+    return idx, mask

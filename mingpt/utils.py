@@ -1,0 +1,260 @@
+"""
+What the other files share: configuration, seeding, devices, the optimizer's groups, files, metrics and their plots.
+
+Nothing here knows of language models; everything here is used from two places or more.
+"""
+
+import ast
+import contextlib
+import difflib
+import json
+import logging
+import os
+import random
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+
+logger = logging.getLogger("mingpt")
+
+# ---------------------------------------------------------------------------------------------------------------------
+# configuration
+
+
+class CfgNode:
+    """A tree of options with attribute access: `config.trainer.max_iters`. Leaves are plain Python values.
+
+    `merge_from_args(["--trainer.max_iters=10"])` overrides from the command line. An option that does not exist, or a value
+    of another type than the default's, raises ValueError.
+    """
+
+    def __init__(self, **options):
+        for name, value in options.items():
+            setattr(self, name, CfgNode(**value) if isinstance(value, dict) else value)
+
+    def __str__(self):
+        return "\n".join(f"{name} = {value!r}" for name, value in self.leaves())
+
+    __repr__ = __str__
+
+    def __eq__(self, other):
+        return isinstance(other, CfgNode) and self.to_dict() == other.to_dict()
+
+    def leaves(self, prefix=""):
+        """Every option as (dotted name, value), in the order of definition."""
+        for name, value in vars(self).items():
+            if isinstance(value, CfgNode):
+                yield from value.leaves(f"{prefix}{name}.")
+            else:
+                yield prefix + name, value
+
+    def to_dict(self):
+        """The tree as nested dicts, ready for JSON."""
+        return {k: v.to_dict() if isinstance(v, CfgNode) else v for k, v in vars(self).items()}
+
+    def merge_from_dict(self, options):
+        """Set top-level attributes, new ones included."""
+        vars(self).update(options)
+
+    def merge_from_args(self, args):
+        """Override options from `--section.key=value` strings; values are Python literals, or else strings."""
+        for arg in args:
+            name, equals, text = arg.removeprefix("--").partition("=")
+            if not arg.startswith("--") or not equals:
+                raise ValueError(f"argument {arg!r} is not of the form --option=value")
+            known = dict(self.leaves())
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+                raise ValueError(f"unknown option --{name}" + (f"; did you mean --{near[0]}?" if near else "")
+                                 + " (--help lists all)")
+            *path, leaf = name.split(".")
+            node = self
+            for part in path:
+                node = getattr(node, part)
+            setattr(node, leaf, parse_option(name, text, known[name]))
+
+
+def parse_option(name, text, default):
+    """The value that `text` means for an option with this default: same type, but int -> float, and None takes anything."""
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        value = text
+    if isinstance(default, str):
+        return text
+    if default is None or value is None or type(value) is type(default):
+        return value
+    if isinstance(default, float) and type(value) is int:
+        return float(value)
+    if isinstance(default, (tuple, list)) and isinstance(value, (tuple, list)):
+        return type(default)(value)
+    raise ValueError(f"--{name}={text} must be of type {type(default).__name__}, like its default {default!r}")
+
+
+def parse_args(config, args, about):
+    """Merge a script's command line into config. `--help` prints `about` and every option; a mistake ends in one line."""
+    if "--help" in args or "-h" in args:
+        options = "\n".join(f"  --{name}={value}" for name, value in config.leaves())
+        sys.stdout.write(f"{about.strip()}\n\nOptions and their defaults:\n{options}\n")
+        sys.exit(0)
+    try:
+        config.merge_from_args(args)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# seeds, devices, the optimizer
+
+
+def set_seed(seed):
+    """Seed Python's, NumPy's and PyTorch's generators, those of every device included."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def get_rng_state():
+    """The state of all the generators that `set_seed` seeds, in types that load with weights_only=True."""
+    name, keys, *rest = np.random.get_state()
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return {"python": random.getstate(), "numpy": (name, keys.tolist(), *rest), "torch": torch.get_rng_state(), "cuda": cuda}
+
+
+def set_rng_state(state):
+    """Put back what `get_rng_state` returned."""
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(state["cuda"])
+
+
+def pick_device(device="auto"):
+    """'auto' -> cuda, else mps, else cpu; anything else is taken by its word."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    return torch.device(device)
+
+
+def pick_precision(precision, device):
+    """'auto' -> bf16 on a CUDA card that has it, else fp32: on most CPUs bf16 is far slower. Returns 'fp32', 'bf16' or 'fp16'."""
+    if precision == "auto":
+        return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+    if precision not in ("fp32", "bf16", "fp16"):
+        raise ValueError(f"precision={precision!r} must be one of auto, fp32, bf16, fp16")
+    return precision
+
+
+def adamw(module, train_config):
+    """AdamW (Loshchilov & Hutter 2019) over module, with weight decay on the weights of its matrix products alone.
+
+    Biases, LayerNorms and embeddings (a head tied to one, too) are not decayed. Reads learning_rate, betas, eps, weight_decay.
+    """
+    embeddings = {id(m.weight) for m in module.modules() if isinstance(m, torch.nn.Embedding)}
+    decay, rest = [], []
+    for p in module.parameters():
+        if p.requires_grad:
+            (decay if p.dim() >= 2 and id(p) not in embeddings else rest).append(p)
+    groups = [{"params": decay, "weight_decay": train_config.weight_decay}, {"params": rest, "weight_decay": 0.0}]
+    fused = all(p.device.type in ("cpu", "cuda", "mps") and p.is_floating_point() for p in decay + rest)
+    return torch.optim.AdamW(groups, lr=train_config.learning_rate, betas=tuple(train_config.betas),
+                             eps=getattr(train_config, "eps", 1e-8), fused=fused)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# files: whole or not at all
+
+
+@contextlib.contextmanager
+def atomic_write(path):
+    """`with atomic_write(path) as f`: a binary file that takes its name only when it is complete and on the disk.
+
+    Whatever fails on the way, a full disk included, leaves the old file as it was.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fd, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(fd, "wb") as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+        os.chmod(temporary, 0o644)  # mkstemp's files are for their owner alone
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def write_text(path, text):
+    """Write a whole UTF-8 text file atomically."""
+    with atomic_write(path) as f:
+        f.write(text.encode("utf-8"))
+
+
+def save_torch(path, obj):
+    """torch.save, atomically. Load with `torch.load(path, weights_only=True)`."""
+    with atomic_write(path) as f:
+        torch.save(obj, f)
+
+
+def home():
+    """Where downloads are kept: $MINGPT_HOME, by default ~/.cache/mingpt."""
+    return Path(os.environ.get("MINGPT_HOME") or Path.home() / ".cache" / "mingpt")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# logging, metrics, plots
+
+
+def setup_logging(config):
+    """For scripts: log to the console, and keep the command line and the config in config.system.work_dir."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    work_dir = Path(config.system.work_dir)
+    write_text(work_dir / "args.txt", " ".join(sys.argv))
+    write_text(work_dir / "config.json", json.dumps(config.to_dict(), indent=4))
+
+
+def read_metrics(path):
+    """The rows of a metrics.jsonl as a list of dicts; a last line that a crash cut off is left out."""
+    rows = []
+    with contextlib.suppress(FileNotFoundError):
+        for line in Path(path).read_text(encoding="utf-8").splitlines():
+            with contextlib.suppress(json.JSONDecodeError):
+                rows.append(json.loads(line))
+    return rows
+
+
+def plot_metrics(path, panels, title=None, xlabel="iteration"):
+    """Draw curves side by side into the PNG file `path`; needs matplotlib (extra `projects`).
+
+    panels: {panel title: {label: (xs, ys)}}. Points that are None or NaN are left out.
+    """
+    plt = import_extra("matplotlib.pyplot", "projects")
+    plt.switch_backend("Agg")  # no window, no display needed
+    figure, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 3.6), squeeze=False)
+    for axis, (name, curves) in zip(axes[0], panels.items()):
+        for label, (xs, ys) in curves.items():
+            points = [(x, y) for x, y in zip(xs, ys) if y is not None and y == y]
+            axis.plot(*zip(*points) if points else ([], []), label=label, lw=1.5)
+        axis.set(title=name, xlabel=xlabel)
+        axis.grid(alpha=0.3)
+        axis.legend(frameon=False)
+    figure.suptitle(title)
+    figure.tight_layout()
+    with atomic_write(path) as f:
+        figure.savefig(f, dpi=110, format="png")
+    plt.close(figure)
+
+
+def import_extra(module, extra):
+    """Import an optional dependency; where it is missing, say in one line which extra brings it."""
+    import importlib
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ImportError(f"{module.split('.')[0]} is not installed; it comes with: pip install -e '.[{extra}]'") from error

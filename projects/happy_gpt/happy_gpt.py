@@ -1,0 +1,241 @@
+"""
+HappyGPT: a character-level GPT of 0.8M parameters learns to write, then to write happy tweets.
+
+  1. pretrain  on tweets and snippets of reviews and news: what English looks like
+  2. sft       supervised fine-tuning on the texts that people rated positive
+  3. rl        PPO: an episode is a tweet, its reward how happy VADER finds it, minus a penalty for leaving the sft model
+
+    python projects/happy_gpt/happy_gpt.py                       all of it, into out/happy_gpt
+    python projects/happy_gpt/happy_gpt.py --prompt="I think"    let the result go on from there
+    python projects/happy_gpt/happy_gpt.py --rl.kl_coef=0.02     any option below, by name
+
+A run that was interrupted goes on where it stopped; stages that are finished are skipped.
+"""
+
+import copy
+import json
+import logging
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+import data
+import report
+from mingpt.chars import CharTokenizer
+from mingpt.model import GPT
+from mingpt.rlhf import PPOTrainer, TextReward
+from mingpt.trainer import Trainer
+from mingpt.utils import CfgNode as CN
+from mingpt.utils import import_extra, parse_args, pick_device, set_seed, write_text
+
+logger = logging.getLogger("happy_gpt")
+STAGES = ("pretrain", "sft", "rl")
+
+
+def get_config():
+    C = CN()
+    C.stages = ",".join(STAGES)
+    C.prompt = None                  # text to continue with the finished model, instead of training
+
+    C.system = CN()
+    C.system.seed = 3407
+    C.system.work_dir = "out/happy_gpt"
+
+    C.data = CN()
+    C.data.path = None               # texts of your own: JSONL with text and an optional rating; None: the ICWSM-2014 corpora
+    C.data.positive = 0.8            # a text with a mean rating above this is positive
+    C.data.min_count = 5             # rarer characters become U+FFFD
+
+    C.model = GPT.get_default_config()
+    C.model.model_type = "gpt-micro"
+    C.model.block_size = 64
+    C.model.embd_pdrop = C.model.resid_pdrop = C.model.attn_pdrop = 0.0  # four passes over the data do not overfit
+
+    C.pretrain = Trainer.get_default_config()
+    C.pretrain.max_iters = 3000
+    C.pretrain.batch_size = 32
+    C.pretrain.learning_rate = 4e-3
+    C.pretrain.lr_schedule = "cosine"
+    C.pretrain.warmup_iters = 100
+    C.pretrain.eval_every = 500
+
+    C.sft = copy.deepcopy(C.pretrain)
+    C.sft.max_iters = 400
+    C.sft.learning_rate = 1e-3
+    C.sft.warmup_iters = 20
+    C.sft.eval_every = 100
+
+    C.rl = PPOTrainer.get_default_config()
+    C.rl.max_iters = 150
+    C.rl.batch_size = 128
+    C.rl.max_new_tokens = 64
+
+    C.report = CN()
+    C.report.samples = 512           # fresh tweets of each stage, from the same seeds
+    C.report.frontier_samples = 4096  # tweets of the sft model, for the best reward that a KL can buy
+    C.report.every = 20              # iterations of rl between a few sample tweets
+    return C
+
+
+def main(args):
+    config = get_config()
+    parse_args(config, args, __doc__)
+    stages = check_stages(config.stages)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    work_dir = Path(config.system.work_dir)
+    if config.prompt is not None:
+        return print_continuations(config, work_dir)
+    for extra in ("matplotlib", "vaderSentiment"):
+        import_extra(extra, "projects")  # before the work, not after it
+    claim(work_dir, config)
+
+    start = time.time()
+    splits, tokenizer = load_data(config)
+    tokenizer.save_pretrained(work_dir)
+    reward = TextReward(vader(), tokenizer)
+    for stage in stages:
+        trainer = {"pretrain": pretrain, "sft": sft, "rl": rl}[stage](config, work_dir, splits, tokenizer, reward)
+        start -= trainer.resumed_seconds  # what earlier, interrupted runs of this stage took
+    report.write(config, work_dir, splits, tokenizer, reward, start)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the three stages: each starts from the weights of the one before, and resumes by itself
+
+
+def pretrain(config, work_dir, splits, tokenizer, reward):
+    """A language model of all the texts, in windows of block_size characters."""
+    set_seed(config.system.seed)
+    model = GPT(model_config(config, tokenizer))
+    return train(config.pretrain, work_dir / "pretrain", model, splits, lambda row: True, tokenizer)
+
+
+def sft(config, work_dir, splits, tokenizer, reward):
+    """The same objective, on the positive texts alone."""
+    set_seed(config.system.seed + 1)
+    model = load_model(config, work_dir, "pretrain", tokenizer)
+    return train(config.sft, work_dir / "sft", model, splits, is_positive(config, splits), tokenizer)
+
+
+def train(trainer_config, work_dir, model, splits, keep, tokenizer):
+    trainer_config.work_dir = str(work_dir)
+    size = model.config.block_size
+    texts = {name: [row["text"] for row in rows if keep(row)] for name, rows in splits.items()}
+    trainer = Trainer(trainer_config, model, data.Windows(texts["train"], tokenizer, size),
+                      data.Windows(texts["valid"], tokenizer, size, consecutive=True))
+    trainer.run()
+    return trainer
+
+
+def rl(config, work_dir, splits, tokenizer, reward):
+    """PPO from the sft model, held near to it by the KL penalty. Every episode starts from the end-of-text token."""
+    set_seed(config.system.seed + 2)
+    config.rl.work_dir = str(work_dir / "rl")
+    policy = load_model(config, work_dir, "sft", tokenizer)
+    trainer = PPOTrainer(config.rl, policy, reward, prompts=[[tokenizer.eot_token]], tokenizer=tokenizer)
+
+    def save_samples(trainer):
+        if (trainer.iter_num + 1) % config.report.every == 0:
+            tweets = report.sample(policy, tokenizer, reward, n=10, seed=config.system.seed)
+            write_text(work_dir / "samples" / f"rl_{trainer.iter_num + 1:04}.txt", "\n".join(tweets.texts) + "\n")
+
+    trainer.add_callback("on_batch_end", save_samples)
+    trainer.run()
+    return trainer
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# their parts
+
+
+def vader():
+    """f(completions, prompts) -> list of compound scores in [-1, 1] (Hutto & Gilbert 2014)."""
+    analyzer = import_extra("vaderSentiment.vaderSentiment", "projects").SentimentIntensityAnalyzer()
+    return lambda completions, prompts: [analyzer.polarity_scores(text)["compound"] for text in completions]
+
+
+def load_data(config):
+    """The splits and the tokenizer of their characters."""
+    rows = data.load_jsonl(config.data.path) if config.data.path else data.load_icwsm(data.fetch())
+    splits = data.split(rows)
+    sizes = {name: len(part) for name, part in splits.items()}
+    if not all(sizes.values()):
+        raise ValueError(f"{len(rows)} texts are too few to split into train, valid and test ({sizes}): a few hundred will do")
+    logger.info("%d texts: %s", len(rows), ", ".join(f"{n} {name}" for name, n in sizes.items()))
+    return splits, CharTokenizer.train([row["text"] for row in splits["train"]], config.data.min_count)
+
+
+def is_positive(config, splits):
+    """Which texts the sft stage learns from; where no text is rated, all of them."""
+    if all(row["rating"] is None for rows in splits.values() for row in rows):
+        return lambda row: True
+    keep = lambda row: row["rating"] is not None and row["rating"] > config.data.positive
+    if not (any(map(keep, splits["train"])) and any(map(keep, splits["valid"]))):
+        raise ValueError(f"no texts are rated above --data.positive={config.data.positive}: lower it")
+    return keep
+
+
+def model_config(config, tokenizer):
+    config = copy.deepcopy(config.model)
+    config.vocab_size = tokenizer.vocab_size
+    return config
+
+
+def load_model(config, work_dir, stage, tokenizer):
+    """The model that a stage ended with, on the device it trains on."""
+    path = work_dir / stage / "checkpoint.pt"
+    if not path.exists():
+        raise ValueError(f"{path} is not there: run the stage that writes it first, with --stages={stage}")
+    model = GPT(model_config(config, tokenizer))
+    weights = torch.load(path, map_location="cpu", weights_only=True)["model"]
+    # the checkpoint of rl holds the value model beside the policy
+    weights = {name.removeprefix("policy."): w for name, w in weights.items() if not name.startswith("value_model.")}
+    model.load_state_dict(weights)
+    return model.to(pick_device(config.rl.device)).eval()
+
+
+def check_stages(stages):
+    stages = stages.split(",")
+    if unknown := set(stages) - set(STAGES):
+        sys.exit(f"error: --stages={','.join(stages)}: {', '.join(sorted(unknown))} is none of {','.join(STAGES)}")
+    return [stage for stage in STAGES if stage in stages]
+
+
+def claim(work_dir, config):
+    """Keep the config in work_dir; ValueError where it holds a run with other options, since the two would mix."""
+    path = work_dir / "config.json"
+    mine = {name: value for name, value in config.leaves() if name not in ("stages", "prompt", "system.work_dir")}
+    if path.exists():
+        theirs = json.loads(path.read_text(encoding="utf-8"))
+        changed = [f"--{name} was {theirs.get(name)}, is {mine.get(name)}" for name in {**theirs, **mine}
+                   if json.dumps(mine.get(name)) != json.dumps(theirs.get(name))]
+        if changed:
+            raise ValueError(f"{work_dir} holds a run with other options ({'; '.join(changed)}): put them back to go on "
+                             "with it, or start another one with --system.work_dir=FOLDER")
+    write_text(path, json.dumps(mine, indent=2))
+
+
+def print_continuations(config, work_dir):
+    """Ten ways to go on from --prompt, by the furthest stage that is there."""
+    if not (work_dir / "chars.json").exists():
+        raise ValueError(f"there is no model in {work_dir} yet: run this script without --prompt first")
+    tokenizer = CharTokenizer.from_pretrained(work_dir)
+    stage = next((s for s in reversed(STAGES) if (work_dir / s / "checkpoint.pt").exists()), STAGES[0])
+    model = load_model(config, work_dir, stage, tokenizer)
+    room = config.model.block_size - len(config.prompt)
+    if room < 1:
+        raise ValueError(f"--prompt has {len(config.prompt)} characters; the model reads and writes {config.model.block_size}")
+    for text in report.sample(model, tokenizer, None, n=10, seed=config.system.seed, prompt=config.prompt).texts:
+        print(text)
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except (ValueError, RuntimeError, ImportError, FloatingPointError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        print("\nstopped; the same command goes on from here", file=sys.stderr)
+        sys.exit(130)
