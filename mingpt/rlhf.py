@@ -136,14 +136,16 @@ def reward_loss(chosen, rejected, margin=0.0):
 
 
 class ScalarModel(nn.Module):
-    """A GPT's trunk and a linear head to one number per position, initialised N(0, 1/(C+1)) (Stiennon et al. 2020)."""
+    """A GPT's trunk and a linear head to one number per position."""
+
+    head_scale = 0.0
 
     def __init__(self, config):
         super().__init__()
         self.config = resolve_config(config)
         self.transformer = Transformer(self.config)
         self.head = nn.Linear(self.config.n_embd, 1)
-        nn.init.normal_(self.head.weight, std=1 / math.sqrt(self.config.n_embd + 1))
+        nn.init.normal_(self.head.weight, std=self.head_scale * (self.config.n_embd + 1) ** -0.5)
         nn.init.zeros_(self.head.bias)
 
     @classmethod
@@ -162,7 +164,10 @@ class ScalarModel(nn.Module):
 
 
 class ValueModel(ScalarModel):
-    """V(s): the return that the policy can expect from each prefix. forward(idx (B, T), attention_mask) -> (B, T)."""
+    """V(s): the return that the policy can expect from each prefix. forward(idx (B, T), attention_mask) -> (B, T).
+
+    The head starts at zero, so that an untrained value function is silent, not wrong (Huang et al. 2024).
+    """
 
     def forward(self, idx, attention_mask=None):
         return self.scores(idx, attention_mask)
@@ -171,8 +176,11 @@ class ValueModel(ScalarModel):
 class RewardModel(ScalarModel):
     """One number for a whole text, read at its last real token. forward(idx (B, T), attention_mask) -> (B,).
 
-    It is a reward_fn as it stands; the completion_mask that PPOTrainer hands to reward functions is not needed.
+    It is a reward_fn as it stands; the completion_mask that PPOTrainer hands to reward functions is not needed. The head
+    starts as N(0, 1/(C+1)) (Stiennon et al. 2020, appendix C).
     """
+
+    head_scale = 1.0
 
     def forward(self, idx, attention_mask=None, completion_mask=None):
         scores = self.scores(idx, attention_mask)
@@ -269,6 +277,13 @@ class PPOTrainer(Trainer):
         self.policy = policy
         self.ref_policy = (ref_policy or copy.deepcopy(policy)).to(self.device).eval().requires_grad_(False)
 
+    def state_dict(self):
+        return {**super().state_dict(), "kl_coef": self.kl_coef}
+
+    def load_state_dict(self, state):
+        super().load_state_dict(state)
+        self.kl_coef = state["kl_coef"]
+
     # -- one iteration -------------------------------------------------------------------------------------------------
 
     def train_step(self, batch):
@@ -293,9 +308,10 @@ class PPOTrainer(Trainer):
         mask = completion_mask[:, 1:]
         old_log_probs = F.pad(sampled, (prompts.size(1) - 1, 0))
         ref_log_probs = self.ref_policy.log_probs(idx, attention_mask, C.temperature)
-        values = masked(self.model.values(idx, attention_mask), mask)
         scores = self.score(idx, attention_mask, completion_mask)
         kl = masked(kl_estimate(old_log_probs, ref_log_probs), mask)
+        offset = self.kl_coef * (kl.cumsum(1) - kl) * getattr(C, "implicit", 1)
+        values = masked(self.model.values(idx, attention_mask) + offset, mask)
         rewards = -self.kl_coef * kl
         rewards[torch.arange(len(idx)), last_real(mask)] += scores
         if C.algorithm == "reinforce":
@@ -303,7 +319,7 @@ class PPOTrainer(Trainer):
         else:
             advantages, returns = gae(rewards, values, mask, C.gamma, C.gae_lambda)
         return {"idx": idx, "attention_mask": attention_mask, "mask": mask, "old_log_probs": old_log_probs, "kl": kl,
-                "scores": scores, "old_values": values, "returns": returns, "advantages": masked_whiten(advantages, mask)}
+                "scores": scores, "old_values": values, "offset": offset, "returns": returns, "advantages": masked_whiten(advantages, mask)}
 
     def completion_mask(self, idx, prompt_length):
         """True on what was generated, up to and including the first stop token: (B, T) -> (B, T)."""
@@ -351,7 +367,7 @@ class PPOTrainer(Trainer):
         log_probs, values = model(batch["idx"], batch["attention_mask"], C.temperature)
         log_ratio = masked(log_probs - old_log_probs, mask)
         policy_loss, clip_fraction = ppo_policy_loss(log_probs, old_log_probs, batch["advantages"], mask, C.clip_range)
-        v_loss = value_loss(values, batch["old_values"], batch["returns"], mask, C.value_clip_range)
+        v_loss = value_loss(values + batch["offset"], batch["old_values"], batch["returns"], mask, C.value_clip_range)
         loss = C.value_coef * v_loss
         if self.iter_num >= C.value_warmup_iters:
             loss = loss + policy_loss

@@ -1,0 +1,339 @@
+"""Estimators and losses against loops written from the papers' equations; the PPO trainer against what must hold."""
+
+import math
+import unittest
+
+import torch
+
+from mingpt import rlhf
+from mingpt.chars import CharTokenizer
+from mingpt.rlhf import PPOTrainer, RewardModel, TextReward, ValueModel
+from mingpt.utils import read_metrics, set_seed
+from tests.common import TempDirTestCase, tiny_gpt
+
+
+def example(seed=0, B=4, T=9):
+    """Random (B, T) tensors in double precision with a mask that begins and ends somewhere in each row."""
+    generator = torch.Generator().manual_seed(seed)
+    mask = torch.zeros(B, T, dtype=torch.bool)
+    for b in range(B):
+        first = int(torch.randint(0, 3, (), generator=generator))
+        mask[b, first:first + int(torch.randint(1, T - 2, (), generator=generator))] = True
+    return mask, lambda: torch.randn(B, T, dtype=torch.double, generator=generator)
+
+
+def gradient(f, *inputs):
+    """Gradients of the scalar f(*inputs) by autograd."""
+    inputs = [x.clone().requires_grad_() for x in inputs]
+    return torch.autograd.grad(f(*inputs), inputs)
+
+
+def numeric_gradient(f, *inputs, h=1e-6):
+    """The same by central differences, an entry at a time."""
+    gradients = []
+    for k, x in enumerate(inputs):
+        g = torch.zeros_like(x)
+        for i in range(x.numel()):
+            up, down = x.clone(), x.clone()
+            up.view(-1)[i] += h
+            down.view(-1)[i] -= h
+            g.view(-1)[i] = (f(*inputs[:k], up, *inputs[k + 1:]) - f(*inputs[:k], down, *inputs[k + 1:])) / (2 * h)
+        gradients.append(g)
+    return gradients
+
+
+class TestEstimators(unittest.TestCase):
+
+    def test_gae_equals_the_sum_it_is_defined_as(self):
+        mask, new = example()
+        rewards, values = new(), new()
+        for gamma, lam in ((1.0, 0.95), (0.9, 0.5), (1.0, 1.0), (1.0, 0.0)):
+            advantages, returns = rlhf.gae(rewards, values, mask, gamma, lam)
+            for b in range(len(mask)):
+                steps = mask[b].nonzero()[:, 0].tolist()
+                for t in range(mask.size(1)):
+                    expected = 0.0
+                    for k, s in enumerate(range(t, steps[-1] + 1)):  # equation 16: sum of (γλ)^k δ_{t+k}
+                        next_value = values[b, s + 1] if s < steps[-1] else 0.0
+                        expected += (gamma * lam) ** k * (rewards[b, s] + gamma * next_value - values[b, s])
+                    if t not in steps:
+                        self.assertEqual((advantages[b, t].item(), returns[b, t].item()), (0.0, 0.0))
+                    else:
+                        self.assertAlmostEqual(advantages[b, t].item(), expected.item(), places=10)
+                        self.assertAlmostEqual(returns[b, t].item(), (expected + values[b, t]).item(), places=10)
+
+    def test_gae_of_lambda_1_is_the_return_to_go(self):
+        mask, new = example()
+        rewards = new() * mask
+        _, returns = rlhf.gae(rewards, new(), mask, gamma=1.0, lam=1.0)
+        to_go = rewards.flip(1).cumsum(1).flip(1) * mask
+        torch.testing.assert_close(returns, to_go)
+
+    def test_gradients_by_central_differences(self):
+        mask, new = example()
+        a, b, c, d = (0.3 * new() for _ in range(4))
+        for f, inputs in (
+            (lambda r, v: (rlhf.gae(r, v, mask, 0.9, 0.8)[0] * c).sum(), (a, b)),
+            (lambda x: rlhf.ppo_policy_loss(x, b, c, mask, 0.2)[0], (a,)),
+            (lambda x: rlhf.value_loss(x, b, d, mask, 0.2), (a,)),
+            (lambda x: (rlhf.masked_whiten(x, mask) * c).sum(), (a,)),
+            (lambda x: rlhf.masked_mean(rlhf.kl_estimate(x, b, "k3"), mask), (a,)),
+            (lambda x, y: rlhf.reward_loss(x, y, 0.5), (a, b)),
+        ):
+            for exact, numeric in zip(gradient(f, *inputs), numeric_gradient(f, *inputs)):
+                torch.testing.assert_close(exact, numeric, atol=1e-6, rtol=1e-4)
+
+    def test_ppo_policy_loss_token_by_token(self):
+        mask, new = example()
+        log_probs, old, advantages = 0.3 * new(), 0.3 * new(), new()
+        loss, clip_fraction = rlhf.ppo_policy_loss(log_probs, old, advantages, mask, 0.2)
+        terms, clipped = [], []
+        for b, t in mask.nonzero().tolist():
+            ratio, A = math.exp(log_probs[b, t] - old[b, t]), advantages[b, t].item()
+            bounded = min(max(ratio, 0.8), 1.2)
+            terms.append(min(ratio * A, bounded * A))
+            clipped.append((A > 0 and ratio > 1.2) or (A < 0 and ratio < 0.8))
+        self.assertAlmostEqual(loss.item(), -sum(terms) / len(terms), places=10)
+        self.assertAlmostEqual(clip_fraction.item(), sum(clipped) / len(clipped), places=10)
+        self.assertTrue(0 < sum(clipped) < len(clipped))
+
+    def test_value_loss_token_by_token(self):
+        mask, new = example()
+        values, old, returns = new(), new(), new()
+        terms = []
+        for b, t in mask.nonzero().tolist():
+            v, v0, r = values[b, t].item(), old[b, t].item(), returns[b, t].item()
+            bounded = min(max(v, v0 - 0.2), v0 + 0.2)
+            terms.append(0.5 * max((v - r) ** 2, (bounded - r) ** 2))
+        self.assertAlmostEqual(rlhf.value_loss(values, old, returns, mask, 0.2).item(), sum(terms) / len(terms), places=10)
+
+    def test_masked_mean_and_whiten(self):
+        mask, new = example()
+        x = new() * 3 + 5
+        real = x[mask]
+        self.assertAlmostEqual(rlhf.masked_mean(x, mask).item(), real.mean().item(), places=10)
+        torch.testing.assert_close(rlhf.masked_mean(x, mask, dim=1), torch.stack([x[b][mask[b]].mean() for b in range(4)]))
+        self.assertEqual(rlhf.masked_mean(x, torch.zeros_like(mask)).item(), 0.0)
+        white = rlhf.masked_whiten(x, mask)
+        self.assertAlmostEqual(white[mask].mean().item(), 0.0, places=7)
+        self.assertAlmostEqual(white[mask].std(unbiased=False).item(), 1.0, places=6)
+        self.assertTrue((white[~mask] == 0).all())
+        kept = rlhf.masked_whiten(x, mask, shift_mean=False)[mask]
+        self.assertAlmostEqual(kept.mean().item(), real.mean().item(), places=7)
+        self.assertAlmostEqual(kept.std(unbiased=False).item(), 1.0, places=6)
+
+    def test_kl_estimates_meet_the_exact_kl(self):
+        logits = torch.tensor([[0.1, 1.0, -0.5, 0.3], [0.4, 0.2, 0.1, -0.2]], dtype=torch.double)
+        log_p, log_q = logits.log_softmax(-1)
+        exact = (log_p.exp() * (log_p - log_q)).sum()
+        mean = {kind: (log_p.exp() * rlhf.kl_estimate(log_p, log_q, kind)).sum() for kind in ("k1", "k2", "k3")}
+        self.assertAlmostEqual(mean["k1"].item(), exact.item(), places=10)  # unbiased
+        self.assertAlmostEqual(mean["k3"].item(), exact.item(), places=10)  # unbiased
+        self.assertAlmostEqual(mean["k2"].item(), (log_p.exp() * (log_p - log_q) ** 2 / 2).sum().item(), places=10)
+        self.assertTrue((rlhf.kl_estimate(log_p, log_q, "k3") >= 0).all())
+        with self.assertRaisesRegex(ValueError, "must be k1, k2 or k3"):
+            rlhf.kl_estimate(log_p, log_q, "k4")
+
+    def test_reward_loss_is_bradley_terry(self):
+        chosen, rejected = torch.tensor([2.0, 0.5]), torch.tensor([1.0, 1.5])
+        p = [1 / (1 + math.exp(-(c - r - 0.3))) for c, r in ((2.0, 1.0), (0.5, 1.5))]
+        self.assertAlmostEqual(rlhf.reward_loss(chosen, rejected, 0.3).item(), -sum(map(math.log, p)) / 2, places=6)
+
+    def test_junk_off_the_mask_reaches_no_value_and_no_gradient(self):
+        mask, new = example()
+        clean = [0.3 * new() for _ in range(3)]
+        functions = (lambda x, y, z: rlhf.gae(x, y, mask)[0].sum() + rlhf.gae(x, y, mask)[1].sum(),
+                     lambda x, y, z: rlhf.ppo_policy_loss(x, y, z, mask)[0],
+                     lambda x, y, z: rlhf.value_loss(x, y, z, mask),
+                     lambda x, y, z: (rlhf.masked_whiten(x, mask) * torch.where(mask, y, 0)).sum(),
+                     lambda x, y, z: rlhf.masked_mean(x, mask))
+        for junk in (math.nan, math.inf, -math.inf, 1e30):
+            dirty = [torch.where(mask, x, junk) for x in clean]
+            for f in functions:
+                torch.testing.assert_close(f(*dirty), f(*clean))
+                leaves = [[x.clone().requires_grad_() for x in xs] for xs in (dirty, clean)]
+                found, expected = (torch.autograd.grad(f(*xs), xs, allow_unused=True, materialize_grads=True) for xs in leaves)
+                for g, e in zip(found, expected):
+                    torch.testing.assert_close(g, e)
+
+
+class TestModels(unittest.TestCase):
+
+    def test_reward_is_read_at_the_last_real_token(self):
+        model = RewardModel.from_gpt(tiny_gpt())
+        rows = [torch.randint(11, (n,)) for n in (6, 2, 4)]
+        alone = torch.cat([model(row[None]) for row in rows])
+        for left in (True, False):
+            pad = lambda x: torch.nn.functional.pad(x, (6 - len(x), 0) if left else (0, 6 - len(x)))
+            together = model(torch.stack([pad(r) for r in rows]), torch.stack([pad(torch.ones_like(r)) for r in rows]))
+            torch.testing.assert_close(together, alone, atol=1e-5, rtol=0)
+
+    def test_heads(self):
+        gpt = tiny_gpt(n_embd=64)
+        idx = torch.randint(11, (2, 5))
+        self.assertEqual(ValueModel.from_gpt(gpt)(idx).tolist(), torch.zeros(2, 5).tolist())
+        weights = torch.cat([RewardModel.from_gpt(gpt).head.weight.flatten() for _ in range(20)])
+        self.assertAlmostEqual(weights.std().item(), 65 ** -0.5, delta=0.01)
+
+
+def count_token(token):
+    """A reward function: the share of the completion that is `token`."""
+    return lambda idx, attention_mask, completion_mask: (((idx == token) & completion_mask).sum(1) / 8).float()
+
+
+def ppo_config(**options):
+    config = PPOTrainer.get_default_config()
+    config.merge_from_dict({"device": "cpu", "batch_size": 16, "max_new_tokens": 8, "stop_token": 0, "max_iters": 3,
+                            "learning_rate": 3e-3, **options})
+    return config
+
+
+class TestPPOTrainer(TempDirTestCase):
+
+    def rollout(self, prompts, reward=count_token(3), **options):
+        set_seed(0)
+        trainer = PPOTrainer(ppo_config(**options), tiny_gpt(), reward, prompts)
+        return trainer, trainer.rollout(*rlhf.left_pad([torch.tensor(p) for p in prompts] * 8))
+
+    def test_masks_of_a_rollout(self):
+        trainer, r = self.rollout([[1], [4, 0, 5]])  # the 0, a stop token, in a prompt means nothing
+        shifted = r["mask"]
+        for b, row in enumerate(r["idx"].tolist()):
+            prompt = [1] if b % 2 == 0 else [4, 0, 5]
+            self.assertEqual(row[:3], [0] * (3 - len(prompt)) + prompt)
+            new = row[3:]
+            n = new.index(0) + 1 if 0 in new else len(new)
+            self.assertEqual(r["attention_mask"][b].tolist(), [i >= 3 - len(prompt) and i < 3 + n for i in range(len(row))])
+            self.assertEqual(shifted[b].tolist(), [2 <= t < 2 + n for t in range(len(row) - 1)])
+        for name in ("kl", "old_values", "returns", "advantages"):
+            self.assertTrue((r[name][~shifted] == 0).all(), name)
+        self.assertTrue((~shifted[:, 2:]).any())  # some did stop early
+
+    def test_score_stands_on_the_last_token(self):
+        reward = lambda idx, attention_mask, completion_mask: torch.arange(16.0)
+        trainer, r = self.rollout([[1], [4, 2, 5]], reward, kl_coef=0.0, gae_lambda=1.0)
+        for b in range(16):  # without KL, every step returns the score
+            self.assertTrue(torch.allclose(r["returns"][b][r["mask"][b]], torch.tensor(float(b))))
+
+    def test_kl_shaped_reward(self):
+        set_seed(0)
+        policy, reference = tiny_gpt(1), tiny_gpt(2)
+        trainer = PPOTrainer(ppo_config(kl_coef=0.3, gae_lambda=1.0), policy, count_token(3), [[1]], ref_policy=reference)
+        r = trainer.rollout(*rlhf.left_pad([torch.tensor([1])] * 16))
+        log_ratio = policy.log_probs(r["idx"]) - reference.log_probs(r["idx"])
+        for b in range(16):
+            steps = r["mask"][b].nonzero()[:, 0].tolist()
+            for t in steps:
+                expected = r["scores"][b] - 0.3 * sum(log_ratio[b, s] for s in steps if s >= t)
+                self.assertAlmostEqual(r["returns"][b, t].item(), expected.item(), places=4)
+        self.assertGreater(r["kl"].sum(1).mean().item(), 0.1)
+
+    def test_ratio_starts_at_one(self):
+        for options in ({}, {"temperature": 0.7}, {"minibatch_size": 5, "ppo_epochs": 2}):
+            with self.subTest(options):
+                set_seed(0)
+                policy = tiny_gpt(embd_pdrop=0.3, resid_pdrop=0.3, attn_pdrop=0.3)  # dropout must not matter
+                rows = []
+                trainer = PPOTrainer(ppo_config(**options), policy, count_token(3), [[1], [4, 2, 5]])
+                trainer.log_metrics = rows.append
+                trainer.run()
+                self.assertTrue(all(row["log_prob_error"] < 1e-4 for row in rows))
+                self.assertLess(abs(rows[0]["objective/kl"]), 1e-4)
+                self.assertGreater(abs(rows[-1]["objective/kl"]), 1e-4)  # and it did learn
+
+    def test_learning_rate_zero_moves_nothing(self):
+        rows = []
+        trainer = PPOTrainer(ppo_config(learning_rate=0.0, max_iters=10), tiny_gpt(), count_token(3), [[1], [4, 2, 5]])
+        trainer.log_metrics = rows.append
+        trainer.run()
+        self.assertEqual(len(rows), 10)
+        for row in rows:
+            self.assertLess(abs(row["objective/kl"]), 1e-4)
+            self.assertAlmostEqual(row["val/ratio"], 1.0, places=5)
+            self.assertEqual(row["policy/clipfrac"], 0.0)
+
+    def test_learns_to_write_one_token(self):
+        for algorithm in ("ppo", "reinforce"):
+            rows = []
+            set_seed(1)
+            config = ppo_config(algorithm=algorithm, max_iters=60, batch_size=32, kl_coef=0.0, learning_rate=1e-2)
+            trainer = PPOTrainer(config, tiny_gpt(), count_token(3), [[1]])
+            trainer.log_metrics = rows.append
+            trainer.run()
+            self.assertLess(rows[0]["objective/scores"], 0.3)
+            self.assertGreater(rows[-1]["objective/scores"], 0.8, algorithm)
+
+    def test_kl_penalty_holds_the_policy_near_the_reference(self):
+        kl = {}
+        for kl_coef in (0.0, 1.0):
+            rows = []
+            set_seed(1)
+            trainer = PPOTrainer(ppo_config(max_iters=25, batch_size=32, kl_coef=kl_coef), tiny_gpt(), count_token(3), [[1]])
+            trainer.log_metrics = rows.append
+            trainer.run()
+            kl[kl_coef] = rows[-1]["objective/kl"]
+        self.assertLess(kl[1.0], 0.5 * kl[0.0])
+
+    def test_adaptive_kl_coef(self):
+        trainer = PPOTrainer(ppo_config(max_iters=1, kl_coef=0.1, kl_target=5.0, kl_horizon=160), tiny_gpt(), count_token(3), [[1]])
+        trainer.run()  # KL 0 is far below the target: the error is cut off at -0.2, and 16 of 160 episodes went by
+        self.assertAlmostEqual(trainer.kl_coef, 0.1 * (1 - 0.2 * 16 / 160), places=6)
+
+    def test_the_update_does_not_depend_on_the_micro_batch(self):
+        weights = []
+        for size in (None, 5, 1):
+            set_seed(3)
+            policy = tiny_gpt()
+            trainer = PPOTrainer(ppo_config(micro_batch_size=size, max_iters=2, learning_rate=1e-2, eps=1e-3), policy,
+                                 count_token(3), [[1], [4, 2, 5]])
+            trainer.run()
+            weights.append(torch.cat([p.detach().flatten() for p in trainer.model.parameters()]))
+        for other in weights[1:]:
+            torch.testing.assert_close(other, weights[0], atol=1e-4, rtol=0)
+
+    def test_resume_is_exact(self):
+        def train(folder, until):
+            set_seed(5)
+            trainer = PPOTrainer(ppo_config(work_dir=str(folder), max_iters=until, kl_target=1.0), tiny_gpt(), count_token(3),
+                                 [[1], [4, 2, 5], [7, 7]])
+            trainer.run()
+            return trainer
+
+        whole = train(self.folder / "whole", 6)
+        for until in (2, 5, 6):
+            resumed = train(self.folder / "parts", until)
+        for (name, a), b in zip(whole.model.state_dict().items(), resumed.model.state_dict().values()):
+            self.assertTrue(torch.equal(a, b), name)
+        self.assertEqual(whole.kl_coef, resumed.kl_coef)
+        timeless = lambda folder: [{k: v for k, v in row.items() if k != "seconds"} for row in read_metrics(folder / "metrics.jsonl")]
+        self.assertEqual(timeless(self.folder / "whole"), timeless(self.folder / "parts"))
+
+    def test_text_reward_and_text_prompts(self):
+        tokenizer = CharTokenizer("abcdefghij")  # its end of text is id 10
+        seen = []
+
+        def reward(completions, prompts):
+            seen.extend(zip(prompts, completions))
+            return [float(len(c)) for c in completions]
+
+        trainer = PPOTrainer(ppo_config(stop_token=None, max_iters=1, batch_size=4), tiny_gpt(), TextReward(reward, tokenizer),
+                             ["ab", "cde"], tokenizer=tokenizer)
+        trainer.run()
+        self.assertEqual(trainer.stop_token, 10)
+        self.assertEqual({prompt for prompt, _ in seen}, {"ab", "cde"})
+        self.assertTrue(all(set(completion) <= set("abcdefghij") for _, completion in seen))
+
+    def test_bad_rewards_and_prompts(self):
+        for words, reward in (("shape \\(16,\\)", lambda *_: torch.zeros(3)), ("not list", lambda *_: [0.0] * 16),
+                              ("gave nan to sample 4", lambda *_: torch.tensor([0.0] * 4 + [math.nan] * 12))):
+            with self.subTest(words), self.assertRaisesRegex(ValueError, words):
+                PPOTrainer(ppo_config(), tiny_gpt(), reward, [[1]]).run()
+        for words, prompts in (("is text", ["hello"]), ("one token or more", [[]]), ("empty", [])):
+            with self.subTest(words), self.assertRaisesRegex(ValueError, words):
+                PPOTrainer(ppo_config(), tiny_gpt(), count_token(3), prompts)
+        with self.assertRaisesRegex(ValueError, "must be ppo or reinforce"):
+            PPOTrainer(ppo_config(algorithm="a2c"), tiny_gpt(), count_token(3), [[1]])
+
+
+if __name__ == "__main__":
+    unittest.main()
