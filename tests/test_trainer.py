@@ -1,0 +1,249 @@
+"""The training loop: what a batch is, the optimizer's step, the schedule, resuming, stopping, refusing."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+import unittest
+from pathlib import Path
+
+import torch
+from torch.utils.data import TensorDataset
+
+from mingpt.trainer import Trainer
+from mingpt.utils import read_metrics, set_seed
+from tests.common import TempDirTestCase, tiny_gpt
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def config(**options):
+    C = Trainer.get_default_config()
+    C.merge_from_dict({"device": "cpu", "batch_size": 4, "max_iters": 6, "learning_rate": 1e-2, "log_every": 1, **options})
+    return C
+
+
+def tokens(n=10):
+    generator = torch.Generator().manual_seed(7)
+    x = torch.randint(11, (n, 6), generator=generator)
+    return TensorDataset(x[:, :-1], x[:, 1:])
+
+
+def timeless(rows):
+    """Metrics without what differs from run to run."""
+    return [{name: value for name, value in row.items() if name != "seconds"} for row in rows]
+
+
+def weights(model):
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+class TestLoop(TempDirTestCase):
+
+    def test_every_pass_sees_each_example_once_and_batches_depend_on_seed_and_number_alone(self):
+        def batches(seed, start, n):
+            set_seed(seed)
+            trainer = Trainer(config(), tiny_gpt(seed), tokens(10))
+            trainer.iter_num = start
+            indices = trainer.batch_indices()
+            return [next(indices) for _ in range(n)]
+
+        all_of_them = batches(1, 0, 15)
+        self.assertTrue(all(len(batch) == 4 for batch in all_of_them))
+        flat = sum(all_of_them, [])
+        for start in range(0, 60, 10):
+            self.assertEqual(sorted(flat[start:start + 10]), list(range(10)))
+        self.assertNotEqual(flat[:10], flat[10:20])
+        self.assertEqual(batches(1, 7, 3), all_of_them[7:10])
+        self.assertNotEqual(batches(2, 0, 15), all_of_them)
+
+    def test_the_step_is_that_of_a_bare_loop(self):
+        trained = tiny_gpt()
+        trainer = Trainer(config(grad_norm_clip=0.5, weight_decay=0.3, eps=1e-3), trained, tokens())
+        trainer.run()
+
+        model, losses = tiny_gpt(), []
+        matrices = [p for n, p in model.named_parameters() if p.dim() == 2 and ".h." in n]
+        others = [p for n, p in model.named_parameters() if not (p.dim() == 2 and ".h." in n)]
+        optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": 0.3}, {"params": others, "weight_decay": 0.0}],
+                                      lr=1e-2, betas=(0.9, 0.95), eps=1e-3)
+        again = Trainer(config(), tiny_gpt(), tokens())
+        for _, batch in zip(range(6), again.batches()):
+            loss = model(*batch)[1]
+            optimizer.zero_grad()
+            loss.backward()
+            norm = torch.cat([p.grad.flatten() for p in model.parameters()]).norm()
+            for p in model.parameters():
+                p.grad *= min(1.0, 0.5 / (norm + 1e-6))
+            optimizer.step()
+            losses.append(loss.item())
+        torch.testing.assert_close(weights(trained), weights(model), atol=1e-5, rtol=0)
+        self.assertAlmostEqual(trainer.loss.item(), losses[-1], places=4)
+        self.assertLess(losses[-1], losses[0])
+
+    def test_micro_batches_add_up_to_the_batch(self):
+        outcome = []
+        for size in (None, 3, 1):
+            model = tiny_gpt()
+            Trainer(config(micro_batch_size=size, eps=1e-3), model, tokens()).run()
+            outcome.append(weights(model))
+        torch.testing.assert_close(outcome[1], outcome[0], atol=1e-5, rtol=0)
+        torch.testing.assert_close(outcome[2], outcome[0], atol=1e-5, rtol=0)
+
+    def test_schedules(self):
+        for schedule, at_half, at_end in (("constant", 1.0, 1.0), ("linear", 0.55, 0.1), ("cosine", 0.55, 0.1)):
+            trainer = Trainer(config(lr_schedule=schedule, warmup_iters=10, max_iters=110, lr_final_fraction=0.1), tiny_gpt(), tokens())
+
+            def rate(i):
+                trainer.iter_num = i
+                return trainer.learning_rate() / 1e-2
+
+            self.assertAlmostEqual(rate(0), 0.1)  # never 0: a step that does nothing is no step
+            self.assertAlmostEqual(rate(9), 1.0)
+            self.assertAlmostEqual(rate(60), at_half)
+            self.assertAlmostEqual(rate(110), at_end)
+        self.assertAlmostEqual(rate(35), 0.1 + 0.9 * (1 + math.cos(math.pi / 4)) / 2)
+
+    def test_stop_rules(self):
+        for options, iterations in (({"max_iters": 3}, 3), ({"max_iters": None, "epochs": 2}, 5), ({"max_iters": 4, "epochs": 9}, 4)):
+            trainer = Trainer(config(**options), tiny_gpt(), tokens(10))
+            trainer.run()
+            self.assertEqual(trainer.iter_num, iterations)
+
+    def test_callbacks_loss_fn_and_evaluation(self):
+        def loss_fn(model, batch):
+            loss = model(*batch)[1]
+            return loss, {"twice": 2 * loss.detach()}
+
+        seen, model, valid = [], tiny_gpt(), tokens(7)
+        trainer = Trainer(config(work_dir=str(self.folder), eval_every=2), model, tokens(), valid, loss_fn=loss_fn)
+        trainer.add_callback("on_batch_end", lambda t: seen.append((t.iter_num, t.loss.item())))
+        trainer.run()
+        rows = read_metrics(self.folder / "metrics.jsonl")
+        self.assertEqual([i for i, _ in seen], list(range(6)))
+        self.assertEqual([row["iter"] for row in rows], list(range(1, 7)))
+        for (_, loss), row in zip(seen, rows):
+            self.assertAlmostEqual(row["loss"], loss)
+            self.assertAlmostEqual(row["twice"], 2 * loss, places=5)
+        self.assertEqual([row["iter"] for row in rows if "valid_loss" in row], [2, 4, 6])
+        with torch.no_grad():
+            expected = sum(model(x[None], y[None])[1].item() for x, y in valid) / 7
+        self.assertAlmostEqual(trainer.valid_loss, expected, places=5)
+        best = min(row["valid_loss"] for row in rows if "valid_loss" in row)
+        self.assertEqual(trainer.best_valid_loss, best)
+        self.assertTrue((self.folder / "best.pt").exists())
+
+
+class TestResume(TempDirTestCase):
+
+    def train(self, name, max_iters, **options):
+        model = tiny_gpt(3, embd_pdrop=0.2, resid_pdrop=0.2, attn_pdrop=0.2)  # dropout: random states matter
+        trainer = Trainer(config(work_dir=str(self.folder / name), max_iters=max_iters, eval_every=3, lr_schedule="constant",
+                                 **options), model, tokens(), tokens(5))
+        trainer.run()
+        return weights(model), timeless(read_metrics(self.folder / name / "metrics.jsonl"))
+
+    def test_an_interrupted_run_ends_as_one_that_was_left_alone(self):
+        whole, rows = self.train("whole", 12)
+        for until in (3, 6, 12):
+            parts, rows_of_parts = self.train("parts", until)
+        self.assertTrue(torch.equal(whole, parts))
+        self.assertEqual(rows, rows_of_parts)
+
+    def test_a_finished_run_is_left_as_it_is(self):
+        first, rows = self.train("run", 6)
+        again, rows_again = self.train("run", 6)
+        self.assertTrue(torch.equal(first, again))
+        self.assertEqual(rows, rows_again)
+
+    def test_other_options_are_refused(self):
+        self.train("run", 3)
+        with self.assertRaisesRegex(ValueError, "learning_rate was 0.01, is 0.5"):
+            self.train("run", 6, learning_rate=0.5)
+
+    def test_killed_at_any_moment(self):
+        script = textwrap.dedent("""
+            import sys
+            from tests.test_trainer import config, tokens, Trainer, tiny_gpt
+            Trainer(config(work_dir=sys.argv[1], max_iters=400, checkpoint_every=1), tiny_gpt(3, resid_pdrop=0.2), tokens()).run()
+        """)
+        run = lambda folder: subprocess.Popen([sys.executable, "-c", script, str(folder)], cwd=ROOT)
+        self.assertEqual(run(self.folder / "whole").wait(), 0)
+        for kill in range(4):
+            process = run(self.folder / "parts")
+            checkpoint, deadline = self.folder / "parts" / "checkpoint.pt", time.time() + 60
+            before = checkpoint.stat().st_mtime if checkpoint.exists() else 0
+            while process.poll() is None and time.time() < deadline:  # until it has written something new
+                if checkpoint.exists() and checkpoint.stat().st_mtime > before:
+                    time.sleep(0.05 * kill)
+                    break
+                time.sleep(0.01)
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+        self.assertEqual(run(self.folder / "parts").wait(), 0)
+        states = [torch.load(self.folder / name / "checkpoint.pt", weights_only=True) for name in ("whole", "parts")]
+        for name, p in states[0]["model"].items():
+            self.assertTrue(torch.equal(p, states[1]["model"][name]), name)
+        rows = [timeless(read_metrics(self.folder / name / "metrics.jsonl")) for name in ("whole", "parts")]
+        self.assertEqual(rows[0], rows[1])
+
+    def test_ctrl_c_finishes_the_iteration_and_saves(self):
+        model = tiny_gpt()
+        trainer = Trainer(config(work_dir=str(self.folder), max_iters=50), model, tokens())
+        trainer.add_callback("on_batch_end", lambda t: t.iter_num == 4 and os.kill(os.getpid(), signal.SIGINT))
+        with self.assertRaises(KeyboardInterrupt):
+            trainer.run()
+        state = torch.load(self.folder / "checkpoint.pt", weights_only=True)
+        self.assertEqual(state["iter_num"], 5)
+        self.assertTrue(torch.equal(state["model"]["lm_head.weight"], model.lm_head.weight))
+
+
+class TestRefusals(TempDirTestCase):
+
+    def test_nan_loss_stops_before_the_weights_are_touched(self):
+        model, good = tiny_gpt(), {}
+
+        def loss_fn(model, batch):
+            loss = model(*batch)[1]
+            return loss * math.nan if trainer.iter_num == 4 else loss
+
+        trainer = Trainer(config(work_dir=str(self.folder), checkpoint_every=2), model, tokens(), loss_fn=loss_fn)
+        trainer.add_callback("on_batch_end", lambda t: good.update(weights=weights(model).clone()))
+        with self.assertRaisesRegex(FloatingPointError, "iteration 4: loss nan, gradient norm nan, learning rate 0.01"):
+            trainer.run()
+        self.assertTrue(torch.equal(weights(model), good["weights"]))
+        self.assertEqual(torch.load(self.folder / "checkpoint.pt", weights_only=True)["iter_num"], 4)
+
+    def test_a_failed_write_leaves_the_old_checkpoint(self):
+        trainer = Trainer(config(work_dir=str(self.folder), max_iters=2), tiny_gpt(), tokens())
+        trainer.run()
+        before = trainer.checkpoint_path.read_bytes()
+        trainer.state_dict = lambda: {"model": lambda: None}  # cannot be pickled: breaks off in mid-file
+        with self.assertRaises(Exception):
+            trainer.save_checkpoint()
+        self.assertEqual(trainer.checkpoint_path.read_bytes(), before)
+        self.assertEqual(sorted(p.name for p in self.folder.iterdir()), ["checkpoint.pt", "metrics.jsonl"])
+
+    def test_options_and_data(self):
+        for words, options in (("batch_size=0", {"batch_size": 0}), ("max_iters=1.5", {"max_iters": 1.5}),
+                               ("lr_schedule='step'", {"lr_schedule": "step"}), ("precision='int8'", {"precision": "int8"}),
+                               ("needs an end", {"lr_schedule": "cosine", "max_iters": None})):
+            with self.subTest(words), self.assertRaisesRegex(ValueError, words):
+                Trainer(config(**options), tiny_gpt(), tokens())
+        with self.assertRaisesRegex(ValueError, "empty"):
+            Trainer(config(), tiny_gpt(), [])
+        with self.assertRaisesRegex(TypeError, "tuple of tensors, not dict"):
+            Trainer(config(), tiny_gpt(), [{"x": torch.ones(3)}]).run()
+
+    def test_metrics_are_json(self):
+        Trainer(config(work_dir=str(self.folder), max_iters=2), tiny_gpt(), tokens()).run()
+        for line in (self.folder / "metrics.jsonl").read_text().splitlines():
+            self.assertLessEqual({"iter", "loss", "lr", "grad_norm", "seconds"}, json.loads(line).keys())
+
+
+if __name__ == "__main__":
+    unittest.main()
