@@ -87,6 +87,8 @@ class Trainer:
         self.iter_num = 0        # iterations done; the callbacks see the number of the current one, counted from 0
         self.iter_time = 0.0
         self.iter_dt = 0.0       # seconds
+        self.seconds = 0.0       # of training so far, all runs of it together
+        self.resumed_seconds = 0.0  # of these, in runs before this one
         self.loss = None         # of the last iteration, a detached scalar
         self.valid_loss = None
         self.best_valid_loss = math.inf
@@ -127,6 +129,7 @@ class Trainer:
                 metrics = self.train_step(next(batches))
                 now = time.time()
                 self.iter_dt, self.iter_time = now - self.iter_time, now
+                self.seconds += self.iter_dt
                 self.trigger_callbacks("on_batch_end")
                 self.iter_num += 1
                 self.after_step(metrics)
@@ -150,7 +153,7 @@ class Trainer:
             logger.info("%s: iteration %d, train loss %.4f, validation loss %.4f",
                         self.description, self.iter_num, metrics["loss"], metrics["valid_loss"])
         if due(self.config.log_every) or "valid_loss" in metrics:
-            self.log_metrics({"iter": self.iter_num, **metrics, "seconds": round(self.iter_dt, 4)})
+            self.log_metrics({"iter": self.iter_num, **metrics, "seconds": round(self.seconds, 3)})
         if self.iter_num != self.max_iters and due(self.config.checkpoint_every):  # the last one is saved by run()
             self.save_checkpoint()
 
@@ -297,11 +300,12 @@ class Trainer:
     def state_dict(self):
         """All that a resumed run needs; a subclass adds its own."""
         return {"iter_num": self.iter_num, "seed": self.seed, "best_valid_loss": self.best_valid_loss,
-                "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
+                "seconds": self.seconds, "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
                 "scaler": self.scaler.state_dict(), "rng": get_rng_state(), "config": self.config.to_dict()}
 
     def load_state_dict(self, state):
         self.iter_num, self.seed, self.best_valid_loss = state["iter_num"], state["seed"], state["best_valid_loss"]
+        self.seconds = self.resumed_seconds = state["seconds"]
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])

@@ -98,7 +98,9 @@ def main(args):
     for stage in stages:
         trainer = {"pretrain": pretrain, "sft": sft, "rl": rl}[stage](config, work_dir, splits, tokenizer, reward)
         start -= trainer.resumed_seconds  # what earlier, interrupted runs of this stage took
-    report.write(config, work_dir, splits, tokenizer, reward, start)
+    models = {stage: load_model(config, work_dir, stage, tokenizer) for stage in STAGES
+              if (work_dir / stage / "checkpoint.pt").exists()}
+    report.write(config, work_dir, models, splits, tokenizer, reward, start)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -19,7 +19,6 @@ import torch
 from torch.nn import functional as F
 
 import data
-import happy_gpt
 from mingpt.utils import plot_metrics, read_metrics, write_text
 
 
@@ -103,10 +102,8 @@ def best_of_n(rewards, n):
 # the report
 
 
-def write(config, work_dir, splits, tokenizer, reward, start):
-    """Everything in work_dir that is for people, from the checkpoints of the stages that are there."""
-    models = {stage: happy_gpt.load_model(config, work_dir, stage, tokenizer) for stage in happy_gpt.STAGES
-              if (work_dir / stage / "checkpoint.pt").exists()}
+def write(config, work_dir, models, splits, tokenizer, reward, start):
+    """Everything in work_dir that is for people; models are those of the stages that are done, by name."""
     seed, n = config.system.seed, config.report.samples
     tweets = {stage: sample(model, tokenizer, reward, n, seed) for stage, model in models.items()}
     metrics = {stage: read_metrics(work_dir / stage / "metrics.jsonl") for stage in models}
