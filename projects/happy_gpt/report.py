@@ -84,7 +84,7 @@ def kl_optimal(rewards, reward):
     low, high = math.log(1e-3), math.log(1e3)
     if reward <= np.mean(rewards):
         return 0.0
-    if reward >= tilted(rewards, math.exp(low))[0]:
+    if reward >= np.max(rewards):
         return None
     for _ in range(60):  # bisection: the tilted reward falls as beta grows
         middle = (low + high) / 2
@@ -126,7 +126,7 @@ def write(config, work_dir, models, splits, tokenizer, reward, start):
     plots(work_dir, metrics, reference_rewards)
     write_text(work_dir / "metrics.jsonl", "".join(json.dumps({"stage": stage, **row}) + "\n"
                                                    for stage, rows in metrics.items() for row in rows))
-    write_text(work_dir / "samples.md", side_by_side(tweets, 20))
+    write_text(work_dir / "samples.md", side_by_side(tweets, min(20, n)))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
     summary |= {"seconds": round(time.time() - start, 1), "peak_rss_mb": round(peak), "seed": seed}
     write_text(work_dir / "summary.json", json.dumps(summary, indent=2) + "\n")

@@ -1,0 +1,250 @@
+"""HappyGPT: its data, its yardstick, and the whole script in miniature, run as a user would."""
+
+import io
+import itertools
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+import unittest
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import torch
+
+from mingpt.chars import CharTokenizer
+from mingpt.utils import read_metrics
+from tests.common import TempDirTestCase, tiny_gpt
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "projects" / "happy_gpt"))
+import data  # noqa: E402
+import report  # noqa: E402
+
+SMALL = ["--pretrain.max_iters=8", "--sft.max_iters=4", "--rl.max_iters=3", "--rl.batch_size=8", "--pretrain.batch_size=4",
+         "--sft.batch_size=4", "--pretrain.eval_every=4", "--sft.eval_every=4", "--report.samples=16",
+         "--report.frontier_samples=32", "--report.every=2", "--pretrain.log_every=1",
+         "--pretrain.checkpoint_every=2", "--rl.checkpoint_every=1", "--model.model_type=gpt-nano"]
+
+
+def sdist(path, damage=None):
+    """A source distribution in the layout of the real one, with two rated texts a source."""
+    inner, outer = io.BytesIO(), io.BytesIO()
+    with tarfile.open(fileobj=inner, mode="w:gz") as tar:
+        for name in data.SOURCES.values():
+            for kind, content in (("GroundTruth", f"1\t0.5\tI &lt;3  {name} &amp; you\n2\t-1.0\tcaf\u00e9, no\n"),
+                                  ("anonDataRatings", "\ufeff1\t0.5\t0.1\t[2, 3, -1]\n2\t-1.0\t0.1\t[-1, -1, -3, \n")):
+                info = tarfile.TarInfo(f"hutto_ICWSM_2014/{name}_{kind}.txt")
+                info.size = len(content.encode())
+                tar.addfile(info, io.BytesIO(content.encode()))
+    with tarfile.open(fileobj=outer, mode="w:gz") as tar:
+        info = tarfile.TarInfo("vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz")
+        info.size = len(inner.getvalue())
+        tar.addfile(info, io.BytesIO(inner.getvalue()))
+    path.write_bytes(outer.getvalue())
+
+
+class TestData(TempDirTestCase):
+
+    def test_reads_the_corpora(self):
+        sdist(self.folder / data.SDIST)
+        rows = data.load_icwsm(self.folder / data.SDIST)
+        self.assertEqual(len(rows), 8)
+        self.assertEqual(rows[0]["text"], "I <3 tweets & you")
+        self.assertEqual(rows[1]["text"], "café, no")
+        self.assertEqual(rows[1]["ratings"], [-1, -1, -3])  # the list is cut off in the file
+        self.assertAlmostEqual(rows[1]["rating"], -5 / 3)
+        self.assertEqual({row["source"] for row in rows}, set(data.SOURCES))
+
+    def test_no_network_no_cache_and_a_corrupt_cache(self):
+        offline = {"MINGPT_HOME": str(self.folder), "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": "", "PIP_CONFIG_FILE": os.devnull}
+        with mock.patch.dict(os.environ, offline):
+            for content in (None, b"not what it should be"):
+                if content:
+                    (self.folder / "icwsm2014" / data.SDIST).write_bytes(content)
+                with self.assertRaisesRegex(RuntimeError, "(?s)python -m pip download .*and put .* into .*icwsm2014; or .*--data.path"):
+                    data.fetch()
+
+    def test_a_cached_file_is_used_without_pip(self):
+        path = self.folder / "icwsm2014" / data.SDIST
+        path.parent.mkdir()
+        sdist(path)
+        with mock.patch.dict(os.environ, {"MINGPT_HOME": str(self.folder)}), mock.patch.object(data, "SHA256", data.sha256(path)), \
+                mock.patch.object(data.subprocess, "run", side_effect=AssertionError("no need to download")):
+            self.assertEqual(data.fetch(), path)
+
+    def test_own_texts(self):
+        path = self.folder / "texts.jsonl"
+        path.write_text('{"text": "so  happy"}\n\n{"text": "sad", "label": -1}\n{"text": "ok", "rating": 0.5}\n')
+        self.assertEqual([(row["text"], row["rating"]) for row in data.load_jsonl(path)],
+                         [("so happy", None), ("sad", -1), ("ok", 0.5)])
+        for line in ("{", '{"txt": "a"}', '{"text": 3}', '["text"]', '{"text": "a", "rating": "good"}'):
+            path.write_text('{"text": "fine"}\n' + line)
+            with self.subTest(line), self.assertRaisesRegex(ValueError, "texts.jsonl, line 2"):
+                data.load_jsonl(path)
+        with self.assertRaisesRegex(ValueError, "no such file"):
+            data.load_jsonl(self.folder / "none.jsonl")
+
+    def test_no_text_is_in_two_splits(self):
+        rows = [{"text": f"text {i % 700}"} for i in range(1000)]
+        splits = data.split(rows)
+        texts = {name: {row["text"] for row in part} for name, part in splits.items()}
+        for a, b in itertools.combinations(texts.values(), 2):
+            self.assertFalse(a & b)
+        self.assertEqual(sum(map(len, splits.values())), 1000)
+        for name, share in (("train", 0.9), ("valid", 0.05), ("test", 0.05)):
+            self.assertAlmostEqual(len(texts[name]) / 700, share, delta=0.03)
+        self.assertEqual(splits, data.split(rows))
+
+    def test_windows(self):
+        texts = ["abc", "abcdefgh", "abcdefghabcdefghabc"]
+        tokenizer = CharTokenizer("abcdefgh")  # end of text: 8
+        windows = data.Windows(texts, tokenizer, 8, consecutive=True)
+        targets = [y[y >= 0].tolist() for _, y in (windows[i] for i in range(len(windows)))]
+        # every character and every end is predicted exactly once
+        self.assertEqual(sum(targets, []), sum(([*tokenizer.encode(t), 8] for t in texts), []))
+        x, y = windows[0]
+        self.assertEqual((x.tolist(), y.tolist()), ([8, 0, 1, 2, 8, 8, 8, 8], [0, 1, 2, 8, -1, -1, -1, -1]))
+
+        random_windows, starts = data.Windows(texts, tokenizer, 8), set()
+        self.assertEqual(len(random_windows), len(windows))
+        whole = [8, *tokenizer.encode(texts[2]), 8]
+        for _ in range(200):
+            x, y = random_windows[len(windows) - 1]
+            start = next(s for s in range(len(whole) - 8) if whole[s:s + 8] == x.tolist() and whole[s + 1:s + 9] == y.tolist())
+            starts.add(start)
+        self.assertLessEqual({whole[s] for s in starts}, set(range(9)))
+        self.assertGreater(len(starts), 4)
+
+
+class TestYardstick(unittest.TestCase):
+
+    def test_tilted_frontier_of_a_known_distribution(self):
+        # rewards 0 and 1, half each: tilting gives p = e^(1/β) / (1 + e^(1/β)) and KL = log 2 - H(p)
+        rewards = np.array([0.0, 1.0] * 50)
+        for beta in (0.2, 0.5, 1.0, 3.0):
+            p = 1 / (1 + math.exp(-1 / beta))
+            kl = math.log(2) + p * math.log(p) + (1 - p) * math.log(1 - p)
+            reward, found = report.tilted(rewards, beta)
+            self.assertAlmostEqual(reward, p)
+            self.assertAlmostEqual(found, kl)
+            self.assertAlmostEqual(report.kl_optimal(rewards, p), kl, places=6)
+        self.assertEqual(report.kl_optimal(rewards, 0.4), 0.0)
+        self.assertIsNone(report.kl_optimal(rewards, 1.0))
+
+    def test_best_of_n_is_the_expected_maximum(self):
+        rewards = np.array([0.3, -0.5, 0.9, 0.1])
+        for n in (1, 2, 3):
+            expected = np.mean([max(draw) for draw in itertools.product(rewards, repeat=n)])
+            reward, kl = report.best_of_n(rewards, n)
+            self.assertAlmostEqual(reward, expected)
+            self.assertAlmostEqual(kl, math.log(n) - (n - 1) / n)
+
+    def test_samples_kl_and_loss(self):
+        tokenizer, policy, reference = CharTokenizer("abcdefghij"), tiny_gpt(1), tiny_gpt(2)
+        tweets = report.sample(policy, tokenizer, lambda idx, attention_mask, mask: mask.sum(1).float(), n=50, seed=4)
+        self.assertEqual(tweets.texts, report.sample(policy, tokenizer, None, n=50, seed=4).texts)
+        total = 0.0
+        for text, row, length in zip(tweets.texts, tweets.idx.tolist(), tweets.rewards.tolist()):
+            ids = row[:1 + int(length)]
+            self.assertEqual(tokenizer.decode([i for i in ids if i != 10]), text)
+            for t in range(1, len(ids)):
+                p, q = (m(torch.tensor([ids[:t]]))[0][0, -1].log_softmax(0)[ids[t]].item() for m in (policy, reference))
+                total += p - q
+        self.assertAlmostEqual(report.kl_to(reference, tweets), total / 50, places=3)
+
+        losses = []
+        for text in ("abcabcabcabcabcabc", "jj"):
+            ids = [10, *tokenizer.encode(text), 10]
+            for t in range(1, len(ids)):
+                context = ids[(t - 1) // 12 * 12:t]  # windows of block_size = 12, from its own beginning
+                losses.append(-policy(torch.tensor([context]))[0][0, -1].log_softmax(0)[ids[t]].item())
+        self.assertAlmostEqual(report.held_out_loss(policy, ["abcabcabcabcabcabc", "jj"], tokenizer), np.mean(losses), places=4)
+
+
+class TestScript(TempDirTestCase):
+
+    def setUp(self):
+        super().setUp()
+        words, generator = ["good", "bad", "happy", "sad", "love", "hate", "the", "movie", ":)"], random.Random(0)
+        with (self.folder / "texts.jsonl").open("w") as f:
+            for _ in range(300):
+                text = " ".join(generator.choices(words, k=generator.randint(2, 20)))
+                f.write(json.dumps({"text": text, "rating": text.count("love") - text.count("hate")}) + "\n")
+
+    def script(self, *args, name="out"):
+        return [sys.executable, str(ROOT / "projects/happy_gpt/happy_gpt.py"), f"--system.work_dir={self.folder / name}",
+                f"--data.path={self.folder / 'texts.jsonl'}", *SMALL, *args]
+
+    def run_script(self, *args, name="out"):
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        return subprocess.run(self.script(*args, name=name), capture_output=True, text=True, env=environment, cwd=self.folder)
+
+    def test_the_whole_job_interrupted_and_continued(self):
+        whole = self.run_script(name="whole")
+        self.assertEqual(whole.returncode, 0, whole.stderr)
+        summary = json.loads((self.folder / "whole" / "summary.json").read_text())
+        self.assertEqual(set(summary), {"seconds", "peak_rss_mb", "val_loss_pretrain", "reward_pretrain", "reward_sft", "reward_rl", "kl_rl",
+                                        "kl_optimal", "unique_rl", "length_sft", "length_rl", "seed"})
+        self.assertTrue(all(math.isfinite(value) for value in summary.values()), summary)
+        for name in ("losses.png", "reward_and_kl.png", "ppo.png", "frontier.png", "samples.md", "samples/rl_0002.txt"):
+            self.assertTrue((self.folder / "whole" / name).stat().st_size > 0, name)
+        self.assertEqual({row["stage"] for row in read_metrics(self.folder / "whole" / "metrics.jsonl")}, {"pretrain", "sft", "rl"})
+        rows = read_metrics(self.folder / "whole" / "rl" / "metrics.jsonl")
+        self.assertTrue(all(row["log_prob_error"] < 1e-4 for row in rows) and abs(rows[0]["objective/kl"]) < 1e-4)
+
+        # one stage at a time, with a kill -9 in the first
+        process = subprocess.Popen(self.script("--stages=pretrain", name="parts"), env={**os.environ, "PYTHONPATH": str(ROOT)},
+                                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while process.poll() is None and not (self.folder / "parts" / "pretrain" / "checkpoint.pt").exists():
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        for stages in ("pretrain", "sft,rl"):
+            self.assertEqual(self.run_script(f"--stages={stages}", name="parts").returncode, 0)
+        for stage in ("pretrain", "sft", "rl"):
+            a, b = (torch.load(self.folder / name / stage / "checkpoint.pt", weights_only=True)["model"] for name in ("whole", "parts"))
+            self.assertTrue(all(torch.equal(a[key], b[key]) for key in a), stage)
+        again = json.loads((self.folder / "parts" / "summary.json").read_text())
+        for key in set(summary) - {"seconds", "peak_rss_mb"}:
+            self.assertEqual(summary[key], again[key], key)
+
+        # what is finished is skipped, samples follow a prompt, and other options are not mixed in
+        self.assertEqual(self.run_script(name="whole").returncode, 0)
+        samples = self.run_script("--prompt=love the", name="whole")
+        self.assertEqual(len(samples.stdout.splitlines()), 10)
+        self.assertTrue(all(line.startswith("love the") for line in samples.stdout.splitlines()))
+        mixed = self.run_script("--system.seed=1", name="whole")
+        self.assertIn("--system.seed was 3407, is 1", mixed.stderr)
+
+    def test_reinforce(self):
+        result = self.run_script("--rl.algorithm=reinforce")
+        self.assertEqual(result.returncode, 0, result.stderr)
+        self.assertIn("rl", result.stdout)
+
+    def test_mistakes_are_one_line(self):
+        for args, words in (([f"--rl.kl_coeff=1"], "did you mean --rl.kl_coef?"), (["--stages=sft,ppo"], "ppo is none of pretrain,sft,rl"),
+                            (["--stages=sft"], "run the stage that writes it first, with --stages=pretrain"),
+                            (["--data.path=none.jsonl"], "no such file"), (["--data.positive=99"], "lower it"),
+                            (["--prompt=a", "--system.work_dir=nowhere"], "run this script without --prompt first")):
+            result = self.run_script(*args, name=words[:5].strip())
+            with self.subTest(args):
+                self.assertEqual(result.returncode, 1)
+                self.assertIn(words, result.stderr)
+                self.assertNotIn("Traceback", result.stderr)
+
+    def test_help(self):
+        result = self.run_script("--help")
+        self.assertEqual(result.returncode, 0)
+        for option in ("--rl.algorithm=ppo", "--model.block_size=64", "--data.path=", "--pretrain.learning_rate="):
+            self.assertIn(option, result.stdout)
+
+
+if __name__ == "__main__":
+    unittest.main()
