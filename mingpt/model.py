@@ -4,10 +4,8 @@ GPT: a decoder-only Transformer language model, as in GPT-2.
 The model is three things stacked: token and position embeddings, a column of identical blocks (causal self-attention and
 an MLP, each added to the residual stream), and a linear map back to the vocabulary.
 
-Read it beside
-- "Attention Is All You Need" (Vaswani et al. 2017), for attention itself;
-- "Improving Language Understanding by Generative Pre-Training" (Radford et al. 2018), for the decoder and GELU;
-- "Language Models are Unsupervised Multitask Learners" (Radford et al. 2019, GPT-2), for pre-norm and the initialisation.
+Read it beside "Attention Is All You Need" (Vaswani et al. 2017) and the report on GPT-2, "Language Models are Unsupervised
+Multitask Learners" (Radford et al. 2019), which moved the LayerNorms to the front and scaled the initialisation.
 
 Shapes: B batch, T time, C channels (n_embd), V vocabulary, nh heads, hs = C / nh, S the keys a query may look at.
 """
@@ -197,7 +195,7 @@ class GPT(nn.Module):
 
         idx (B, T) token ids, T <= block_size; targets (B, T), -1 is ignored; attention_mask (B, T), 1 = real token, on
         either side, or (B, cached + T) with a cache. Returns logits (B, T, V) and the mean cross-entropy in nats, or None.
-        Raises ValueError for wrong shapes; ids are not read here, because that would make a GPU wait.
+        Raises ValueError for wrong shapes; values are not looked at, because that would make a GPU wait.
         """
         logits = self.lm_head(self.transformer(idx, attention_mask, cache))
         if targets is None:
@@ -232,10 +230,8 @@ class GPT(nn.Module):
         distribution they were drawn from, 0 behind the stop. Raises ValueError for arguments out of range.
         """
         check_generate(self.config, idx, max_new_tokens, temperature, top_k, top_p, attention_mask, stop_token)
-        if attention_mask is not None and attention_mask.all():
-            attention_mask = None
-        B, T = idx.shape
-        block_size = self.config.block_size
+        attention_mask = None if attention_mask is None or attention_mask.all() else attention_mask
+        (B, T), block_size = idx.shape, self.config.block_size
         out = torch.cat([idx, idx.new_zeros(B, max_new_tokens)], dim=1)
         log_probs = torch.zeros(B, max_new_tokens, device=idx.device)
         running = torch.ones(B, dtype=torch.bool, device=idx.device)
@@ -251,15 +247,12 @@ class GPT(nn.Module):
                 hidden = self.transformer(out[:, end - block_size:end])
             last = hidden[:, -1] if mask is None or end > T else hidden[torch.arange(B), last_real(attention_mask)]
             log_p = next_token_log_probs(self.lm_head(last), temperature, top_k, top_p)
-            if do_sample:
-                token = torch.multinomial(log_p.exp(), 1, generator=generator)
-            else:
-                token = log_p.argmax(1, keepdim=True)
+            token = torch.multinomial(log_p.exp(), 1, generator=generator) if do_sample else log_p.argmax(1, keepdim=True)
             log_probs[:, end - T] = log_p.gather(1, token)[:, 0] * running
             out[:, end] = token[:, 0]
             if stop_token is not None:
                 out[:, end].masked_fill_(~running, stop_token)
-                running &= token[:, 0] != stop_token
+                running &= out[:, end] != stop_token
                 if not running.any():
                     break
         n = end + 1 - T
@@ -280,7 +273,7 @@ def next_token_log_probs(logits, temperature=1.0, top_k=None, top_p=None):
     if top_k is not None:
         kth = logits.topk(top_k).values[:, [-1]]
         logits = logits.masked_fill(logits < kth, -math.inf)
-    if top_p is not None:
+    if top_p is not None and top_p < 1:
         probs, order = logits.softmax(1).sort(dim=1, descending=True, stable=True)
         cut = probs.cumsum(1) - probs >= top_p  # the likelier tokens already make up p
         logits = logits.masked_fill(cut.scatter(1, order, cut), -math.inf)
@@ -318,7 +311,6 @@ def resolve_config(config):
 
 
 def check_context(idx, attention_mask, past, block_size):
-    """Shapes only: nothing here looks at a value."""
     if idx.dim() != 2:
         raise ValueError(f"idx has shape {tuple(idx.shape)}; it must be (B, T): add the batch dimension with idx[None]")
     total = past + idx.size(1)
@@ -329,7 +321,7 @@ def check_context(idx, attention_mask, past, block_size):
 
 
 def check_temperature(temperature):
-    if not temperature > 0 or math.isinf(temperature):
+    if not 0 < temperature < math.inf:
         raise ValueError(f"temperature={temperature!r} must be a number above 0; for greedy decoding use do_sample=False")
 
 
@@ -353,6 +345,6 @@ def check_generate(config, idx, max_new_tokens, temperature, top_k, top_p, atten
     if attention_mask.shape != idx.shape or not attention_mask.any(dim=1).all():
         raise ValueError(f"attention_mask {tuple(attention_mask.shape)} must have the shape of idx {tuple(idx.shape)} "
                          "and a real token in every row")
-    if idx.size(1) + max_new_tokens - 1 > config.block_size and not attention_mask.all():
+    if idx.size(1) + max_new_tokens > config.block_size + 1 and not attention_mask.all():  # the last one is never read
         raise ValueError(f"padded prompts of {idx.size(1)} + {max_new_tokens} new tokens do not fit into block_size="
                          f"{config.block_size}: only unpadded ones can slide past it")

@@ -14,11 +14,8 @@ position in the data, and batch i depends on (seed, i) alone, so that the same w
 import json
 import logging
 import math
-import signal
-import threading
 import time
 from collections import defaultdict
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -27,8 +24,8 @@ from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from mingpt.utils import CfgNode as CN
-from mingpt.utils import (adamw, get_rng_state, pick_device, pick_precision, read_metrics, save_torch, set_rng_state,
-                          write_text)
+from mingpt.utils import (adamw, deferred_interrupt, get_rng_state, pick_device, pick_precision, read_metrics, save_torch,
+                          set_rng_state, write_text)
 
 logger = logging.getLogger("mingpt")
 
@@ -329,7 +326,8 @@ class Trainer:
         path = Path(self.config.work_dir) / "metrics.jsonl"
         rows = [row for row in read_metrics(path) if row["iter"] <= self.iter_num]
         write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
-        logger.info("%s: resumed at iteration %d from %s", self.description, self.iter_num, self.checkpoint_path)
+        state = "finished before" if self.iter_num == self.max_iters else "resumed"
+        logger.info("%s: %s, at iteration %d in %s", self.description, state, self.iter_num, self.checkpoint_path)
 
     # -- checks --------------------------------------------------------------------------------------------------------
 
@@ -346,24 +344,3 @@ class Trainer:
             raise ValueError(f"lr_schedule={C.lr_schedule!r} needs an end to decay to: set max_iters or epochs")
         if not hasattr(self.train_dataset, "__len__") or len(self.train_dataset) == 0:
             raise ValueError("train_dataset is empty or has no length; it must be a map-style Dataset with examples")
-
-
-@contextmanager
-def deferred_interrupt():
-    """Within, the first Ctrl-C only sets the event that is yielded, so that an iteration can end; the second one raises."""
-    interrupted = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield interrupted  # signals reach the main thread only
-        return
-    previous = signal.getsignal(signal.SIGINT)
-
-    def handle(signum, frame):
-        if interrupted.is_set():
-            raise KeyboardInterrupt
-        interrupted.set()
-
-    signal.signal(signal.SIGINT, handle)
-    try:
-        yield interrupted
-    finally:
-        signal.signal(signal.SIGINT, previous)

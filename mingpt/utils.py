@@ -11,8 +11,10 @@ import json
 import logging
 import os
 import random
+import signal
 import sys
 import tempfile
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -166,7 +168,7 @@ def adamw(module, train_config):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# files: whole or not at all
+# files and interrupts: whole or not at all
 
 
 @contextlib.contextmanager
@@ -200,6 +202,27 @@ def save_torch(path, obj):
     """torch.save, atomically. Load with `torch.load(path, weights_only=True)`."""
     with atomic_write(path) as f:
         torch.save(obj, f)
+
+
+@contextlib.contextmanager
+def deferred_interrupt():
+    """Within, the first Ctrl-C only sets the event that is yielded, so that an iteration can end; the second one raises."""
+    interrupted = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield interrupted  # signals reach the main thread only
+        return
+    previous = signal.getsignal(signal.SIGINT)
+
+    def handle(signum, frame):
+        if interrupted.is_set():
+            raise KeyboardInterrupt
+        interrupted.set()
+
+    signal.signal(signal.SIGINT, handle)
+    try:
+        yield interrupted
+    finally:
+        signal.signal(signal.SIGINT, previous)
 
 
 def home():
