@@ -202,6 +202,14 @@ class ActorCritic(nn.Module):
         log_probs = self.policy.log_probs(idx, attention_mask, temperature)
         return log_probs, self.values(idx, attention_mask)
 
+    def configure_optimizers(self, train_config):
+        """AdamW over both; the value model has its own learning rate, value_lr_ratio times the policy's."""
+        optimizer = adamw(self.policy, train_config)
+        if self.value_model is not None:
+            for group in adamw(self.value_model, train_config).param_groups:
+                optimizer.add_param_group({**group, "lr_ratio": train_config.value_lr_ratio})
+        return optimizer
+
     def values(self, idx, attention_mask):
         """V of each state (B, T-1): value(idx)[:, :-1], and by causality the last token need not even be read."""
         if self.value_model is None:
@@ -261,7 +269,7 @@ class PPOTrainer(Trainer):
         C.clip_range = 0.2
         C.value_clip_range = 0.2
         C.value_coef = 0.1
-        C.value_warmup_iters = 0      # first iterations, in which only the value function learns
+        C.value_lr_ratio = 1.0        # the value model's learning rate, as a multiple of the policy's
         return C
 
     def __init__(self, config, policy, reward_fn, prompts, value_model=None, ref_policy=None, tokenizer=None):
@@ -310,16 +318,13 @@ class PPOTrainer(Trainer):
         ref_log_probs = self.ref_policy.log_probs(idx, attention_mask, C.temperature)
         scores = self.score(idx, attention_mask, completion_mask)
         kl = masked(kl_estimate(old_log_probs, ref_log_probs), mask)
-        offset = self.kl_coef * (kl.cumsum(1) - kl) * getattr(C, "implicit", 1)
-        values = masked(self.model.values(idx, attention_mask) + offset, mask)
+        values = masked(self.model.values(idx, attention_mask), mask)
         rewards = -self.kl_coef * kl
         rewards[torch.arange(len(idx)), last_real(mask)] += scores
-        if C.algorithm == "reinforce":
-            advantages, returns = gae(rewards, values, mask, C.gamma, lam=1.0)
-        else:
-            advantages, returns = gae(rewards, values, mask, C.gamma, C.gae_lambda)
+        # without a value function, all values 0, λ = 1 makes the advantage the return: REINFORCE (Williams 1992)
+        advantages, returns = gae(rewards, values, mask, C.gamma, 1.0 if C.algorithm == "reinforce" else C.gae_lambda)
         return {"idx": idx, "attention_mask": attention_mask, "mask": mask, "old_log_probs": old_log_probs, "kl": kl,
-                "scores": scores, "old_values": values, "offset": offset, "returns": returns, "advantages": masked_whiten(advantages, mask)}
+                "scores": scores, "old_values": values, "returns": returns, "advantages": masked_whiten(advantages, mask)}
 
     def completion_mask(self, idx, prompt_length):
         """True on what was generated, up to and including the first stop token: (B, T) -> (B, T)."""
@@ -341,11 +346,14 @@ class PPOTrainer(Trainer):
         return scores.float().to(idx.device)
 
     def update(self, rollout):
-        """Epochs of minibatches over the rollout; returns the mean of their metrics."""
-        C, rows = self.config, []
-        algorithm_epochs = 1 if C.algorithm == "reinforce" else C.ppo_epochs
-        for _ in range(algorithm_epochs):
-            for index in torch.randperm(len(rollout["idx"])).split(C.minibatch_size or len(rollout["idx"])):
+        """Epochs of minibatches over the rollout; returns the mean of their metrics.
+
+        REINFORCE takes one step on all of it: there the ratio is 1, and PPO's gradient that of the plain policy gradient.
+        """
+        C, rows, size = self.config, [], len(rollout["idx"])
+        epochs, minibatch_size = (1, size) if C.algorithm == "reinforce" else (C.ppo_epochs, C.minibatch_size or size)
+        for _ in range(epochs):
+            for index in torch.randperm(size).split(minibatch_size):
                 minibatch = {name: x[index.to(self.device)] for name, x in rollout.items()}
                 rows.append(self.optimizer_step(self.micro_batches(minibatch)))
         metrics = {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
@@ -367,15 +375,12 @@ class PPOTrainer(Trainer):
         log_probs, values = model(batch["idx"], batch["attention_mask"], C.temperature)
         log_ratio = masked(log_probs - old_log_probs, mask)
         policy_loss, clip_fraction = ppo_policy_loss(log_probs, old_log_probs, batch["advantages"], mask, C.clip_range)
-        v_loss = value_loss(values + batch["offset"], batch["old_values"], batch["returns"], mask, C.value_clip_range)
-        loss = C.value_coef * v_loss
-        if self.iter_num >= C.value_warmup_iters:
-            loss = loss + policy_loss
+        v_loss = value_loss(values, batch["old_values"], batch["returns"], mask, C.value_clip_range)
         with torch.no_grad():
             metrics = {"loss/policy": policy_loss.detach(), "loss/value": v_loss.detach(), "policy/clipfrac": clip_fraction,
                        "policy/approxkl": masked_mean(log_ratio ** 2 / 2, mask), "val/ratio": masked_mean(log_ratio.exp(), mask),
                        "log_prob_error": log_ratio.abs().max()}
-        return loss, metrics
+        return policy_loss + C.value_coef * v_loss, metrics
 
     def describe(self, rollout):
         """What the rollout looked like, under the field's usual names."""

@@ -259,7 +259,7 @@ class Trainer:
 
     def set_learning_rate(self):
         for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate()
+            group["lr"] = self.learning_rate() * group.get("lr_ratio", 1.0)
 
     # -- evaluation ----------------------------------------------------------------------------------------------------
 
