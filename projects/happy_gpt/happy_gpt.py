@@ -68,8 +68,8 @@ def get_config():
     C.sft.eval_every = 100
 
     C.rl = PPOTrainer.get_default_config()
-    C.rl.max_iters = 200
-    C.rl.batch_size = 128
+    C.rl.max_iters = 360
+    C.rl.batch_size = 64
     C.rl.ppo_epochs = 2
     C.rl.max_new_tokens = 64
     C.rl.learning_rate = 3e-4
