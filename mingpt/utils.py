@@ -234,9 +234,15 @@ def home():
 # logging, metrics, plots
 
 
+def log_to_console():
+    """For scripts: show what this library logs, and of other libraries only the warnings."""
+    logging.basicConfig(format="%(message)s")
+    logger.setLevel(logging.INFO)
+
+
 def setup_logging(config):
     """For scripts: log to the console, and keep the command line and the config in config.system.work_dir."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    log_to_console()
     work_dir = Path(config.system.work_dir)
     write_text(work_dir / "args.txt", " ".join(sys.argv))
     write_text(work_dir / "config.json", json.dumps(config.to_dict(), indent=4))

@@ -209,6 +209,23 @@ class TestPPOTrainer(TempDirTestCase):
             self.assertTrue((r[name][~shifted] == 0).all(), name)
         self.assertTrue((~shifted[:, 2:]).any())  # some did stop early
 
+    def test_what_follows_the_stop_token_changes_no_loss(self):
+        trainer, r = self.rollout([[1], [4, 2, 5]])
+        behind = ~r["attention_mask"]
+        behind[:, :3] = False  # what follows, not the padding in front of the prompt
+        self.assertTrue(behind.any())
+        changed = {**r, "idx": torch.where(behind, 9, r["idx"])}
+        for name in ("old_log_probs", "old_values", "returns", "advantages"):
+            changed[name] = torch.where(r["mask"], r[name], math.nan)
+        gradients = []
+        for batch in (r, changed):
+            trainer.model.zero_grad()
+            loss, metrics = trainer.compute_loss(batch)
+            loss.backward()
+            gradients.append([loss.detach(), *(p.grad.clone() for p in trainer.model.parameters())])
+        for a, b in zip(*gradients):
+            torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
+
     def test_score_stands_on_the_last_token(self):
         reward = lambda idx, attention_mask, completion_mask: torch.arange(16.0)
         trainer, r = self.rollout([[1], [4, 2, 5]], reward, kl_coef=0.0, gae_lambda=1.0)

@@ -28,9 +28,9 @@ from mingpt.model import GPT
 from mingpt.rlhf import PPOTrainer, TextReward
 from mingpt.trainer import Trainer
 from mingpt.utils import CfgNode as CN
-from mingpt.utils import import_extra, parse_args, pick_device, set_seed, write_text
+from mingpt.utils import import_extra, log_to_console, parse_args, pick_device, set_seed, write_text
 
-logger = logging.getLogger("happy_gpt")
+logger = logging.getLogger("mingpt.happy_gpt")
 STAGES = ("pretrain", "sft", "rl")
 
 
@@ -91,7 +91,7 @@ def main(args):
     config = get_config()
     parse_args(config, args, __doc__)
     stages = check_stages(config.stages)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    log_to_console()
     work_dir = Path(config.system.work_dir)
     if config.prompt is not None:
         return print_continuations(config, work_dir)
