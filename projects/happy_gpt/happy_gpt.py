@@ -68,16 +68,16 @@ def get_config():
     C.sft.eval_every = 100
 
     C.rl = PPOTrainer.get_default_config()
-    C.rl.max_iters = 360
-    C.rl.batch_size = 64
+    C.rl.max_iters = 200
+    C.rl.batch_size = 128
     C.rl.ppo_epochs = 2
     C.rl.max_new_tokens = 64
-    C.rl.learning_rate = 3e-4
+    C.rl.learning_rate = 2.5e-4
     C.rl.lr_schedule = "linear"
     C.rl.value_lr_ratio = 5.0
     C.rl.gae_lambda = 1.0            # 0.95 trusts a young value function, and the tweets shrink (see readme.md)
     C.rl.kl_coef = 0.15              # begins high and falls until the KL is on target: the path hugs the frontier
-    C.rl.kl_target = 6.5
+    C.rl.kl_target = 7.5
     C.rl.kl_horizon = 1200
 
     C.report = CN()
