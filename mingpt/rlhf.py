@@ -311,7 +311,7 @@ class PPOTrainer(Trainer):
         C = self.config
         idx, sampled = self.policy.generate(prompts, C.max_new_tokens, temperature=C.temperature, do_sample=True,
                                             attention_mask=prompt_mask, stop_token=self.stop_token, return_log_probs=True)
-        completion_mask = self.completion_mask(idx, prompts.size(1))
+        completion_mask = written_mask(idx, prompts.size(1), self.stop_token)
         attention_mask = torch.cat([prompt_mask, completion_mask[:, prompts.size(1):]], dim=1)
         mask = completion_mask[:, 1:]
         old_log_probs = F.pad(sampled, (prompts.size(1) - 1, 0))
@@ -325,15 +325,6 @@ class PPOTrainer(Trainer):
         advantages, returns = gae(rewards, values, mask, C.gamma, 1.0 if C.algorithm == "reinforce" else C.gae_lambda)
         return {"idx": idx, "attention_mask": attention_mask, "mask": mask, "old_log_probs": old_log_probs, "kl": kl,
                 "scores": scores, "old_values": values, "returns": returns, "advantages": masked_whiten(advantages, mask)}
-
-    def completion_mask(self, idx, prompt_length):
-        """True on what was generated, up to and including the first stop token: (B, T) -> (B, T)."""
-        mask = torch.ones_like(idx, dtype=torch.bool)
-        mask[:, :prompt_length] = False
-        if self.stop_token is not None:
-            stops = (idx == self.stop_token) & mask
-            mask &= stops.cumsum(1) - stops.long() == 0  # no stop token before this one
-        return mask
 
     def score(self, idx, attention_mask, completion_mask):
         scores = self.reward_fn(idx, attention_mask, completion_mask)
@@ -397,7 +388,17 @@ class PPOTrainer(Trainer):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# prompts
+# prompts and masks
+
+
+def written_mask(idx, prompt_length, stop_token=None):
+    """True on what was generated behind the prompt, up to and including the first stop token: (B, T) -> (B, T)."""
+    mask = torch.ones_like(idx, dtype=torch.bool)
+    mask[:, :prompt_length] = False
+    if stop_token is not None:
+        stops = (idx == stop_token) & mask
+        mask &= stops.cumsum(1) - stops.long() == 0  # no stop token before this one
+    return mask
 
 
 def encode_prompts(prompts, tokenizer=None):

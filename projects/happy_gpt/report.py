@@ -19,6 +19,7 @@ import torch
 from torch.nn import functional as F
 
 import data
+from mingpt.rlhf import written_mask
 from mingpt.utils import plot_metrics, read_metrics, write_text
 
 
@@ -34,18 +35,15 @@ class Tweets:
 
 @torch.no_grad()
 def sample(model, tokenizer, reward, n, seed, prompt=""):
-    """n tweets at temperature 1, the same for the same seed."""
-    start = torch.tensor([[tokenizer.eot_token, *tokenizer.encode(prompt)]], device=model.transformer.wte.weight.device)
-    generator = torch.Generator(start.device).manual_seed(seed)
-    eot, room = tokenizer.eot_token, model.config.block_size + 1 - start.size(1)
-    idx, log_probs = model.generate(start.expand(n, -1), room, do_sample=True, stop_token=eot, generator=generator,
-                                    return_log_probs=True)
-    written = torch.ones_like(idx, dtype=torch.bool)
-    written[:, :start.size(1)] = False
-    stops = (idx == eot) & written
-    written &= stops.cumsum(1) - stops.long() == 0
+    """n tweets at temperature 1, the same for the same seed. Without a reward function their rewards are 0."""
+    eot, device = tokenizer.eot_token, model.transformer.wte.weight.device
+    start = torch.tensor([[eot, *tokenizer.encode(prompt)]], device=device)
+    idx, log_probs = model.generate(start.expand(n, -1), model.config.block_size + 1 - start.size(1), do_sample=True,
+                                    stop_token=eot, generator=torch.Generator(device).manual_seed(seed), return_log_probs=True)
+    written = written_mask(idx, start.size(1), eot)
+    attention_mask = written | (torch.arange(idx.size(1), device=device) < start.size(1))
     texts = [tokenizer.decode([i for i in row.tolist() if i != eot]) for row in idx]
-    rewards = reward(idx, written | ~written, written) if reward else torch.zeros(n)
+    rewards = reward(idx, attention_mask, written) if reward else torch.zeros(n)
     return Tweets(texts, idx, written[:, 1:], F.pad(log_probs, (start.size(1) - 1, 0)), rewards)
 
 
@@ -152,8 +150,8 @@ def table(summary, tweets, work_dir):
         kl = {"rl": summary["kl_rl"], "sft": 0.0}.get(stage)
         lines.append(f"{stage:10}{summary['reward_' + stage]:8.3f}{show(kl, '.2f'):>8}{mean_length(t):8.1f}"
                      f"{len(set(t.texts)) / len(t.texts):10.1%}")
-    if summary["kl_rl"] is not None:
-        lines.append(f"The best policy of that reward has a KL of {show(summary['kl_optimal'], '.2f')} nats.")
+    if summary["kl_optimal"] is not None:
+        lines.append(f"The best policy of that reward has a KL of {summary['kl_optimal']:.2f} nats.")
     lines += ["", *list(tweets.values())[-1].texts[:10], "",
               f"{summary['seconds']:.0f} s, {summary['peak_rss_mb']} MB; plots, samples and summary.json are in {work_dir}"]
     return "\n".join(lines)
@@ -177,7 +175,8 @@ def plots(work_dir, metrics, reference_rewards):
     betas = np.geomspace(0.04, 10, 60)
     tilt = [tilted(reference_rewards, beta) for beta in betas]
     best = [best_of_n(reference_rewards, n) for n in (1, 2, 4, 8, 16, 32, 64)]
-    run = ([row["objective/kl"] for row in rows], [row["objective/scores"] for row in rows])
+    five = [rows[i:i + 5] for i in range(0, len(rows), 5)]  # a rollout is a noisy estimate: show means of five
+    run = [[float(np.mean([row[name] for row in part])) for part in five] for name in ("objective/kl", "objective/scores")]
     plot_metrics(work_dir / "frontier.png", {"reward against KL": {
-        "this run": run, "best possible: tilted reference": ([kl for _, kl in tilt], [r for r, _ in tilt]),
+        "this run": tuple(run), "best possible: tilted reference": ([kl for _, kl in tilt], [r for r, _ in tilt]),
         "best of n = 1 ... 64": ([kl for _, kl in best], [r for r, _ in best])}}, xlabel="KL to the sft model, nats per tweet")
