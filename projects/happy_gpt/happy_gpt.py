@@ -80,6 +80,10 @@ def get_config():
     C.rl.kl_target = 7.5
     C.rl.kl_horizon = 1200
 
+    for stage in (C.pretrain, C.sft, C.rl):
+        del stage.work_dir           # these two are not for the user to choose:
+    del C.model.vocab_size           # folders are named after the stages, the vocabulary follows from the texts
+
     C.report = CN()
     C.report.samples = 512           # fresh tweets of each stage, from the same seeds
     C.report.frontier_samples = 4096  # tweets of the sft model, for the best reward that a KL can buy
