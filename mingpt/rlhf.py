@@ -37,7 +37,7 @@ from torch.nn import functional as F
 
 from mingpt.model import Transformer, last_real, resolve_config
 from mingpt.trainer import Trainer
-from mingpt.utils import adamw
+from mingpt.utils import adamw, check_numbers
 
 logger = logging.getLogger("mingpt")
 
@@ -62,8 +62,8 @@ def masked_whiten(x, mask, shift_mean=True):
     """x scaled to unit variance over the mask, and to zero mean unless shift_mean is False; 0 off the mask."""
     x = masked(x, mask)
     mean = masked_mean(x, mask)
-    std = masked_mean((x - mean) ** 2, mask).sqrt()
-    whitened = (x - mean) / (std + 1e-8)
+    # the 1e-8 keeps the rounding errors of a constant from being blown up to unit variance
+    whitened = (x - mean) * (masked_mean((x - mean) ** 2, mask) + 1e-8).rsqrt()
     return masked(whitened if shift_mean else whitened + mean, mask)
 
 
@@ -159,7 +159,7 @@ class ScalarModel(nn.Module):
         return adamw(self, train_config)
 
     def scores(self, idx, attention_mask=None):
-        """The head's output at every position: (B, T) -> (B, T)."""
+        """The head's output at every position: (B, T) -> (B, T). ValueError where T is longer than block_size."""
         return self.head(self.transformer(idx, attention_mask)).squeeze(-1)
 
 
@@ -238,7 +238,7 @@ class TextReward:
 class PPOTrainer(Trainer):
     """Teaches a policy to get reward without straying far from where it started.
 
-    policy: a GPT, or any module with its `log_probs` and `generate`. reward_fn(idx, attention_mask, completion_mask) -> (B,).
+    policy: a GPT, or any module with its `log_probs` and `generate` (for ppo, give such a one a value_model). reward_fn(idx, attention_mask, completion_mask) -> (B,).
     prompts: (N, T) LongTensor, a list of lists of ids, or with a tokenizer a list of strings; unlike lengths are left-padded.
     value_model: by default `ValueModel.from_gpt(policy)`. ref_policy: by default a frozen copy of policy.
 
@@ -249,6 +249,7 @@ class PPOTrainer(Trainer):
     @staticmethod
     def get_default_config():
         C = Trainer.get_default_config()
+        C.precision = "fp32"          # of the update, as of the rollout: in bf16 the ratio would not start at 1
         C.algorithm = "ppo"           # or reinforce: one plain policy-gradient step a rollout, no value function
         C.batch_size = 64             # episodes in a rollout
         C.minibatch_size = None       # episodes per optimizer step; None: all of them
@@ -276,14 +277,36 @@ class PPOTrainer(Trainer):
         if config.algorithm not in ("ppo", "reinforce"):
             raise ValueError(f"algorithm={config.algorithm!r} must be ppo or reinforce")
         if config.algorithm == "ppo" and value_model is None:
+            if not hasattr(policy, "transformer"):
+                raise ValueError(f"a {type(policy).__name__} is no GPT to copy a value model from: pass one as value_model, "
+                                 "with forward(idx, attention_mask) -> (B, T), or choose algorithm='reinforce'")
             value_model = ValueModel.from_gpt(policy)
         self.stop_token = config.stop_token if config.stop_token is not None else getattr(tokenizer, "eot_token", None)
+        self.block_size = getattr(getattr(policy, "config", None), "block_size", math.inf)
         self.reward_fn = reward_fn
         self.kl_coef = config.kl_coef
         super().__init__(config, ActorCritic(policy, value_model), encode_prompts(prompts, tokenizer),
                          loss_fn=self.policy_and_value_loss, collate_fn=left_pad)
         self.policy = policy
+        self.log_prob_error = 0.0  # largest difference in a minibatch between the log-probs of the sampler and of the update
+        if isinstance(reward_fn, nn.Module):
+            reward_fn.to(self.device).eval()  # a reward model: it, too, without dropout
         self.ref_policy = (ref_policy or copy.deepcopy(policy)).to(self.device).eval().requires_grad_(False)
+
+    def check_config(self):
+        """The Trainer's checks, and PPO's own: ValueError for options out of range and for episodes that do not fit."""
+        super().check_config()
+        C = self.config
+        check_numbers(C, "ppo_epochs max_new_tokens", low=1, whole=True)
+        check_numbers(C, "minibatch_size", low=1, whole=True, optional=True)
+        check_numbers(C, "kl_coef clip_range value_clip_range value_coef value_lr_ratio")
+        check_numbers(C, "gamma gae_lambda", high=1)
+        check_numbers(C, "kl_target", low=1e-6, optional=True)
+        check_numbers(C, "kl_horizon", low=1)
+        longest = max(map(len, self.train_dataset))
+        if longest + C.max_new_tokens > self.block_size + 1:  # the last token is only predicted, never read
+            raise ValueError(f"prompts of up to {longest} tokens and max_new_tokens={C.max_new_tokens} do not fit into the policy's "
+                             f"block_size={self.block_size}: their sum may be {self.block_size + 1}")
 
     def state_dict(self):
         return {**super().state_dict(), "kl_coef": self.kl_coef}
@@ -346,10 +369,10 @@ class PPOTrainer(Trainer):
         for _ in range(epochs):
             for index in torch.randperm(size).split(minibatch_size):
                 minibatch = {name: x[index.to(self.device)] for name, x in rollout.items()}
-                rows.append(self.optimizer_step(self.micro_batches(minibatch)))
+                self.log_prob_error = 0.0
+                rows.append(self.optimizer_step(self.micro_batches(minibatch)) | {"log_prob_error": self.log_prob_error})
         metrics = {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
-        metrics["log_prob_error"] = rows[0]["log_prob_error"]  # the sampler's against those of the first minibatch
-        return metrics
+        return metrics | {"log_prob_error": rows[0]["log_prob_error"]}  # before the first step the two must agree
 
     def micro_batches(self, minibatch):
         """(weight, micro-batch) pairs, weighted by their share of the completion's tokens."""
@@ -367,10 +390,10 @@ class PPOTrainer(Trainer):
         log_ratio = masked(log_probs - old_log_probs, mask)
         policy_loss, clip_fraction = ppo_policy_loss(log_probs, old_log_probs, batch["advantages"], mask, C.clip_range)
         v_loss = value_loss(values, batch["old_values"], batch["returns"], mask, C.value_clip_range)
+        self.log_prob_error = max(self.log_prob_error, log_ratio.detach().abs().max().item())
         with torch.no_grad():
             metrics = {"loss/policy": policy_loss.detach(), "loss/value": v_loss.detach(), "policy/clipfrac": clip_fraction,
-                       "policy/approxkl": masked_mean(log_ratio ** 2 / 2, mask), "val/ratio": masked_mean(log_ratio.exp(), mask),
-                       "log_prob_error": log_ratio.abs().max()}
+                       "policy/approxkl": masked_mean(log_ratio ** 2 / 2, mask), "val/ratio": masked_mean(log_ratio.exp(), mask)}
         return policy_loss + C.value_coef * v_loss, metrics
 
     def describe(self, rollout):

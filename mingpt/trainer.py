@@ -8,7 +8,9 @@ One iteration is: fetch batch i, compute the loss, step the optimizer, call back
 Each of these is a method, so that a subclass (PPOTrainer is one) can replace a part and keep the others.
 
 With a `work_dir` a run can be killed at any moment and continued: a checkpoint holds weights, optimizer, random states and
-position in the data, and batch i depends on (seed, i) alone, so that the same weights come out, bit for bit on the CPU.
+position in the data, and batch i depends on (seed, i) alone, so that the same weights come out, bit for bit on the CPU. (Only a
+dataset that draws random numbers in worker processes, num_workers > 0, has them drawn anew.) Validation loss and micro-batches are
+weighted by examples: a loss_fn that averages over something else should know.
 """
 
 import json
@@ -24,13 +26,13 @@ from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from mingpt.utils import CfgNode as CN
-from mingpt.utils import (adamw, deferred_interrupt, get_rng_state, pick_device, pick_precision, read_metrics, save_torch,
+from mingpt.utils import (adamw, check_numbers, deferred_interrupt, get_rng_state, pick_device, pick_precision, read_metrics, save_torch,
                           set_rng_state, write_text)
 
 logger = logging.getLogger("mingpt")
 
-# options that a resumed run may change; every other one would make it another run
-FREE_TO_CHANGE = {"device", "num_workers", "max_iters", "epochs", "log_every", "eval_every", "checkpoint_every", "work_dir"}
+# what a resumed run may change (and its end, if no schedule hangs on it); anything else would make it another run
+FREE_TO_CHANGE = {"device", "num_workers", "log_every", "eval_every", "checkpoint_every", "work_dir"}
 
 
 class Trainer:
@@ -71,6 +73,7 @@ class Trainer:
         self.loss_fn = loss_fn or (lambda model, batch: model(*batch)[-1])
         self.collate_fn = collate_fn
         self.callbacks = defaultdict(list)
+        self.description = Path(config.work_dir).name if config.work_dir else "training"  # in the progress bar and the log
         self.check_config()
 
         self.device = pick_device(config.device)
@@ -109,20 +112,21 @@ class Trainer:
     def run(self):
         """Train until the stop rule holds, from the last checkpoint in work_dir if there is one.
 
-        Ctrl-C finishes the iteration, saves a checkpoint and raises KeyboardInterrupt; a second one does so at once.
+        Ctrl-C finishes the iteration, saves a checkpoint and raises KeyboardInterrupt; a second one raises at once.
         """
         self.model.train()
-        if self.checkpoint_path and self.checkpoint_path.exists():
-            self.load_checkpoint()
+        if self.config.work_dir:
+            self.resume()
         rng_state = get_rng_state()
-        batches = self.batches()         # takes a number from the generator,
-        set_rng_state(rng_state)         # which a resumed run must not see
+        batches = self.batches()
+        set_rng_state(rng_state)  # a DataLoader takes a number from the generator when it starts: a resumed run must not see it
         bar = tqdm(total=self.max_iters, initial=self.iter_num, desc=self.description, disable=None, dynamic_ncols=True)
         self.trigger_callbacks("on_train_begin")
         self.iter_time = time.time()
         with bar, logging_redirect_tqdm(), deferred_interrupt() as interrupted:
             while self.max_iters is None or self.iter_num < self.max_iters:
-                self.set_learning_rate()
+                for group in self.optimizer.param_groups:
+                    group["lr"] = self.learning_rate() * group.get("lr_ratio", 1.0)
                 metrics = self.train_step(next(batches))
                 now = time.time()
                 self.iter_dt, self.iter_time = now - self.iter_time, now
@@ -161,11 +165,6 @@ class Trainer:
         if self.config.epochs is not None:
             ends.append(math.ceil(self.config.epochs * len(self.train_dataset) / self.config.batch_size))
         return min(ends, default=None)
-
-    @property
-    def description(self):
-        """How the progress bar and the log call this run."""
-        return Path(self.config.work_dir).name if self.config.work_dir else "training"
 
     def progress(self, metrics):
         """What the progress bar shows."""
@@ -227,8 +226,7 @@ class Trainer:
             for name, value in {"loss": loss.detach(), **extra}.items():
                 metrics[name] += weight * value
         self.scaler.unscale_(self.optimizer)
-        max_norm = self.config.grad_norm_clip or math.inf
-        grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), max_norm)
+        grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_norm_clip or math.inf)
         self.loss = metrics["loss"]
         metrics = {name: float(value) for name, value in metrics.items()}
         metrics |= {"lr": self.learning_rate(), "grad_norm": grad_norm.item()}
@@ -243,8 +241,8 @@ class Trainer:
             return
         raise FloatingPointError(
             f"iteration {self.iter_num}: loss {metrics['loss']}, gradient norm {metrics['grad_norm']}, learning rate "
-            f"{metrics['lr']:.3g}. The weights were not touched, and the last checkpoint stays. Look for a learning rate "
-            "that is too high, a missing warmup, or NaN in the data")
+            f"{metrics['lr']:.3g}. This step touched no weight, and the last checkpoint stays. Look for a learning rate that "
+            "is too high, a missing warmup, or NaN in the data")
 
     def learning_rate(self):
         """The schedule: linear warmup, then constant, linear or cosine decay to lr_final_fraction at max_iters."""
@@ -256,10 +254,6 @@ class Trainer:
         progress = (i - C.warmup_iters) / max(1, self.max_iters - C.warmup_iters)
         left = 1 - progress if C.lr_schedule == "linear" else (1 + math.cos(math.pi * progress)) / 2
         return C.learning_rate * (C.lr_final_fraction + (1 - C.lr_final_fraction) * left)
-
-    def set_learning_rate(self):
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate() * group.get("lr_ratio", 1.0)
 
     # -- evaluation ----------------------------------------------------------------------------------------------------
 
@@ -313,34 +307,42 @@ class Trainer:
         if self.checkpoint_path:
             save_torch(self.checkpoint_path, self.state_dict())
 
+    def resume(self):
+        """Continue from the checkpoint, if there is one; rows of metrics behind it are dropped, to be written again."""
+        if self.checkpoint_path.exists():
+            self.load_checkpoint()
+        path = Path(self.config.work_dir) / "metrics.jsonl"
+        rows = [row for row in read_metrics(path) if row["iter"] <= self.iter_num]
+        write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+
     def load_checkpoint(self):
-        """Continue from work_dir/checkpoint.pt; rows of metrics written after it are dropped, to be written again."""
-        state = torch.load(self.checkpoint_path, map_location=self.device, weights_only=True)
+        """Load work_dir/checkpoint.pt; ValueError if it is from a run with other options."""
+        state = torch.load(self.checkpoint_path, map_location="cpu", weights_only=True)
+        free = FREE_TO_CHANGE | ({"max_iters", "epochs"} if self.config.lr_schedule == "constant" else set())
         now, then = self.config.to_dict(), state["config"]
         changed = [f"{name} was {then.get(name)!r}, is {now.get(name)!r}" for name in {**then, **now}
-                   if name not in FREE_TO_CHANGE and now.get(name) != then.get(name)]
+                   if name not in free and now.get(name) != then.get(name)]
         if changed:
             raise ValueError(f"{self.checkpoint_path} is from a run with other options ({'; '.join(changed)}): put them "
                              "back to continue it, or choose another work_dir")
         self.load_state_dict(state)
-        path = Path(self.config.work_dir) / "metrics.jsonl"
-        rows = [row for row in read_metrics(path) if row["iter"] <= self.iter_num]
-        write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
-        state = "finished before" if self.iter_num == self.max_iters else "resumed"
-        logger.info("%s: %s, at iteration %d in %s", self.description, state, self.iter_num, self.checkpoint_path)
+        logger.info("%s: at iteration %d already, from %s", self.description, self.iter_num, self.checkpoint_path)
 
     # -- checks --------------------------------------------------------------------------------------------------------
 
     def check_config(self):
-        C = self.config
-        for name in ("batch_size", "micro_batch_size", "max_iters", "log_every", "eval_every", "checkpoint_every"):
-            value = getattr(C, name)
-            optional = name != "batch_size"
-            if not (value is None and optional) and (type(value) is not int or value < 1):
-                raise ValueError(f"{name}={value!r} must be a whole number of 1 or more" + " or None" * optional)
+        """ValueError for options that do not exist or are out of range, and for data that can't be trained on."""
+        C, known = self.config, type(self).get_default_config()
+        if unknown := vars(C).keys() - vars(known).keys():
+            raise ValueError(f"{type(self).__name__} has no options {sorted(unknown)}; it has {sorted(vars(known))}")
+        check_numbers(C, "batch_size", low=1, whole=True)
+        check_numbers(C, "max_iters micro_batch_size log_every eval_every checkpoint_every", low=1, whole=True, optional=True)
+        check_numbers(C, "learning_rate lr_final_fraction warmup_iters eps weight_decay num_workers")
+        check_numbers(C, "epochs grad_norm_clip", optional=True)
         if C.lr_schedule not in ("constant", "linear", "cosine"):
             raise ValueError(f"lr_schedule={C.lr_schedule!r} must be constant, linear or cosine")
         if C.lr_schedule != "constant" and C.max_iters is None and C.epochs is None:
             raise ValueError(f"lr_schedule={C.lr_schedule!r} needs an end to decay to: set max_iters or epochs")
-        if not hasattr(self.train_dataset, "__len__") or len(self.train_dataset) == 0:
-            raise ValueError("train_dataset is empty or has no length; it must be a map-style Dataset with examples")
+        for dataset in (self.train_dataset, *([] if self.valid_dataset is None else [self.valid_dataset])):
+            if not hasattr(dataset, "__len__") or len(dataset) == 0:
+                raise ValueError("a dataset is empty or has no length; it must be a map-style Dataset with examples")

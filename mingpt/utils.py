@@ -13,7 +13,6 @@ import os
 import random
 import signal
 import sys
-import tempfile
 import threading
 from pathlib import Path
 
@@ -96,16 +95,22 @@ def parse_option(name, text, default):
     raise ValueError(f"--{name}={text} must be of type {type(default).__name__}, like its default {default!r}")
 
 
+def check_numbers(config, names, low=0, high=float("inf"), whole=False, optional=False):
+    """ValueError for the first of the options `names` (separated by spaces) that is not a number in [low, high]; optional: or None."""
+    for name in names.split():
+        value = getattr(config, name)
+        if type(value) in ((int,) if whole else (int, float)) and low <= value <= high or value is None and optional:
+            continue
+        raise ValueError(f"{name}={value!r} must be a {'whole ' * whole}number in [{low}, {high}]{' or None' * optional}")
+
+
 def parse_args(config, args, about):
-    """Merge a script's command line into config. `--help` prints `about` and every option; a mistake ends in one line."""
+    """Merge a script's command line into config; `--help` prints `about` and every option, and exits."""
     if "--help" in args or "-h" in args:
         options = "\n".join(f"  --{name}={value}" for name, value in config.leaves())
         sys.stdout.write(f"{about.strip()}\n\nOptions and their defaults:\n{options}\n")
         sys.exit(0)
-    try:
-        config.merge_from_args(args)
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+    config.merge_from_args(args)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -122,8 +127,12 @@ def set_seed(seed):
 def get_rng_state():
     """The state of all the generators that `set_seed` seeds, in types that load with weights_only=True."""
     name, keys, *rest = np.random.get_state()
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    return {"python": random.getstate(), "numpy": (name, keys.tolist(), *rest), "torch": torch.get_rng_state(), "cuda": cuda}
+    state = {"python": random.getstate(), "numpy": (name, keys.tolist(), *rest), "torch": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state_all()
+    if torch.backends.mps.is_available():
+        state["mps"] = torch.mps.get_rng_state()
+    return state
 
 
 def set_rng_state(state):
@@ -131,8 +140,10 @@ def set_rng_state(state):
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])
     torch.set_rng_state(state["torch"])
-    if state["cuda"] and torch.cuda.is_available():
+    if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state_all(state["cuda"])
+    if "mps" in state and torch.backends.mps.is_available():
+        torch.mps.set_rng_state(state["mps"])
 
 
 def pick_device(device="auto"):
@@ -179,16 +190,15 @@ def atomic_write(path):
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    fd, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")  # a name that nobody else writes to
     try:
-        with os.fdopen(fd, "wb") as f:
+        with temporary.open("wb") as f:
             yield f
             f.flush()
             os.fsync(f.fileno())
-        os.chmod(temporary, 0o644)  # mkstemp's files are for their owner alone
-        os.replace(temporary, path)
+        temporary.replace(path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
 
 
@@ -249,7 +259,7 @@ def setup_logging(config):
 
 
 def read_metrics(path):
-    """The rows of a metrics.jsonl as a list of dicts; a last line that a crash cut off is left out."""
+    """The rows of a metrics.jsonl as a list of dicts; a line that a crash cut off is left out."""
     rows = []
     with contextlib.suppress(FileNotFoundError):
         for line in Path(path).read_text(encoding="utf-8").splitlines():

@@ -118,6 +118,8 @@ class TestEstimators(unittest.TestCase):
         self.assertAlmostEqual(white[mask].mean().item(), 0.0, places=7)
         self.assertAlmostEqual(white[mask].std(unbiased=False).item(), 1.0, places=6)
         self.assertTrue((white[~mask] == 0).all())
+        constant = rlhf.masked_whiten(torch.full((4, 9), 0.3), mask)
+        self.assertLess(constant.abs().max().item(), 1e-2)  # rounding errors are not blown up
         kept = rlhf.masked_whiten(x, mask, shift_mean=False)[mask]
         self.assertAlmostEqual(kept.mean().item(), real.mean().item(), places=7)
         self.assertAlmostEqual(kept.std(unbiased=False).item(), 1.0, places=6)
@@ -246,7 +248,7 @@ class TestPPOTrainer(TempDirTestCase):
         self.assertGreater(r["kl"].sum(1).mean().item(), 0.1)
 
     def test_ratio_starts_at_one(self):
-        for options in ({}, {"temperature": 0.7}, {"minibatch_size": 5, "ppo_epochs": 2}):
+        for options in ({}, {"temperature": 0.7}, {"minibatch_size": 5, "ppo_epochs": 2}, {"micro_batch_size": 1}):
             with self.subTest(options):
                 set_seed(0)
                 policy = tiny_gpt(embd_pdrop=0.3, resid_pdrop=0.3, attn_pdrop=0.3)  # dropout must not matter
@@ -290,6 +292,13 @@ class TestPPOTrainer(TempDirTestCase):
             trainer.run()
             kl[kl_coef] = rows[-1]["objective/kl"]
         self.assertLess(kl[1.0], 0.5 * kl[0.0])
+
+    def test_a_reward_model_is_a_reward_function_without_dropout(self):
+        reward_model = RewardModel.from_gpt(tiny_gpt(resid_pdrop=0.5, block_size=16)).train()
+        trainer = PPOTrainer(ppo_config(), tiny_gpt(), reward_model, [[1], [4, 2]])
+        r = trainer.rollout(*rlhf.left_pad([torch.tensor([1]), torch.tensor([4, 2])] * 4))
+        alone = [reward_model(row[keep][None]).item() for row, keep in zip(r["idx"], r["attention_mask"])]
+        torch.testing.assert_close(r["scores"], torch.tensor(alone), atol=1e-5, rtol=0)
 
     def test_adaptive_kl_coef(self):
         trainer = PPOTrainer(ppo_config(max_iters=1, kl_coef=0.1, kl_target=5.0, kl_horizon=160), tiny_gpt(), count_token(3), [[1]])
@@ -348,6 +357,13 @@ class TestPPOTrainer(TempDirTestCase):
         for words, prompts in (("is text", ["hello"]), ("one token or more", [[]]), ("empty", [])):
             with self.subTest(words), self.assertRaisesRegex(ValueError, words):
                 PPOTrainer(ppo_config(), tiny_gpt(), count_token(3), prompts)
+        for words, options in (("clip_range=-0.2", {"clip_range": -0.2}), ("minibatch_size=0", {"minibatch_size": 0}),
+                               ("kl_target=0", {"kl_target": 0}), ("gamma=1.5", {"gamma": 1.5}), ("ppo_epochs=0", {"ppo_epochs": 0}),
+                               ("do not fit into the policy's block_size=12", {"max_new_tokens": 13})):
+            with self.subTest(words), self.assertRaisesRegex(ValueError, words):
+                PPOTrainer(ppo_config(**options), tiny_gpt(), count_token(3), [[1]])
+        with self.assertRaisesRegex(ValueError, "is no GPT to copy a value model from"):
+            PPOTrainer(ppo_config(), torch.nn.Linear(1, 1), count_token(3), [[1]])
         with self.assertRaisesRegex(ValueError, "must be ppo or reinforce"):
             PPOTrainer(ppo_config(algorithm="a2c"), tiny_gpt(), count_token(3), [[1]])
 

@@ -154,6 +154,19 @@ class TestResume(TempDirTestCase):
         self.assertTrue(torch.equal(whole, parts))
         self.assertEqual(rows, rows_of_parts)
 
+    def test_rows_of_a_run_that_died_before_its_first_checkpoint_are_dropped(self):
+        (self.folder / "run").mkdir()
+        (self.folder / "run" / "metrics.jsonl").write_text('{"iter": 1, "loss": 9.0}\n{"iter": 2, "lo')
+        _, rows = self.train("run", 6)
+        self.assertEqual([row["iter"] for row in rows], [1, 2, 3, 4, 5, 6])
+        self.assertLess(rows[0]["loss"], 9.0)
+
+    def test_the_end_is_free_to_change_only_without_a_schedule(self):
+        train = lambda **options: Trainer(config(work_dir=str(self.folder), lr_schedule="linear", **options), tiny_gpt(), tokens()).run()
+        train(max_iters=4)
+        with self.assertRaisesRegex(ValueError, "max_iters was 4, is 8"):
+            train(max_iters=8)
+
     def test_a_finished_run_is_left_as_it_is(self):
         first, rows = self.train("run", 6)
         again, rows_again = self.train("run", 6)
@@ -231,11 +244,15 @@ class TestRefusals(TempDirTestCase):
     def test_options_and_data(self):
         for words, options in (("batch_size=0", {"batch_size": 0}), ("max_iters=1.5", {"max_iters": 1.5}),
                                ("lr_schedule='step'", {"lr_schedule": "step"}), ("precision='int8'", {"precision": "int8"}),
+                               ("grad_norm_clip=-1", {"grad_norm_clip": -1}), ("warmup_iters=None", {"warmup_iters": None}),
+                               ("no options \\['max_iter'\\]", {"max_iter": 3}),
                                ("needs an end", {"lr_schedule": "cosine", "max_iters": None})):
             with self.subTest(words), self.assertRaisesRegex(ValueError, words):
                 Trainer(config(**options), tiny_gpt(), tokens())
         with self.assertRaisesRegex(ValueError, "empty"):
             Trainer(config(), tiny_gpt(), [])
+        with self.assertRaisesRegex(ValueError, "empty"):
+            Trainer(config(), tiny_gpt(), tokens(), [])
         with self.assertRaisesRegex(TypeError, "tuple of tensors, not dict"):
             Trainer(config(), tiny_gpt(), [{"x": torch.ones(3)}]).run()
 

@@ -27,13 +27,18 @@ from mingpt.utils import home
 SDIST = "vaderSentiment-3.3.2.tar.gz"
 SHA256 = "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9"
 # --no-build-isolation: pip asks the package's setup.py for its name, with the setuptools that requirements.txt brought
-PIP = ["-m", "pip", "download", "--no-deps", "--no-build-isolation", "--no-binary=:all:", "--require-hashes"]
+PIP = ["-m", "pip", "download", "--no-deps", "--no-build-isolation", "--no-binary=:all:", "--require-hashes",
+       "--disable-pip-version-check"]
 SOURCES = {"tweets": "tweets", "movies": "movieReviewSnippets", "products": "amazonReviewSnippets",
            "news": "nytEditorialSnippets"}
 
 
+class FetchError(Exception):
+    """The corpora are not there and can't be fetched; the message says what to do."""
+
+
 def fetch():
-    """Path of the checked source distribution, downloaded into the cache if it is not there. RuntimeError if it can't be."""
+    """Path of the checked source distribution, downloaded into the cache if it is not there. FetchError if it can't be."""
     path = home() / "icwsm2014" / SDIST
     if path.exists() and sha256(path) == SHA256:
         return path
@@ -44,8 +49,8 @@ def fetch():
         pip = subprocess.run([sys.executable, *PIP, "-r", requirements, "-d", folder], capture_output=True, text=True)
         if pip.returncode or not (Path(folder) / SDIST).exists():
             reason = (pip.stderr.strip() or pip.stdout.strip() or "no output").splitlines()[-1]
-            raise RuntimeError(
-                f"the texts are neither at {path} nor could pip fetch them ({reason}). On a machine with a network run\n"
+            raise FetchError(
+                f"{path} is missing or damaged, and pip could not fetch it ({reason}). On a machine with a network run\n"
                 f"  python -m pip download --no-deps --no-binary=:all: vaderSentiment==3.3.2\n"
                 f"and put {SDIST} into {path.parent}; or train on texts of your own with --data.path=FILE")
         shutil.move(Path(folder) / SDIST, path)
@@ -84,7 +89,7 @@ def load_jsonl(path):
     rows = []
     if not Path(path).is_file():
         raise ValueError(f"--data.path={path}: there is no such file")
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8-sig").split("\n"), 1):
         if not line.strip():
             continue
         try:

@@ -7,7 +7,7 @@ HappyGPT: a character-level GPT of 0.8M parameters learns to write, then to writ
 
     python projects/happy_gpt/happy_gpt.py                       all of it, into out/happy_gpt
     python projects/happy_gpt/happy_gpt.py --prompt="I think"    let the result go on from there
-    python projects/happy_gpt/happy_gpt.py --rl.kl_coef=0.02     any option below, by name
+    python projects/happy_gpt/happy_gpt.py --rl.algorithm=reinforce --system.work_dir=out/reinforce     any option below
 
 A run that was interrupted goes on where it stopped; stages that are finished are skipped.
 """
@@ -26,7 +26,7 @@ import report
 from mingpt.chars import CharTokenizer
 from mingpt.model import GPT
 from mingpt.rlhf import PPOTrainer, TextReward
-from mingpt.trainer import Trainer
+from mingpt.trainer import FREE_TO_CHANGE, Trainer
 from mingpt.utils import CfgNode as CN
 from mingpt.utils import import_extra, log_to_console, parse_args, pick_device, set_seed, write_text
 
@@ -37,7 +37,7 @@ STAGES = ("pretrain", "sft", "rl")
 def get_config():
     C = CN()
     C.stages = ",".join(STAGES)
-    C.prompt = None                  # text to continue with the finished model, instead of training
+    C.prompt = ""                    # text to continue with the finished model, instead of training
 
     C.system = CN()
     C.system.seed = 3407
@@ -95,23 +95,24 @@ def main(args):
     config = get_config()
     parse_args(config, args, __doc__)
     stages = check_stages(config.stages)
-    log_to_console()
     work_dir = Path(config.system.work_dir)
-    if config.prompt is not None:
+    log_to_console()
+    if config.prompt:
         return print_continuations(config, work_dir)
     for extra in ("matplotlib", "vaderSentiment"):
         import_extra(extra, "projects")  # before the work, not after it
-    claim(work_dir, config)
 
     start = time.time()
     splits, tokenizer = load_data(config)
-    tokenizer.save_pretrained(work_dir)
+    claim(work_dir, config, tokenizer)
     reward = TextReward(vader(), tokenizer)
-    for stage in stages:
-        trainer = {"pretrain": pretrain, "sft": sft, "rl": rl}[stage](config, work_dir, splits, tokenizer, reward)
-        start -= trainer.resumed_seconds  # what earlier, interrupted runs of this stage took
-    models = {stage: load_model(config, work_dir, stage, tokenizer) for stage in STAGES
-              if (work_dir / stage / "checkpoint.pt").exists()}
+    for stage in STAGES:
+        if stage in stages:
+            trainer = {"pretrain": pretrain, "sft": sft, "rl": rl}[stage](config, work_dir, splits, tokenizer, reward)
+            start -= trainer.resumed_seconds  # what earlier runs of this stage took
+        elif finished(config, work_dir, stage):
+            start -= load_checkpoint(work_dir, stage)["seconds"]
+    models = {stage: load_model(config, work_dir, stage, tokenizer) for stage in STAGES if finished(config, work_dir, stage)}
     report.write(config, work_dir, models, splits, tokenizer, reward, start)
 
 
@@ -198,49 +199,65 @@ def model_config(config, tokenizer):
 
 
 def load_model(config, work_dir, stage, tokenizer):
-    """The model that a stage ended with, on the device it trains on."""
-    path = work_dir / stage / "checkpoint.pt"
-    if not path.exists():
-        raise ValueError(f"{path} is not there: run the stage that writes it first, with --stages={stage}")
+    """The model that a stage ended with, on the device it trains on. ValueError if the stage is not finished."""
+    if not finished(config, work_dir, stage):
+        raise ValueError(f"the stage {stage} is not finished in {work_dir}: run it first, with --stages={stage}")
     model = GPT(model_config(config, tokenizer))
-    weights = torch.load(path, map_location="cpu", weights_only=True)["model"]
+    weights = load_checkpoint(work_dir, stage)["model"]
     # the checkpoint of rl holds the value model beside the policy
     weights = {name.removeprefix("policy."): w for name, w in weights.items() if not name.startswith("value_model.")}
     model.load_state_dict(weights)
     return model.to(pick_device(config.rl.device)).eval()
 
 
+def finished(config, work_dir, stage):
+    state = load_checkpoint(work_dir, stage)
+    return state is not None and state["iter_num"] == getattr(config, stage).max_iters
+
+
+def load_checkpoint(work_dir, stage):
+    """The state of a stage's trainer, or None where it has not saved any yet."""
+    path = work_dir / stage / "checkpoint.pt"
+    return torch.load(path, map_location="cpu", weights_only=True) if path.exists() else None
+
+
 def check_stages(stages):
     stages = stages.split(",")
     if unknown := set(stages) - set(STAGES):
-        sys.exit(f"error: --stages={','.join(stages)}: {', '.join(sorted(unknown))} is none of {','.join(STAGES)}")
+        raise ValueError(f"--stages={','.join(stages)}: {', '.join(sorted(unknown))} is none of {','.join(STAGES)}")
     return [stage for stage in STAGES if stage in stages]
 
 
-def claim(work_dir, config):
-    """Keep the config in work_dir; ValueError where it holds a run with other options, since the two would mix."""
+def claim(work_dir, config, tokenizer):
+    """Keep options and vocabulary in work_dir; ValueError where it holds a run with others, since the two would mix."""
     path = work_dir / "config.json"
-    mine = {name: value for name, value in config.leaves() if name not in ("stages", "prompt", "system.work_dir")}
-    if path.exists():
-        theirs = json.loads(path.read_text(encoding="utf-8"))
-        changed = [f"--{name} was {theirs.get(name)}, is {mine.get(name)}" for name in {**theirs, **mine}
-                   if json.dumps(mine.get(name)) != json.dumps(theirs.get(name))]
-        if changed:
-            raise ValueError(f"{work_dir} holds a run with other options ({'; '.join(changed)}): put them back to go on "
-                             "with it, or start another one with --system.work_dir=FOLDER")
+    mine = dict(config.leaves()) | {"vocabulary": "".join(tokenizer.chars)}
+    theirs = json.loads(path.read_text(encoding="utf-8")) if path.exists() else mine
+    free = ("stages", "prompt", "system.work_dir", "report.", *(f"{stage}.{name}" for stage in STAGES for name in FREE_TO_CHANGE))
+    changed = [f"--{name} was {theirs.get(name)}, is {mine.get(name)}" for name in {**theirs, **mine}
+               if json.dumps(mine.get(name)) != json.dumps(theirs.get(name)) and not name.startswith(free)]
+    if changed and any(load_checkpoint(work_dir, stage) for stage in STAGES):
+        raise ValueError(f"{work_dir} holds a run with other options ({'; '.join(changed)}): put them back to go on "
+                         "with it, or start another one with --system.work_dir=FOLDER")
     write_text(path, json.dumps(mine, indent=2))
+    tokenizer.save_pretrained(work_dir)
 
 
 def print_continuations(config, work_dir):
-    """Ten ways to go on from --prompt, by the furthest stage that is there."""
-    if not (work_dir / "chars.json").exists():
+    """Ten ways to go on from --prompt, by the furthest stage that is finished."""
+    if not (work_dir / "config.json").exists():
         raise ValueError(f"there is no model in {work_dir} yet: run this script without --prompt first")
+    for name, value in json.loads((work_dir / "config.json").read_text(encoding="utf-8")).items():
+        if name.startswith(("model.", *(f"{stage}.max_iters" for stage in STAGES))):
+            section, option = name.split(".")
+            setattr(getattr(config, section), option, value)  # the model is what it was trained as
     tokenizer = CharTokenizer.from_pretrained(work_dir)
-    stage = next((s for s in reversed(STAGES) if (work_dir / s / "checkpoint.pt").exists()), STAGES[0])
+    stage = next((s for s in reversed(STAGES) if finished(config, work_dir, s)), STAGES[0])
     model = load_model(config, work_dir, stage, tokenizer)
-    room = config.model.block_size - len(config.prompt)
-    if room < 1:
-        raise ValueError(f"--prompt has {len(config.prompt)} characters; the model reads and writes {config.model.block_size}")
+    if strange := sorted(set(config.prompt) - tokenizer.ids.keys()):
+        raise ValueError(f"--prompt has characters that the model has never seen: {' '.join(strange)}")
+    if len(config.prompt) >= config.model.block_size:
+        raise ValueError(f"--prompt has {len(config.prompt)} characters, which leaves no room in {config.model.block_size}")
     for text in report.sample(model, tokenizer, None, n=10, seed=config.system.seed, prompt=config.prompt).texts:
         print(text)
 
@@ -248,7 +265,7 @@ def print_continuations(config, work_dir):
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
-    except (ValueError, RuntimeError, ImportError, FloatingPointError) as error:
+    except (ValueError, OSError, data.FetchError, ImportError, FloatingPointError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on from here", file=sys.stderr)

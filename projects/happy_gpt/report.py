@@ -43,7 +43,7 @@ def sample(model, tokenizer, reward, n, seed, prompt=""):
     written = written_mask(idx, start.size(1), eot)
     attention_mask = written | (torch.arange(idx.size(1), device=device) < start.size(1))
     texts = [tokenizer.decode([i for i in row.tolist() if i != eot]) for row in idx]
-    rewards = reward(idx, attention_mask, written) if reward else torch.zeros(n)
+    rewards = reward(idx, attention_mask, written).cpu() if reward else torch.zeros(n)
     return Tweets(texts, idx, written[:, 1:], F.pad(log_probs, (start.size(1) - 1, 0)), rewards)
 
 
@@ -126,8 +126,10 @@ def write(config, work_dir, models, splits, tokenizer, reward, start):
                                                    for stage, rows in metrics.items() for row in rows))
     write_text(work_dir / "samples.md", side_by_side(tweets, min(20, n)))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
-    summary |= {"seconds": round(time.time() - start, 1), "peak_rss_mb": round(peak), "seed": seed}
-    write_text(work_dir / "summary.json", json.dumps(summary, indent=2) + "\n")
+    path = work_dir / "summary.json"
+    before = json.loads(path.read_text(encoding="utf-8"))["peak_rss_mb"] if path.exists() else 0  # stages can run one by one
+    summary |= {"seconds": round(time.time() - start, 1), "peak_rss_mb": max(before, round(peak)), "seed": seed}
+    write_text(path, json.dumps(summary, indent=2) + "\n")
     print(table(summary, tweets, work_dir))
 
 
