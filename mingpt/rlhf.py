@@ -30,13 +30,16 @@ of the *action* idx[:, t+1], taken in the *state* idx[:, :t+1]. For one row, lef
 import copy
 import logging
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn as nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from mingpt.model import Transformer, last_real, resolve_config
+from mingpt.model import GPT, Transformer, last_real, resolve_config
 from mingpt.trainer import Trainer
+from mingpt.utils import CfgNode as CN
 from mingpt.utils import adamw, check_numbers
 
 logger = logging.getLogger("mingpt")
@@ -45,12 +48,12 @@ logger = logging.getLogger("mingpt")
 # estimators and losses: (B, T) tensors, mask 1 on the completion's tokens; what lies off the mask never matters
 
 
-def masked(x, mask):
+def masked(x: Tensor, mask: Tensor) -> Tensor:
     """x with exact zeros off the mask, so that junk there, NaN and infinities too, reaches neither value nor gradient."""
     return torch.where(mask.bool(), x, torch.zeros_like(x))
 
 
-def masked_mean(x, mask, dim=None):
+def masked_mean(x: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
     """Mean of x over the masked entries, in all or along dim; 0 where there are none."""
     total, count = masked(x, mask), mask.to(x.dtype)
     if dim is None:
@@ -58,7 +61,7 @@ def masked_mean(x, mask, dim=None):
     return total.sum(dim) / count.sum(dim).clamp(min=1)
 
 
-def masked_whiten(x, mask, shift_mean=True):
+def masked_whiten(x: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
     """x scaled to unit variance over the mask, and to zero mean unless shift_mean is False; 0 off the mask."""
     x = masked(x, mask)
     mean = masked_mean(x, mask)
@@ -67,7 +70,7 @@ def masked_whiten(x, mask, shift_mean=True):
     return masked(whitened if shift_mean else whitened + mean, mask)
 
 
-def kl_estimate(log_probs, ref_log_probs, kind="k1"):
+def kl_estimate(log_probs: Tensor, ref_log_probs: Tensor, kind: str = "k1") -> Tensor:
     """Per-token estimates of KL(π || π_ref) from tokens sampled by π, in nats (Schulman 2020, joschu.net/blog/kl-approx).
 
     k1 = -log r is unbiased; k2 = (log r)²/2 has less variance and some bias; k3 = r - 1 - log r is unbiased and never
@@ -83,7 +86,7 @@ def kl_estimate(log_probs, ref_log_probs, kind="k1"):
     raise ValueError(f"kind={kind!r} must be k1, k2 or k3")
 
 
-def gae(rewards, values, mask, gamma=1.0, lam=0.95):
+def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float = 1.0, lam: float = 0.95) -> tuple[Tensor, Tensor]:
     """Generalised advantage estimation (Schulman et al. 2015, equation 16): (advantages, returns), zero off the mask.
 
         δ_t = r_t + γ V_{t+1} - V_t,    A_t = δ_t + γλ A_{t+1},    returns_t = A_t + V_t
@@ -102,7 +105,8 @@ def gae(rewards, values, mask, gamma=1.0, lam=0.95):
     return advantages, advantages + values
 
 
-def ppo_policy_loss(log_probs, old_log_probs, advantages, mask, clip_range=0.2):
+def ppo_policy_loss(log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, mask: Tensor,
+                    clip_range: float = 0.2) -> tuple[Tensor, Tensor]:
     """The clipped surrogate objective, negated (Schulman et al. 2017, equation 7): (loss, clip_fraction).
 
         L = -mean min(ρ A, clip(ρ, 1-ε, 1+ε) A),    ρ = π / π_old
@@ -116,7 +120,7 @@ def ppo_policy_loss(log_probs, old_log_probs, advantages, mask, clip_range=0.2):
     return loss, masked_mean((clipped < unclipped).to(loss.dtype), mask).detach()
 
 
-def value_loss(values, old_values, returns, mask, clip_range=0.2):
+def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, clip_range: float = 0.2) -> Tensor:
     """Squared error of the value function, with its 1/2, clipped like the ratio (the PPO paper's code, `baselines`).
 
         L = 1/2 mean max((V - R)², (clip(V, V_old - ε, V_old + ε) - R)²)
@@ -126,7 +130,7 @@ def value_loss(values, old_values, returns, mask, clip_range=0.2):
     return 0.5 * masked_mean(torch.maximum((values - returns) ** 2, (clipped - returns) ** 2), mask)
 
 
-def reward_loss(chosen, rejected, margin=0.0):
+def reward_loss(chosen: Tensor, rejected: Tensor, margin: float = 0.0) -> Tensor:
     """Negative log-likelihood of the comparisons under Bradley-Terry: -mean log σ(r_chosen - r_rejected - margin)."""
     return -F.logsigmoid(chosen - rejected - margin).mean()
 
@@ -140,7 +144,7 @@ class ScalarModel(nn.Module):
 
     head_scale = 0.0
 
-    def __init__(self, config):
+    def __init__(self, config: CN):
         super().__init__()
         self.config = resolve_config(config)
         self.transformer = Transformer(self.config)
@@ -149,16 +153,17 @@ class ScalarModel(nn.Module):
         nn.init.zeros_(self.head.bias)
 
     @classmethod
-    def from_gpt(cls, gpt):
+    def from_gpt(cls, gpt: GPT):
         """A new model whose trunk starts as a copy of gpt's; the head is fresh."""
         model = cls(gpt.config)
         model.transformer.load_state_dict(gpt.transformer.state_dict())
         return model.to(next(gpt.parameters()).device)
 
-    def configure_optimizers(self, train_config):
+    def configure_optimizers(self, train_config: CN) -> torch.optim.Optimizer:
+        """AdamW that decays the matrix-product weights alone."""
         return adamw(self, train_config)
 
-    def scores(self, idx, attention_mask=None):
+    def scores(self, idx: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """The head's output at every position: (B, T) -> (B, T). ValueError where T is longer than block_size."""
         return self.head(self.transformer(idx, attention_mask)).squeeze(-1)
 
@@ -169,7 +174,7 @@ class ValueModel(ScalarModel):
     The head starts at zero, so that an untrained value function is silent, not wrong (Huang et al. 2024).
     """
 
-    def forward(self, idx, attention_mask=None):
+    def forward(self, idx: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         return self.scores(idx, attention_mask)
 
 
@@ -182,7 +187,7 @@ class RewardModel(ScalarModel):
 
     head_scale = 1.0
 
-    def forward(self, idx, attention_mask=None, completion_mask=None):
+    def forward(self, idx: Tensor, attention_mask: Tensor | None = None, completion_mask: Tensor | None = None) -> Tensor:
         scores = self.scores(idx, attention_mask)
         if attention_mask is None:
             return scores[:, -1]
@@ -192,12 +197,12 @@ class RewardModel(ScalarModel):
 class ActorCritic(nn.Module):
     """Policy and value model as one module, so that one optimizer steps both and one forward pass serves the loss."""
 
-    def __init__(self, policy, value_model=None):
+    def __init__(self, policy: nn.Module, value_model: nn.Module | None = None):
         super().__init__()
         self.policy = policy
         self.value_model = value_model
 
-    def forward(self, idx, attention_mask, temperature=1.0):
+    def forward(self, idx: Tensor, attention_mask: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
         """(log_probs, values), both (B, T-1): of the actions idx[:, 1:], and of the states before them."""
         log_probs = self.policy.log_probs(idx, attention_mask, temperature)
         return log_probs, self.values(idx, attention_mask)
@@ -210,7 +215,7 @@ class ActorCritic(nn.Module):
                 optimizer.add_param_group({**group, "lr_ratio": train_config.value_lr_ratio})
         return optimizer
 
-    def values(self, idx, attention_mask):
+    def values(self, idx: Tensor, attention_mask: Tensor) -> Tensor:
         """V of each state (B, T-1): value(idx)[:, :-1], and by causality the last token need not even be read."""
         if self.value_model is None:
             return torch.zeros(idx[:, 1:].shape, device=idx.device)
@@ -220,10 +225,10 @@ class ActorCritic(nn.Module):
 class TextReward:
     """Makes a reward_fn of `f(completions, prompts) -> list of floats`, which sees decoded text without end-of-text."""
 
-    def __init__(self, f, tokenizer):
+    def __init__(self, f: Callable[[list[str], list[str]], list[float]], tokenizer):
         self.f, self.tokenizer = f, tokenizer
 
-    def __call__(self, idx, attention_mask, completion_mask):
+    def __call__(self, idx: Tensor, attention_mask: Tensor, completion_mask: Tensor) -> Tensor:
         def texts(mask):
             return [self.tokenizer.decode([i for i in row[keep].tolist() if i != self.tokenizer.eot_token])
                     for row, keep in zip(idx, mask.bool())]
@@ -238,7 +243,8 @@ class TextReward:
 class PPOTrainer(Trainer):
     """Teaches a policy to get reward without straying far from where it started.
 
-    policy: a GPT, or any module with its `log_probs` and `generate` (for ppo, give such a one a value_model). reward_fn(idx, attention_mask, completion_mask) -> (B,).
+    policy: a GPT, or any module with its `log_probs` and `generate` (which for ppo needs a value_model of its own).
+    reward_fn(idx (B, T), attention_mask (B, T), completion_mask (B, T)) -> (B,), or a RewardModel.
     prompts: (N, T) LongTensor, a list of lists of ids, or with a tokenizer a list of strings; unlike lengths are left-padded.
     value_model: by default `ValueModel.from_gpt(policy)`. ref_policy: by default a frozen copy of policy.
 
@@ -247,7 +253,8 @@ class PPOTrainer(Trainer):
     """
 
     @staticmethod
-    def get_default_config():
+    def get_default_config() -> CN:
+        """The Trainer's options, some with other defaults, and PPO's own."""
         C = Trainer.get_default_config()
         C.precision = "fp32"          # of the update, as of the rollout: in bf16 the ratio would not start at 1
         C.algorithm = "ppo"           # or reinforce: one plain policy-gradient step a rollout, no value function
@@ -273,7 +280,8 @@ class PPOTrainer(Trainer):
         C.value_lr_ratio = 1.0        # the value model's learning rate, as a multiple of the policy's
         return C
 
-    def __init__(self, config, policy, reward_fn, prompts, value_model=None, ref_policy=None, tokenizer=None):
+    def __init__(self, config: CN, policy: nn.Module, reward_fn: Callable[[Tensor, Tensor, Tensor], Tensor], prompts,
+                 value_model: nn.Module | None = None, ref_policy: nn.Module | None = None, tokenizer=None):
         if config.algorithm not in ("ppo", "reinforce"):
             raise ValueError(f"algorithm={config.algorithm!r} must be ppo or reinforce")
         if config.algorithm == "ppo" and value_model is None:
@@ -305,8 +313,8 @@ class PPOTrainer(Trainer):
         check_numbers(C, "kl_horizon", low=1)
         longest = max(map(len, self.train_dataset))
         if longest + C.max_new_tokens > self.block_size + 1:  # the last token is only predicted, never read
-            raise ValueError(f"prompts of up to {longest} tokens and max_new_tokens={C.max_new_tokens} do not fit into the policy's "
-                             f"block_size={self.block_size}: their sum may be {self.block_size + 1}")
+            raise ValueError(f"prompts of up to {longest} tokens and max_new_tokens={C.max_new_tokens} do not fit into the "
+                             f"policy's block_size={self.block_size}: their sum may be {self.block_size + 1}")
 
     def state_dict(self):
         return {**super().state_dict(), "kl_coef": self.kl_coef}
@@ -317,7 +325,7 @@ class PPOTrainer(Trainer):
 
     # -- one iteration -------------------------------------------------------------------------------------------------
 
-    def train_step(self, batch):
+    def train_step(self, batch: tuple) -> dict:
         """Rollout, score, advantages, update."""
         self.model.eval()  # no dropout
         rollout = self.rollout(*batch)
@@ -329,7 +337,7 @@ class PPOTrainer(Trainer):
         return metrics
 
     @torch.no_grad()
-    def rollout(self, prompts, prompt_mask):
+    def rollout(self, prompts: Tensor, prompt_mask: Tensor) -> dict:
         """Sample an episode for each prompt, and all that the update needs to know of it: a dict of tensors, B first."""
         C = self.config
         idx, sampled = self.policy.generate(prompts, C.max_new_tokens, temperature=C.temperature, do_sample=True,
@@ -349,17 +357,18 @@ class PPOTrainer(Trainer):
         return {"idx": idx, "attention_mask": attention_mask, "mask": mask, "old_log_probs": old_log_probs, "kl": kl,
                 "scores": scores, "old_values": values, "returns": returns, "advantages": masked_whiten(advantages, mask)}
 
-    def score(self, idx, attention_mask, completion_mask):
+    def score(self, idx: Tensor, attention_mask: Tensor, completion_mask: Tensor) -> Tensor:
+        """The rewards (B,), float32; ValueError where the reward function gave another shape, NaN or infinity."""
         scores = self.reward_fn(idx, attention_mask, completion_mask)
         if not torch.is_tensor(scores) or scores.shape != (len(idx),):
             raise ValueError(f"reward_fn must return a tensor of shape ({len(idx)},), one reward an episode, not "
                              f"{tuple(scores.shape) if torch.is_tensor(scores) else type(scores).__name__}")
         if not torch.isfinite(scores).all():
             row = int((~torch.isfinite(scores)).nonzero()[0])
-            raise ValueError(f"reward_fn gave {scores[row]} to sample {row}, ids {idx[row][attention_mask[row].bool()].tolist()}")
+            raise ValueError(f"reward_fn gave {scores[row]} to sample {row}, ids {idx[row][attention_mask[row]].tolist()}")
         return scores.float().to(idx.device)
 
-    def update(self, rollout):
+    def update(self, rollout: dict) -> dict:
         """Epochs of minibatches over the rollout; returns the mean of their metrics.
 
         REINFORCE takes one step on all of it: there the ratio is 1, and PPO's gradient that of the plain policy gradient.
@@ -382,7 +391,7 @@ class PPOTrainer(Trainer):
             part = {name: x[start:start + size] for name, x in minibatch.items()}
             yield part["mask"].sum() / tokens, part
 
-    def policy_and_value_loss(self, model, batch):
+    def policy_and_value_loss(self, model: nn.Module, batch: dict) -> tuple[Tensor, dict]:
         """The loss of a micro-batch, and its metrics."""
         C = self.config
         mask, old_log_probs = batch["mask"], batch["old_log_probs"]
@@ -393,10 +402,11 @@ class PPOTrainer(Trainer):
         self.log_prob_error = max(self.log_prob_error, log_ratio.detach().abs().max().item())
         with torch.no_grad():
             metrics = {"loss/policy": policy_loss.detach(), "loss/value": v_loss.detach(), "policy/clipfrac": clip_fraction,
-                       "policy/approxkl": masked_mean(log_ratio ** 2 / 2, mask), "val/ratio": masked_mean(log_ratio.exp(), mask)}
+                       "policy/approxkl": masked_mean(log_ratio ** 2 / 2, mask),
+                       "val/ratio": masked_mean(log_ratio.exp(), mask)}
         return policy_loss + C.value_coef * v_loss, metrics
 
-    def describe(self, rollout):
+    def describe(self, rollout: dict) -> dict:
         """What the rollout looked like, under the field's usual names."""
         mask, returns = rollout["mask"], rollout["returns"]
         kl = rollout["kl"].sum(1).mean()
@@ -414,7 +424,7 @@ class PPOTrainer(Trainer):
 # prompts and masks
 
 
-def written_mask(idx, prompt_length, stop_token=None):
+def written_mask(idx: Tensor, prompt_length: int, stop_token: int | None = None) -> Tensor:
     """True on what was generated behind the prompt, up to and including the first stop token: (B, T) -> (B, T)."""
     mask = torch.ones_like(idx, dtype=torch.bool)
     mask[:, :prompt_length] = False
@@ -424,7 +434,7 @@ def written_mask(idx, prompt_length, stop_token=None):
     return mask
 
 
-def encode_prompts(prompts, tokenizer=None):
+def encode_prompts(prompts, tokenizer=None) -> list[Tensor]:
     """Prompts as a list of 1-D LongTensors: from strings, lists of ids or a (N, T) tensor. ValueError for an empty one."""
     def encode(prompt):
         if isinstance(prompt, str):
@@ -441,7 +451,7 @@ def encode_prompts(prompts, tokenizer=None):
     return encoded
 
 
-def left_pad(prompts):
+def left_pad(prompts: list[Tensor]) -> tuple[Tensor, Tensor]:
     """Collate rows of unlike lengths: (idx (B, T), attention_mask (B, T)), padded on the left with id 0."""
     T = max(len(prompt) for prompt in prompts)
     idx = torch.stack([F.pad(prompt, (T - len(prompt), 0)) for prompt in prompts])

@@ -8,9 +8,8 @@ One iteration is: fetch batch i, compute the loss, step the optimizer, call back
 Each of these is a method, so that a subclass (PPOTrainer is one) can replace a part and keep the others.
 
 With a `work_dir` a run can be killed at any moment and continued: a checkpoint holds weights, optimizer, random states and
-position in the data, and batch i depends on (seed, i) alone, so that the same weights come out, bit for bit on the CPU. (Only a
-dataset that draws random numbers in worker processes, num_workers > 0, has them drawn anew.) Validation loss and micro-batches are
-weighted by examples: a loss_fn that averages over something else should know.
+position in the data, and batch i depends on (seed, i) alone, so that the same weights come out, bit for bit on the CPU. (Only
+what a dataset draws at random in worker processes, num_workers > 0, is drawn anew.) Batches are weighted by their examples.
 """
 
 import json
@@ -18,16 +17,18 @@ import logging
 import math
 import time
 from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
-from torch.utils.data import DataLoader
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from mingpt.utils import CfgNode as CN
-from mingpt.utils import (adamw, check_numbers, deferred_interrupt, get_rng_state, pick_device, pick_precision, read_metrics, save_torch,
-                          set_rng_state, write_text)
+from mingpt.utils import (adamw, check_numbers, deferred_interrupt, get_rng_state, pick_device, pick_precision,
+                          read_metrics, save_torch, set_rng_state, write_text)
 
 logger = logging.getLogger("mingpt")
 
@@ -43,7 +44,8 @@ class Trainer:
     """
 
     @staticmethod
-    def get_default_config():
+    def get_default_config() -> CN:
+        """Every option and its default."""
         C = CN()
         C.device = "auto"
         C.precision = "auto"         # fp32, bf16 or fp16 autocast
@@ -66,7 +68,8 @@ class Trainer:
         C.checkpoint_every = 500     # ... between checkpoints
         return C
 
-    def __init__(self, config, model, train_dataset, valid_dataset=None, loss_fn=None, collate_fn=None):
+    def __init__(self, config: CN, model: nn.Module, train_dataset: Dataset, valid_dataset: Dataset | None = None,
+                 loss_fn: Callable | None = None, collate_fn: Callable | None = None):
         self.config = config
         self.train_dataset = train_dataset
         self.valid_dataset = valid_dataset
@@ -84,32 +87,29 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
         self.seed = torch.initial_seed()  # the last `set_seed`: fixes which examples form batch i
 
-        self.iter_num = 0        # iterations done; the callbacks see the number of the current one, counted from 0
-        self.iter_time = 0.0
-        self.iter_dt = 0.0       # seconds
-        self.seconds = 0.0       # of training so far, all runs of it together
-        self.resumed_seconds = 0.0  # of these, in runs before this one
-        self.loss = None         # of the last iteration, a detached scalar
-        self.valid_loss = None
+        self.iter_num = 0  # iterations done; the callbacks see the number of the current one, counted from 0
+        self.iter_time = self.iter_dt = 0.0          # when the last one ended, and what it took, in seconds
+        self.seconds = self.resumed_seconds = 0.0    # of training in all, and in the runs before this one
+        self.loss = self.valid_loss = None           # of the last iteration, a detached scalar; of the last evaluation
         self.best_valid_loss = math.inf
 
     # -- callbacks, as in minGPT ---------------------------------------------------------------------------------------
 
-    def add_callback(self, onevent, callback):
+    def add_callback(self, onevent: str, callback: Callable) -> None:
         """Have callback(trainer) called on an event: on_train_begin, on_batch_end, on_evaluate, on_train_end."""
         self.callbacks[onevent].append(callback)
 
-    def set_callback(self, onevent, callback):
+    def set_callback(self, onevent: str, callback: Callable) -> None:
         """The same, in the place of all others of that event."""
         self.callbacks[onevent] = [callback]
 
-    def trigger_callbacks(self, onevent):
+    def trigger_callbacks(self, onevent: str) -> None:
         for callback in self.callbacks[onevent]:
             callback(self)
 
     # -- the loop ------------------------------------------------------------------------------------------------------
 
-    def run(self):
+    def run(self) -> None:
         """Train until the stop rule holds, from the last checkpoint in work_dir if there is one.
 
         Ctrl-C finishes the iteration, saves a checkpoint and raises KeyboardInterrupt; a second one raises at once.
@@ -142,11 +142,11 @@ class Trainer:
         self.save_checkpoint()
         self.trigger_callbacks("on_train_end")
 
-    def train_step(self, batch):
+    def train_step(self, batch: tuple) -> dict:
         """One iteration: a batch in, an optimizer step, metrics out."""
         return self.optimizer_step(self.micro_batches(batch))
 
-    def after_step(self, metrics):
+    def after_step(self, metrics: dict) -> None:
         """What is due now and then: evaluation, a row of metrics, a checkpoint."""
         due = lambda every: every and (self.iter_num % every == 0 or self.iter_num == self.max_iters)
         if self.valid_dataset is not None and due(self.config.eval_every):
@@ -159,26 +159,26 @@ class Trainer:
             self.save_checkpoint()
 
     @property
-    def max_iters(self):
+    def max_iters(self) -> int | None:
         """Iterations in all by the stop rule (None: no end). A last, partial pass over the data counts as a pass."""
         ends = [self.config.max_iters] if self.config.max_iters is not None else []
         if self.config.epochs is not None:
             ends.append(math.ceil(self.config.epochs * len(self.train_dataset) / self.config.batch_size))
         return min(ends, default=None)
 
-    def progress(self, metrics):
+    def progress(self, metrics: dict) -> dict:
         """What the progress bar shows."""
         return {"loss": f"{metrics['loss']:.3f}", "lr": f"{metrics['lr']:.1e}"}
 
     # -- batches -------------------------------------------------------------------------------------------------------
 
-    def batches(self):
+    def batches(self) -> Iterator:
         """Endless iterator over batches on the device, from number iter_num on."""
         loader = DataLoader(self.train_dataset, batch_sampler=self.batch_indices(), num_workers=self.config.num_workers,
                             collate_fn=self.collate_fn, pin_memory=self.device.type == "cuda")
         return (self.to_device(batch) for batch in iter(loader))
 
-    def batch_indices(self):
+    def batch_indices(self) -> Iterator[list[int]]:
         """Lists of dataset indices, batch by batch: the data in an endless row of passes, each in a new random order."""
         n, size, epoch = len(self.train_dataset), self.config.batch_size, None
         position = self.iter_num * size
@@ -192,13 +192,14 @@ class Trainer:
                 position += 1
             yield indices
 
-    def to_device(self, batch):
+    def to_device(self, batch: tuple) -> tuple:
+        """The batch on the device; TypeError if it is no tuple of tensors."""
         if not isinstance(batch, (tuple, list)) or not all(torch.is_tensor(x) for x in batch):
-            raise TypeError(f"a batch must be a tuple of tensors, not {type(batch).__name__}: have the dataset return tuples "
-                            "of tensors, or pass a collate_fn")
+            raise TypeError(f"a batch must be a tuple of tensors, not {type(batch).__name__}: have the dataset return such "
+                            "tuples, or pass a collate_fn")
         return tuple(x.to(self.device, non_blocking=True) for x in batch)
 
-    def micro_batches(self, batch):
+    def micro_batches(self, batch: tuple) -> Iterator[tuple]:
         """Split a batch into (weight, micro-batch) pairs; weights are shares of the examples and add up to 1."""
         size = self.config.micro_batch_size or len(batch[0])
         for part in zip(*(x.split(size) for x in batch)):
@@ -206,14 +207,14 @@ class Trainer:
 
     # -- the step ------------------------------------------------------------------------------------------------------
 
-    def compute_loss(self, batch):
+    def compute_loss(self, batch) -> tuple[Tensor, dict]:
         """(loss, metrics) of a batch, in the precision that was asked for."""
         with torch.autocast(self.device.type, dtype={"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision),
                             enabled=self.precision != "fp32"):
             result = self.loss_fn(self.model, batch)
         return result if isinstance(result, tuple) else (result, {})
 
-    def optimizer_step(self, micro_batches):
+    def optimizer_step(self, micro_batches: Iterable[tuple]) -> dict:
         """One step on the weighted sum of the micro-batches' losses. Returns loss, lr, grad_norm and the loss's own metrics.
 
         Raises FloatingPointError, before any weight has changed, where the loss or the gradient is NaN or infinite.
@@ -228,14 +229,14 @@ class Trainer:
         self.scaler.unscale_(self.optimizer)
         grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_norm_clip or math.inf)
         self.loss = metrics["loss"]
-        metrics = {name: float(value) for name, value in metrics.items()}
-        metrics |= {"lr": self.learning_rate(), "grad_norm": grad_norm.item()}
+        metrics = {name: float(v) for name, v in metrics.items()} | {"lr": self.learning_rate(), "grad_norm": float(grad_norm)}
         self.check_finite(metrics)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         return metrics
 
-    def check_finite(self, metrics):
+    def check_finite(self, metrics: dict) -> None:
+        """FloatingPointError where the loss or the gradient norm is NaN or infinite."""
         # fp16 may overflow now and then: the scaler skips that step and lowers its scale
         if math.isfinite(metrics["loss"]) and (math.isfinite(metrics["grad_norm"]) or self.scaler.is_enabled()):
             return
@@ -244,7 +245,7 @@ class Trainer:
             f"{metrics['lr']:.3g}. This step touched no weight, and the last checkpoint stays. Look for a learning rate that "
             "is too high, a missing warmup, or NaN in the data")
 
-    def learning_rate(self):
+    def learning_rate(self) -> float:
         """The schedule: linear warmup, then constant, linear or cosine decay to lr_final_fraction at max_iters."""
         C, i = self.config, self.iter_num
         if i < C.warmup_iters:
@@ -258,7 +259,7 @@ class Trainer:
     # -- evaluation ----------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def evaluate(self):
+    def evaluate(self) -> float:
         """Mean loss over valid_dataset, each batch weighted by its examples; the best weights are kept as best.pt."""
         was_training = self.model.training
         self.model.eval()
@@ -276,7 +277,7 @@ class Trainer:
 
     # -- metrics, checkpoints, resume ----------------------------------------------------------------------------------
 
-    def log_metrics(self, row):
+    def log_metrics(self, row: dict) -> None:
         """Append a row to work_dir/metrics.jsonl."""
         if self.config.work_dir:
             path = Path(self.config.work_dir) / "metrics.jsonl"
@@ -285,16 +286,17 @@ class Trainer:
                 f.write(json.dumps(row) + "\n")
 
     @property
-    def checkpoint_path(self):
+    def checkpoint_path(self) -> Path | None:
         return Path(self.config.work_dir) / "checkpoint.pt" if self.config.work_dir else None
 
-    def state_dict(self):
+    def state_dict(self) -> dict:
         """All that a resumed run needs; a subclass adds its own."""
         return {"iter_num": self.iter_num, "seed": self.seed, "best_valid_loss": self.best_valid_loss,
                 "seconds": self.seconds, "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
                 "scaler": self.scaler.state_dict(), "rng": get_rng_state(), "config": self.config.to_dict()}
 
-    def load_state_dict(self, state):
+    def load_state_dict(self, state: dict) -> None:
+        """Take over what `state_dict` returned."""
         self.iter_num, self.seed, self.best_valid_loss = state["iter_num"], state["seed"], state["best_valid_loss"]
         self.seconds = self.resumed_seconds = state["seconds"]
         self.model.load_state_dict(state["model"])
@@ -302,12 +304,12 @@ class Trainer:
         self.scaler.load_state_dict(state["scaler"])
         set_rng_state(state["rng"])
 
-    def save_checkpoint(self):
+    def save_checkpoint(self) -> None:
         """Write work_dir/checkpoint.pt, whole or not at all."""
         if self.checkpoint_path:
             save_torch(self.checkpoint_path, self.state_dict())
 
-    def resume(self):
+    def resume(self) -> None:
         """Continue from the checkpoint, if there is one; rows of metrics behind it are dropped, to be written again."""
         if self.checkpoint_path.exists():
             self.load_checkpoint()
@@ -315,7 +317,7 @@ class Trainer:
         rows = [row for row in read_metrics(path) if row["iter"] <= self.iter_num]
         write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
 
-    def load_checkpoint(self):
+    def load_checkpoint(self) -> None:
         """Load work_dir/checkpoint.pt; ValueError if it is from a run with other options."""
         state = torch.load(self.checkpoint_path, map_location="cpu", weights_only=True)
         free = FREE_TO_CHANGE | ({"max_iters", "epochs"} if self.config.lr_schedule == "constant" else set())
@@ -330,7 +332,7 @@ class Trainer:
 
     # -- checks --------------------------------------------------------------------------------------------------------
 
-    def check_config(self):
+    def check_config(self) -> None:
         """ValueError for options that do not exist or are out of range, and for data that can't be trained on."""
         C, known = self.config, type(self).get_default_config()
         if unknown := vars(C).keys() - vars(known).keys():

@@ -14,7 +14,10 @@ import random
 import signal
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -39,12 +42,10 @@ class CfgNode:
     def __str__(self):
         return "\n".join(f"{name} = {value!r}" for name, value in self.leaves())
 
-    __repr__ = __str__
-
     def __eq__(self, other):
         return isinstance(other, CfgNode) and self.to_dict() == other.to_dict()
 
-    def leaves(self, prefix=""):
+    def leaves(self, prefix: str = "") -> Iterator[tuple[str, Any]]:
         """Every option as (dotted name, value), in the order of definition."""
         for name, value in vars(self).items():
             if isinstance(value, CfgNode):
@@ -52,15 +53,15 @@ class CfgNode:
             else:
                 yield prefix + name, value
 
-    def to_dict(self):
+    def to_dict(self) -> dict:
         """The tree as nested dicts, ready for JSON."""
         return {k: v.to_dict() if isinstance(v, CfgNode) else v for k, v in vars(self).items()}
 
-    def merge_from_dict(self, options):
+    def merge_from_dict(self, options: dict) -> None:
         """Set top-level attributes, new ones included."""
         vars(self).update(options)
 
-    def merge_from_args(self, args):
+    def merge_from_args(self, args: list[str]) -> None:
         """Override options from `--section.key=value` strings; values are Python literals, or else strings."""
         for arg in args:
             name, equals, text = arg.removeprefix("--").partition("=")
@@ -78,7 +79,7 @@ class CfgNode:
             setattr(node, leaf, parse_option(name, text, known[name]))
 
 
-def parse_option(name, text, default):
+def parse_option(name: str, text: str, default: Any) -> Any:
     """The value that `text` means for an option with this default: same type, but int -> float, and None takes anything."""
     try:
         value = ast.literal_eval(text)
@@ -95,8 +96,8 @@ def parse_option(name, text, default):
     raise ValueError(f"--{name}={text} must be of type {type(default).__name__}, like its default {default!r}")
 
 
-def check_numbers(config, names, low=0, high=float("inf"), whole=False, optional=False):
-    """ValueError for the first of the options `names` (separated by spaces) that is not a number in [low, high]; optional: or None."""
+def check_numbers(config: CfgNode, names: str, low=0, high=float("inf"), whole=False, optional=False) -> None:
+    """ValueError for the first of the options, names separated by spaces, that is not in [low, high] (optional: or None)."""
     for name in names.split():
         value = getattr(config, name)
         if type(value) in ((int,) if whole else (int, float)) and low <= value <= high or value is None and optional:
@@ -104,7 +105,7 @@ def check_numbers(config, names, low=0, high=float("inf"), whole=False, optional
         raise ValueError(f"{name}={value!r} must be a {'whole ' * whole}number in [{low}, {high}]{' or None' * optional}")
 
 
-def parse_args(config, args, about):
+def parse_args(config: CfgNode, args: list[str], about: str) -> None:
     """Merge a script's command line into config; `--help` prints `about` and every option, and exits."""
     if "--help" in args or "-h" in args:
         options = "\n".join(f"  --{name}={value}" for name, value in config.leaves())
@@ -117,14 +118,14 @@ def parse_args(config, args, about):
 # seeds, devices, the optimizer
 
 
-def set_seed(seed):
+def set_seed(seed: int) -> None:
     """Seed Python's, NumPy's and PyTorch's generators, those of every device included."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
 
 
-def get_rng_state():
+def get_rng_state() -> dict:
     """The state of all the generators that `set_seed` seeds, in types that load with weights_only=True."""
     name, keys, *rest = np.random.get_state()
     state = {"python": random.getstate(), "numpy": (name, keys.tolist(), *rest), "torch": torch.get_rng_state()}
@@ -135,7 +136,7 @@ def get_rng_state():
     return state
 
 
-def set_rng_state(state):
+def set_rng_state(state: dict) -> None:
     """Put back what `get_rng_state` returned."""
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])
@@ -146,15 +147,15 @@ def set_rng_state(state):
         torch.mps.set_rng_state(state["mps"])
 
 
-def pick_device(device="auto"):
+def pick_device(device: str = "auto") -> torch.device:
     """'auto' -> cuda, else mps, else cpu; anything else is taken by its word."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     return torch.device(device)
 
 
-def pick_precision(precision, device):
-    """'auto' -> bf16 on a CUDA card that has it, else fp32: on most CPUs bf16 is far slower. Returns 'fp32', 'bf16' or 'fp16'."""
+def pick_precision(precision: str, device: torch.device) -> str:
+    """'auto' -> bf16 on a CUDA card that has it, else fp32, since on most CPUs bf16 is far slower. ValueError for unknown names."""
     if precision == "auto":
         return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
     if precision not in ("fp32", "bf16", "fp16"):
@@ -162,7 +163,7 @@ def pick_precision(precision, device):
     return precision
 
 
-def adamw(module, train_config):
+def adamw(module: torch.nn.Module, train_config: CfgNode) -> torch.optim.AdamW:
     """AdamW (Loshchilov & Hutter 2019) over module, with weight decay on the weights of its matrix products alone.
 
     Biases, LayerNorms and embeddings (a head tied to one, too) are not decayed. Reads learning_rate, betas, eps, weight_decay.
@@ -183,7 +184,7 @@ def adamw(module, train_config):
 
 
 @contextlib.contextmanager
-def atomic_write(path):
+def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
     """`with atomic_write(path) as f`: a binary file that takes its name only when it is complete and on the disk.
 
     Whatever fails on the way, a full disk included, leaves the old file as it was.
@@ -202,20 +203,20 @@ def atomic_write(path):
         raise
 
 
-def write_text(path, text):
+def write_text(path: str | Path, text: str) -> None:
     """Write a whole UTF-8 text file atomically."""
     with atomic_write(path) as f:
         f.write(text.encode("utf-8"))
 
 
-def save_torch(path, obj):
+def save_torch(path: str | Path, obj: Any) -> None:
     """torch.save, atomically. Load with `torch.load(path, weights_only=True)`."""
     with atomic_write(path) as f:
         torch.save(obj, f)
 
 
 @contextlib.contextmanager
-def deferred_interrupt():
+def deferred_interrupt() -> Iterator[threading.Event]:
     """Within, the first Ctrl-C only sets the event that is yielded, so that an iteration can end; the second one raises."""
     interrupted = threading.Event()
     if threading.current_thread() is not threading.main_thread():
@@ -235,7 +236,7 @@ def deferred_interrupt():
         signal.signal(signal.SIGINT, previous)
 
 
-def home():
+def home() -> Path:
     """Where downloads are kept: $MINGPT_HOME, by default ~/.cache/mingpt."""
     return Path(os.environ.get("MINGPT_HOME") or Path.home() / ".cache" / "mingpt")
 
@@ -244,13 +245,13 @@ def home():
 # logging, metrics, plots
 
 
-def log_to_console():
+def log_to_console() -> None:
     """For scripts: show what this library logs, and of other libraries only the warnings."""
     logging.basicConfig(format="%(message)s")
     logger.setLevel(logging.INFO)
 
 
-def setup_logging(config):
+def setup_logging(config: CfgNode) -> None:
     """For scripts: log to the console, and keep the command line and the config in config.system.work_dir."""
     log_to_console()
     work_dir = Path(config.system.work_dir)
@@ -258,7 +259,7 @@ def setup_logging(config):
     write_text(work_dir / "config.json", json.dumps(config.to_dict(), indent=4))
 
 
-def read_metrics(path):
+def read_metrics(path: str | Path) -> list[dict]:
     """The rows of a metrics.jsonl as a list of dicts; a line that a crash cut off is left out."""
     rows = []
     with contextlib.suppress(FileNotFoundError):
@@ -268,7 +269,7 @@ def read_metrics(path):
     return rows
 
 
-def plot_metrics(path, panels, title=None, xlabel="iteration"):
+def plot_metrics(path: str | Path, panels: dict, title: str | None = None, xlabel: str = "iteration") -> None:
     """Draw curves side by side into the PNG file `path`; needs matplotlib (extra `projects`).
 
     panels: {panel title: {label: (xs, ys)}}. Points that are None or NaN are left out.
@@ -290,7 +291,7 @@ def plot_metrics(path, panels, title=None, xlabel="iteration"):
     plt.close(figure)
 
 
-def import_extra(module, extra):
+def import_extra(module: str, extra: str) -> ModuleType:
     """Import an optional dependency; where it is missing, say in one line which extra brings it."""
     import importlib
     try:

@@ -14,8 +14,10 @@ from pathlib import Path
 import torch
 from torch.utils.data import TensorDataset
 
+from mingpt.model import GPT
 from mingpt.trainer import Trainer
-from mingpt.utils import read_metrics, set_seed
+from mingpt.utils import CfgNode as CN
+from mingpt.utils import read_metrics, set_seed, setup_logging
 from tests.common import TempDirTestCase, tiny_gpt
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -136,6 +138,35 @@ class TestLoop(TempDirTestCase):
         best = min(row["valid_loss"] for row in rows if "valid_loss" in row)
         self.assertEqual(trainer.best_valid_loss, best)
         self.assertTrue((self.folder / "best.pt").exists())
+
+
+class TestMinGPTScripts(TempDirTestCase):
+
+    def test_the_interface_that_adder_and_chargpt_use(self):
+        C = CN()
+        C.system = CN(seed=3407, work_dir=str(self.folder / "out"))
+        C.model = GPT.get_default_config()
+        C.model.model_type = "gpt-nano"
+        C.trainer = Trainer.get_default_config()
+        C.trainer.learning_rate = 5e-4
+        C.merge_from_args(["--trainer.max_iters=3", "--trainer.batch_size=4", "--trainer.device=cpu"])
+        setup_logging(C)
+        set_seed(C.system.seed)
+        self.assertEqual(json.loads((self.folder / "out" / "config.json").read_text())["trainer"]["max_iters"], 3)
+        C.model.vocab_size, C.model.block_size = 11, 5
+        model, seen = GPT(C.model), []
+        trainer = Trainer(C.trainer, model, tokens())
+
+        def batch_end_callback(trainer):
+            model.eval()
+            x = torch.tensor([[1, 2]]).to(trainer.device)
+            seen.append((trainer.iter_num, trainer.iter_dt > 0, trainer.loss.item() > 0, model.generate(x, 6, do_sample=True, top_k=10)))
+            model.train()
+
+        trainer.set_callback("on_batch_end", batch_end_callback)
+        trainer.run()
+        self.assertEqual([row[:3] for row in seen], [(i, True, True) for i in range(3)])
+        self.assertTrue(all(row[3].shape == (1, 8) for row in seen))  # past block_size, too
 
 
 class TestResume(TempDirTestCase):

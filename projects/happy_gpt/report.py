@@ -2,9 +2,9 @@
 What came of it: tweets of each stage from the same seeds, the figures in summary.json, and the plots.
 
 The yardstick is exact. Of all policies that earn a mean reward R, the one nearest to the reference π_ref (in KL) is the
-reference tilted by the reward, π*(x) ∝ π_ref(x) exp(r(x)/β), which is also what the KL-penalised objective with kl_coef = β has as its
-optimum (Ziegler et al. 2019, equation 2; Rafailov et al. 2023, equation 4). Samples of π_ref with self-normalised weights give its reward
-and its KL, without any training.
+reference tilted by the reward, π*(x) ∝ π_ref(x) exp(r(x)/β), which is also the optimum of the KL-penalised objective with
+kl_coef = β (Ziegler et al. 2019, section 2; Rafailov et al. 2023, equation 4). Samples of π_ref with self-normalised weights
+give its reward and its KL, without any training.
 """
 
 import json
