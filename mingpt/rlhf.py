@@ -28,9 +28,8 @@ of the *action* idx[:, t+1], taken in the *state* idx[:, :t+1]. For one row, lef
 """
 
 import copy
-import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn as nn
@@ -41,8 +40,6 @@ from mingpt.model import GPT, Transformer, last_real, resolve_config
 from mingpt.trainer import Trainer
 from mingpt.utils import CfgNode as CN
 from mingpt.utils import adamw, check_numbers
-
-logger = logging.getLogger("mingpt")
 
 # ---------------------------------------------------------------------------------------------------------------------
 # estimators and losses: (B, T) tensors, mask 1 on the completion's tokens; what lies off the mask never matters
@@ -301,7 +298,7 @@ class PPOTrainer(Trainer):
             reward_fn.to(self.device).eval()  # a reward model: it, too, without dropout
         self.ref_policy = (ref_policy or copy.deepcopy(policy)).to(self.device).eval().requires_grad_(False)
 
-    def check_config(self):
+    def check_config(self) -> None:
         """The Trainer's checks, and PPO's own: ValueError for options out of range and for episodes that do not fit."""
         super().check_config()
         C = self.config
@@ -316,10 +313,10 @@ class PPOTrainer(Trainer):
             raise ValueError(f"prompts of up to {longest} tokens and max_new_tokens={C.max_new_tokens} do not fit into the "
                              f"policy's block_size={self.block_size}: their sum may be {self.block_size + 1}")
 
-    def state_dict(self):
+    def state_dict(self) -> dict:
         return {**super().state_dict(), "kl_coef": self.kl_coef}
 
-    def load_state_dict(self, state):
+    def load_state_dict(self, state: dict) -> None:
         super().load_state_dict(state)
         self.kl_coef = state["kl_coef"]
 
@@ -383,7 +380,7 @@ class PPOTrainer(Trainer):
         metrics = {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
         return metrics | {"log_prob_error": rows[0]["log_prob_error"]}  # before the first step the two must agree
 
-    def micro_batches(self, minibatch):
+    def micro_batches(self, minibatch: dict) -> Iterator[tuple[Tensor, dict]]:
         """(weight, micro-batch) pairs, weighted by their share of the completion's tokens."""
         size = self.config.micro_batch_size or len(minibatch["idx"])
         tokens = minibatch["mask"].sum().clamp(min=1)
