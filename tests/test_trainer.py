@@ -10,6 +10,7 @@ import textwrap
 import time
 import unittest
 from pathlib import Path
+from unittest import mock
 
 import torch
 from torch.utils.data import TensorDataset
@@ -150,7 +151,8 @@ class TestMinGPTScripts(TempDirTestCase):
         C.trainer = Trainer.get_default_config()
         C.trainer.learning_rate = 5e-4
         C.merge_from_args(["--trainer.max_iters=3", "--trainer.batch_size=4", "--trainer.device=cpu"])
-        setup_logging(C)
+        with mock.patch("mingpt.utils.log_to_console"):  # not for the other tests as well
+            setup_logging(C)
         set_seed(C.system.seed)
         self.assertEqual(json.loads((self.folder / "out" / "config.json").read_text())["trainer"]["max_iters"], 3)
         C.model.vocab_size, C.model.block_size = 11, 5
