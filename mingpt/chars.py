@@ -11,9 +11,9 @@ from pathlib import Path
 
 import torch
 
+from mingpt.bpe import END_OF_TEXT
 from mingpt.utils import write_text
 
-END_OF_TEXT = "<|endoftext|>"
 UNKNOWN = "\N{REPLACEMENT CHARACTER}"  # stands for characters outside the vocabulary, as in a decoder of broken UTF-8
 
 

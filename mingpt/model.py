@@ -13,8 +13,7 @@ Shapes: B batch, T time, C channels (n_embd), V vocabulary, nh heads, hs = C / n
 import math
 
 import torch
-import torch.nn as nn
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mingpt.utils import CfgNode as CN
@@ -161,6 +160,7 @@ class GPT(nn.Module):
 
     @staticmethod
     def get_default_config() -> CN:
+        """Every option and its default."""
         C = CN()
         C.model_type = None      # a preset, or else the three sizes:
         C.n_layer = None

@@ -32,8 +32,7 @@ import math
 from collections.abc import Callable, Iterator
 
 import torch
-import torch.nn as nn
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mingpt.model import GPT, Transformer, last_real, resolve_config

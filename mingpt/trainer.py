@@ -280,9 +280,7 @@ class Trainer:
     def log_metrics(self, row: dict) -> None:
         """Append a row to work_dir/metrics.jsonl."""
         if self.config.work_dir:
-            path = Path(self.config.work_dir) / "metrics.jsonl"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("a", encoding="utf-8") as f:
+            with (Path(self.config.work_dir) / "metrics.jsonl").open("a", encoding="utf-8") as f:
                 f.write(json.dumps(row) + "\n")
 
     @property
@@ -292,8 +290,9 @@ class Trainer:
     def state_dict(self) -> dict:
         """All that a resumed run needs; a subclass adds its own."""
         return {"iter_num": self.iter_num, "seed": self.seed, "best_valid_loss": self.best_valid_loss,
-                "seconds": self.seconds, "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
-                "scaler": self.scaler.state_dict(), "rng": get_rng_state(), "config": self.config.to_dict()}
+                "finished": self.iter_num == self.max_iters, "seconds": self.seconds, "model": self.model.state_dict(),
+                "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(), "rng": get_rng_state(),
+                "config": self.config.to_dict()}
 
     def load_state_dict(self, state: dict) -> None:
         """Take over what `state_dict` returned."""

@@ -235,9 +235,17 @@ class TestScript(TempDirTestCase):
 
         path = self.folder / "out" / "pretrain" / "checkpoint.pt"
         state = torch.load(path, weights_only=True)
-        torch.save({**state, "iter_num": 4}, path)
+        torch.save({**state, "iter_num": 4, "finished": False}, path)
+        for stage in ("sft", "rl"):  # as after Ctrl-C in pretrain: neither has begun
+            (self.folder / "out" / stage / "checkpoint.pt").unlink()
         half = self.run_script("--rl.algorithm=reinforce", "--stages=rl,sft")
         self.assertIn("the stage pretrain is not finished", half.stderr)
+
+    def test_a_stage_may_end_by_epochs(self):
+        self.assertEqual(self.run_script("--stages=pretrain", "--pretrain.max_iters=None", "--pretrain.epochs=0.1").returncode, 0)
+        result = self.run_script("--stages=sft", "--pretrain.max_iters=None", "--pretrain.epochs=0.1")
+        self.assertEqual(result.returncode, 0, result.stderr)
+        self.assertIn("sft", result.stdout)
 
     def test_mistakes_are_one_line(self):
         for args, words in (([f"--rl.kl_coeff=1"], "did you mean --rl.kl_coef?"), (["--stages=sft,ppo"], "ppo is none of pretrain,sft,rl"),

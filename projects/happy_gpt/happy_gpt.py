@@ -107,12 +107,12 @@ def main(args):
     claim(work_dir, config, tokenizer)
     reward = TextReward(vader(), tokenizer)
     for stage in STAGES:
-        if stage in stages:
+        if state := finished(work_dir, stage):
+            start -= state["seconds"]  # what it took when it ran
+        elif stage in stages:
             trainer = {"pretrain": pretrain, "sft": sft, "rl": rl}[stage](config, work_dir, splits, tokenizer, reward)
-            start -= trainer.resumed_seconds  # what earlier runs of this stage took
-        elif finished(config, work_dir, stage):
-            start -= load_checkpoint(work_dir, stage)["seconds"]
-    models = {stage: load_model(config, work_dir, stage, tokenizer) for stage in STAGES if finished(config, work_dir, stage)}
+            start -= trainer.resumed_seconds  # the part before it was interrupted
+    models = {stage: load_model(config, tokenizer, state) for stage in STAGES if (state := finished(work_dir, stage))}
     report.write(config, work_dir, models, splits, tokenizer, reward, start)
 
 
@@ -130,7 +130,7 @@ def pretrain(config, work_dir, splits, tokenizer, reward):
 def sft(config, work_dir, splits, tokenizer, reward):
     """The same objective, on the positive texts alone."""
     set_seed(config.system.seed + 1)
-    model = load_model(config, work_dir, "pretrain", tokenizer)
+    model = start_from(config, work_dir, "pretrain", tokenizer)
     return train(config.sft, work_dir / "sft", model, splits, is_positive(config, splits), tokenizer)
 
 
@@ -148,12 +148,12 @@ def rl(config, work_dir, splits, tokenizer, reward):
     """PPO from the sft model, held near to it by the KL penalty. Every episode starts from the end-of-text token."""
     set_seed(config.system.seed + 2)
     config.rl.work_dir = str(work_dir / "rl")
-    policy = load_model(config, work_dir, "sft", tokenizer)
+    policy = start_from(config, work_dir, "sft", tokenizer)
     trainer = PPOTrainer(config.rl, policy, reward, prompts=[[tokenizer.eot_token]], tokenizer=tokenizer)
 
     def save_samples(trainer):
         if (trainer.iter_num + 1) % config.report.every == 0:
-            tweets = report.sample(policy, tokenizer, reward, n=10, seed=config.system.seed)
+            tweets = report.sample(policy, tokenizer, None, n=10, seed=config.system.seed)
             write_text(work_dir / "samples" / f"rl_{trainer.iter_num + 1:04}.txt", "\n".join(tweets.texts) + "\n")
 
     trainer.add_callback("on_batch_end", save_samples)
@@ -198,27 +198,32 @@ def model_config(config, tokenizer):
     return config
 
 
-def load_model(config, work_dir, stage, tokenizer):
-    """The model that a stage ended with, on the device it trains on. ValueError if the stage is not finished."""
-    if not finished(config, work_dir, stage):
+def checkpoint(work_dir, stage):
+    return work_dir / stage / "checkpoint.pt"
+
+
+def finished(work_dir, stage):
+    """The state that a stage's trainer ended with, or None where it has not."""
+    path = checkpoint(work_dir, stage)
+    state = torch.load(path, map_location="cpu", weights_only=True) if path.exists() else {"finished": False}
+    return state if state["finished"] else None
+
+
+def start_from(config, work_dir, stage, tokenizer):
+    """The model that a stage ended with; ValueError if it is not finished."""
+    state = finished(work_dir, stage)
+    if state is None:
         raise ValueError(f"the stage {stage} is not finished in {work_dir}: run it first, with --stages={stage}")
+    return load_model(config, tokenizer, state)
+
+
+def load_model(config, tokenizer, state):
+    """The model of a trainer's state, on the device it trains on."""
     model = GPT(model_config(config, tokenizer))
-    weights = load_checkpoint(work_dir, stage)["model"]
-    # the checkpoint of rl holds the value model beside the policy
-    weights = {name.removeprefix("policy."): w for name, w in weights.items() if not name.startswith("value_model.")}
-    model.load_state_dict(weights)
+    # the state of rl holds the value model beside the policy
+    model.load_state_dict({name.removeprefix("policy."): weight for name, weight in state["model"].items()
+                           if not name.startswith("value_model.")})
     return model.to(pick_device(config.rl.device)).eval()
-
-
-def finished(config, work_dir, stage):
-    state = load_checkpoint(work_dir, stage)
-    return state is not None and state["iter_num"] == getattr(config, stage).max_iters
-
-
-def load_checkpoint(work_dir, stage):
-    """The state of a stage's trainer, or None where it has not saved any yet."""
-    path = work_dir / stage / "checkpoint.pt"
-    return torch.load(path, map_location="cpu", weights_only=True) if path.exists() else None
 
 
 def check_stages(stages):
@@ -236,7 +241,7 @@ def claim(work_dir, config, tokenizer):
     free = ("stages", "prompt", "system.work_dir", "report.", *(f"{stage}.{name}" for stage in STAGES for name in FREE_TO_CHANGE))
     changed = [f"--{name} was {theirs.get(name)}, is {mine.get(name)}" for name in {**theirs, **mine}
                if json.dumps(mine.get(name)) != json.dumps(theirs.get(name)) and not name.startswith(free)]
-    if changed and any(load_checkpoint(work_dir, stage) for stage in STAGES):
+    if changed and any(checkpoint(work_dir, stage).exists() for stage in STAGES):
         raise ValueError(f"{work_dir} holds a run with other options ({'; '.join(changed)}): put them back to go on "
                          "with it, or start another one with --system.work_dir=FOLDER")
     write_text(path, json.dumps(mine, indent=2))
@@ -248,12 +253,11 @@ def print_continuations(config, work_dir):
     if not (work_dir / "config.json").exists():
         raise ValueError(f"there is no model in {work_dir} yet: run this script without --prompt first")
     for name, value in json.loads((work_dir / "config.json").read_text(encoding="utf-8")).items():
-        if name.startswith(("model.", *(f"{stage}.max_iters" for stage in STAGES))):
-            section, option = name.split(".")
-            setattr(getattr(config, section), option, value)  # the model is what it was trained as
+        if name.startswith("model."):
+            setattr(config.model, name.removeprefix("model."), value)  # the model is what it was trained as
     tokenizer = CharTokenizer.from_pretrained(work_dir)
-    stage = next((s for s in reversed(STAGES) if finished(config, work_dir, s)), STAGES[0])
-    model = load_model(config, work_dir, stage, tokenizer)
+    stage = next((s for s in reversed(STAGES) if finished(work_dir, s)), STAGES[0])
+    model = start_from(config, work_dir, stage, tokenizer)
     if strange := sorted(set(config.prompt) - tokenizer.ids.keys()):
         raise ValueError(f"--prompt has characters that the model has never seen: {' '.join(strange)}")
     if len(config.prompt) >= config.model.block_size:
