@@ -25,9 +25,11 @@ from pathlib import Path
 import regex
 import torch
 
-from mingpt.utils import home, write_text
+from mingpt.checkpoint import write_text
+from mingpt.utils import download, home
 
 END_OF_TEXT = "<|endoftext|>"
+# what a letter is follows the Unicode of the installed `regex`: of characters younger than its own, tiktoken knows less
 SPLIT = regex.compile(r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
 # the same for ASCII text, where the standard library's module is several times faster
 ASCII_SPLIT = re.compile(r"'s|'t|'re|'ve|'m|'ll|'d| ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9]+|\s+(?!\S)|\s+", re.ASCII)

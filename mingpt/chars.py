@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from mingpt.bpe import END_OF_TEXT
-from mingpt.utils import write_text
+from mingpt.checkpoint import write_text
 
 UNKNOWN = "\N{REPLACEMENT CHARACTER}"  # stands for characters outside the vocabulary, as in a decoder of broken UTF-8
 

@@ -26,9 +26,9 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from mingpt.checkpoint import deferred_interrupt, get_rng_state, save_torch, set_rng_state, write_text
 from mingpt.utils import CfgNode as CN
-from mingpt.utils import (adamw, check_numbers, deferred_interrupt, get_rng_state, pick_device, pick_precision,
-                          read_metrics, save_torch, set_rng_state, write_text)
+from mingpt.utils import adamw, check_numbers, pick_device, pick_precision, read_metrics
 
 logger = logging.getLogger("mingpt")
 

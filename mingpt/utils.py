@@ -1,5 +1,5 @@
 """
-What the other files share: configuration, seeding, devices, the optimizer's groups, files, metrics and their plots.
+What the other files share: configuration, seeding, devices, the optimizer's groups, downloads, metrics and their plots.
 
 Nothing here knows of language models; everything here is used from two places or more.
 """
@@ -7,20 +7,26 @@ Nothing here knows of language models; everything here is used from two places o
 import ast
 import contextlib
 import difflib
+import hashlib
 import json
 import logging
 import os
 import random
-import signal
+import re
 import sys
-import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
+import requests
 import torch
+from requests.structures import CaseInsensitiveDict
+from tqdm import tqdm
+
+from mingpt.checkpoint import atomic_write, write_text
 
 logger = logging.getLogger("mingpt")
 
@@ -125,28 +131,6 @@ def set_seed(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def get_rng_state() -> dict:
-    """The state of all the generators that `set_seed` seeds, in types that load with weights_only=True."""
-    name, keys, *rest = np.random.get_state()
-    state = {"python": random.getstate(), "numpy": (name, keys.tolist(), *rest), "torch": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state_all()
-    if torch.backends.mps.is_available():
-        state["mps"] = torch.mps.get_rng_state()
-    return state
-
-
-def set_rng_state(state: dict) -> None:
-    """Put back what `get_rng_state` returned."""
-    random.setstate(state["python"])
-    np.random.set_state(state["numpy"])
-    torch.set_rng_state(state["torch"])
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["cuda"])
-    if "mps" in state and torch.backends.mps.is_available():
-        torch.mps.set_rng_state(state["mps"])
-
-
 def pick_device(device: str = "auto") -> torch.device:
     """'auto' -> cuda, else mps, else cpu; anything else is taken by its word."""
     if device == "auto":
@@ -180,65 +164,74 @@ def adamw(module: torch.nn.Module, train_config: CfgNode) -> torch.optim.AdamW:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# files and interrupts: whole or not at all
-
-
-@contextlib.contextmanager
-def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
-    """`with atomic_write(path) as f`: a binary file that takes its name only when it is complete and on the disk.
-
-    Whatever fails on the way, a full disk included, leaves the old file as it was.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")  # a name that nobody else writes to
-    try:
-        with temporary.open("wb") as f:
-            yield f
-            f.flush()
-            os.fsync(f.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def write_text(path: str | Path, text: str) -> None:
-    """Write a whole UTF-8 text file atomically."""
-    with atomic_write(path) as f:
-        f.write(text.encode("utf-8"))
-
-
-def save_torch(path: str | Path, obj: Any) -> None:
-    """torch.save, atomically. Load with `torch.load(path, weights_only=True)`."""
-    with atomic_write(path) as f:
-        torch.save(obj, f)
-
-
-@contextlib.contextmanager
-def deferred_interrupt() -> Iterator[threading.Event]:
-    """Within, the first Ctrl-C only sets the event that is yielded, so that an iteration can end; the second one raises."""
-    interrupted = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield interrupted  # signals reach the main thread only
-        return
-    previous = signal.getsignal(signal.SIGINT)
-
-    def handle(signum, frame):
-        if interrupted.is_set():
-            raise KeyboardInterrupt
-        interrupted.set()
-
-    signal.signal(signal.SIGINT, handle)
-    try:
-        yield interrupted
-    finally:
-        signal.signal(signal.SIGINT, previous)
+# downloads
 
 
 def home() -> Path:
     """Where downloads are kept: $MINGPT_HOME, by default ~/.cache/mingpt."""
     return Path(os.environ.get("MINGPT_HOME") or Path.home() / ".cache" / "mingpt")
+
+
+def download(url: str, path: str | Path, sha256: str | None = None, size: int | None = None, headers: dict | None = None,
+             tries: int = 5, timeout: float = 30.0) -> Path:
+    """Fetch url into the file `path`, unless it is there already; an interrupted download goes on where it stopped.
+
+    The file takes its name only when its size (bytes) and SHA-256 are right: the given ones, else those that the server names.
+    Trouble on the way is met with another try, after 1, 2, 4 ... seconds. Raises ValueError where the server refuses (404 ...)
+    or sends something else than expected, ConnectionError where every try fails; the next call goes on with what has come.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for attempt in range(tries):
+        if path.exists():  # since ever, or another process was faster
+            return path
+        try:
+            fetch(url, Path(f"{path}.part"), sha256, size, headers, timeout).rename(path)
+        except requests.RequestException as error:
+            status = error.response.status_code if error.response is not None else 500
+            if status < 500 and status not in (408, 429):
+                raise ValueError(f"{url} answers {error.response.reason} ({status}): is the name right, and may you read it?") from None
+            if attempt == tries - 1:
+                raise ConnectionError(f"{url} failed {tries} times, at last with: {error}") from error
+            time.sleep(2 ** attempt)
+    return path
+
+
+def fetch(url: str, part: Path, sha256: str | None, size: int | None, headers: dict | None, timeout: float) -> Path:
+    """One try of `download`: add to part what it lacks, and check it. Raises requests' errors where another try may help."""
+    done = part.stat().st_size if part.exists() else 0
+    ask = {"Accept-Encoding": "identity", **(headers or {}), **({"Range": f"bytes={done}-"} if done else {})}
+    with requests.get(url, headers=ask, stream=True, timeout=timeout) as answer:
+        if answer.status_code == 416:  # "range not satisfiable": nothing follows what we have, so it is another file's
+            part.unlink()
+            raise requests.ConnectionError(f"cannot go on from byte {done}")
+        answer.raise_for_status()
+        done = done if answer.status_code == 206 else 0  # 200 brings the whole file, whatever we asked for
+        hub = CaseInsensitiveDict(header for a in answer.history for header in a.headers.items())  # the hub redirects
+        hub.update(answer.headers)
+        size = size or int(hub.get("X-Linked-Size") or done + int(answer.headers.get("Content-Length", -done)))
+        linked = hub.get("X-Linked-Etag", "").strip('"')  # a large file's SHA-256
+        sha256 = sha256 or (linked if re.fullmatch("[0-9a-f]{64}", linked) else None)
+        # processes that fetch the same file at once do no harm: they write the same bytes to the same places
+        with part.open("r+b" if part.exists() else "wb") as f, \
+                tqdm(desc=part.stem, total=size or None, initial=done, unit="B", unit_scale=True, disable=None) as bar:
+            f.seek(done)
+            for chunk in answer.iter_content(2 ** 20):
+                bar.update(f.write(chunk))
+            got = f.tell()
+            f.truncate()
+            f.flush()
+            os.fsync(f.fileno())
+    if size and got < size:
+        raise requests.ConnectionError(f"the connection ended after {got} of {size} bytes")
+    with part.open("rb") as f:
+        wrong = f"{got} bytes, not {size}" if size and got > size else None
+        if sha256 and (actual := hashlib.file_digest(f, "sha256").hexdigest()) != sha256:
+            wrong = f"a file of SHA-256 {actual}, not {sha256}"
+    if wrong:
+        part.unlink()  # of a part that was there before, another try is worth it
+        raise (requests.ConnectionError if done else ValueError)(f"{url} sends {wrong}")
+    return part
 
 
 # ---------------------------------------------------------------------------------------------------------------------

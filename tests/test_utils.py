@@ -8,7 +8,7 @@ from unittest import mock
 import numpy as np
 import torch
 
-from mingpt import utils
+from mingpt import checkpoint, utils
 from mingpt.chars import UNKNOWN, CharTokenizer
 from mingpt.utils import CfgNode
 from tests.common import TempDirTestCase
@@ -52,9 +52,9 @@ class TestSeeds(unittest.TestCase):
         draw = lambda: (random.random(), np.random.rand(), torch.rand(()).item())
         utils.set_seed(3)
         first = draw()
-        state = utils.get_rng_state()
+        state = checkpoint.get_rng_state()
         second = draw()
-        utils.set_rng_state(state)
+        checkpoint.set_rng_state(state)
         self.assertEqual(draw(), second)
         utils.set_seed(3)
         self.assertEqual(draw(), first)
@@ -70,9 +70,9 @@ class TestFiles(TempDirTestCase):
 
     def test_a_write_is_whole_or_not_at_all(self):
         path = self.folder / "deep" / "file"
-        utils.write_text(path, "old")
+        checkpoint.write_text(path, "old")
         with self.assertRaises(OSError):
-            with utils.atomic_write(path) as f:
+            with checkpoint.atomic_write(path) as f:
                 f.write(b"half of the ne")
                 raise OSError("no space left on device")
         self.assertEqual(path.read_text(), "old")

@@ -24,11 +24,12 @@ import torch
 import data
 import report
 from mingpt.chars import CharTokenizer
+from mingpt.checkpoint import write_text
 from mingpt.model import GPT
 from mingpt.rlhf import PPOTrainer, TextReward
 from mingpt.trainer import FREE_TO_CHANGE, Trainer
 from mingpt.utils import CfgNode as CN
-from mingpt.utils import import_extra, log_to_console, parse_args, pick_device, set_seed, write_text
+from mingpt.utils import import_extra, log_to_console, parse_args, pick_device, set_seed
 
 logger = logging.getLogger("mingpt.happy_gpt")
 STAGES = ("pretrain", "sft", "rl")

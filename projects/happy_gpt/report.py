@@ -19,8 +19,9 @@ import torch
 from torch.nn import functional as F
 
 import data
+from mingpt.checkpoint import write_text
 from mingpt.rlhf import written_mask
-from mingpt.utils import plot_metrics, read_metrics, write_text
+from mingpt.utils import plot_metrics, read_metrics
 
 
 @dataclass
