@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from mingpt.utils import CfgNode as CN
 from mingpt.utils import adamw
+from mingpt.weights import Pretrained
 
 # n_layer, n_head, n_embd. GPT-1 (2018), GPT-2 (2019), Gopher's smallest (Rae et al. 2021, table 1), and minGPT's tiny ones
 PRESETS = {
@@ -151,12 +152,14 @@ class Transformer(nn.Module):
         return (causal & attention_mask.bool()[:, None, :] | itself)[:, None]  # (B, 1, T, S)
 
 
-class GPT(nn.Module):
+class GPT(Pretrained, nn.Module):
     """GPT language model: the trunk and a linear head over the vocabulary.
 
     `GPT(config)` with config from `GPT.get_default_config()`; set `vocab_size`, `block_size`, and either `model_type`
     (a name in PRESETS) or all of `n_layer`, `n_head`, `n_embd`. Raises ValueError for anything else.
     """
+
+    presets = PRESETS
 
     @staticmethod
     def get_default_config() -> CN:

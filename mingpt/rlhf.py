@@ -39,6 +39,7 @@ from mingpt.model import GPT, Transformer, last_real, resolve_config
 from mingpt.trainer import Trainer
 from mingpt.utils import CfgNode as CN
 from mingpt.utils import adamw, check_numbers
+from mingpt.weights import Pretrained
 
 # ---------------------------------------------------------------------------------------------------------------------
 # estimators and losses: (B, T) tensors, mask 1 on the completion's tokens; what lies off the mask never matters
@@ -135,9 +136,10 @@ def reward_loss(chosen: Tensor, rejected: Tensor, margin: float = 0.0) -> Tensor
 # models with a scalar head
 
 
-class ScalarModel(nn.Module):
+class ScalarModel(Pretrained, nn.Module):
     """A GPT's trunk and a linear head to one number per position."""
 
+    presets, get_default_config = GPT.presets, staticmethod(GPT.get_default_config)
     head_scale = 0.0
 
     def __init__(self, config: CN):

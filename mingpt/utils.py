@@ -172,6 +172,10 @@ def home() -> Path:
     return Path(os.environ.get("MINGPT_HOME") or Path.home() / ".cache" / "mingpt")
 
 
+class NotFound(ValueError):
+    """The server has no such file (404)."""
+
+
 def download(url: str, path: str | Path, sha256: str | None = None, size: int | None = None, headers: dict | None = None,
              tries: int = 5, timeout: float = 30.0) -> Path:
     """Fetch url into the file `path`, unless it is there already; an interrupted download goes on where it stopped.
@@ -190,7 +194,8 @@ def download(url: str, path: str | Path, sha256: str | None = None, size: int | 
         except requests.RequestException as error:
             status = error.response.status_code if error.response is not None else 500
             if status < 500 and status not in (408, 429):
-                raise ValueError(f"{url} answers {error.response.reason} ({status}): is the name right, and may you read it?") from None
+                refused = NotFound if status == 404 else ValueError
+                raise refused(f"{url} answers {error.response.reason} ({status}): is the name right, and may you read it?") from None
             if attempt == tries - 1:
                 raise ConnectionError(f"{url} failed {tries} times, at last with: {error}") from error
             time.sleep(2 ** attempt)

@@ -1,0 +1,200 @@
+"""
+Pretrained weights, in and out, in Hugging Face's formats: `from_pretrained` and `save_pretrained` of every model here.
+
+    GPT.from_pretrained("gpt2")             a name on the hub, "user/repo" too
+    GPT.from_pretrained("out/sft")          a folder with config.json and the weights, as `transformers` and `save_pretrained` write
+    GPT.from_pretrained("ckpt.pt")          a file: .safetensors, or a state dict of PyTorch's, those of minGPT and nanoGPT included
+
+GPT-2's weights come in many dialects. The matrices of the blocks may be stored (in, out), the way of TensorFlow and of
+`transformers`, or (out, in), the way of nn.Linear and minGPT; names may lack the `transformer.` in front; causal masks may lie
+between the weights; the head may be there or be the embedding. Nothing is guessed that the tensors' shapes do not tell.
+
+Sources: `transformers` for config.json and the names, github.com/huggingface/safetensors for the format of the files.
+"""
+
+import contextlib
+import json
+import os
+import pickle
+import re
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from mingpt.checkpoint import atomic_write, write_text
+from mingpt.utils import CfgNode, NotFound, download, home
+
+FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+CONV1D = re.compile(r"\.(c_attn|c_proj|c_fc)\.weight$")  # the matrices that transformers stores as (in, out)
+BUFFERS = re.compile(r"\.attn\.(masked_)?bias$")  # causal masks: GPT computes its own
+WRAPPERS = re.compile(r"^(_orig_mod\.|module\.|policy\.)+")  # of torch.compile, DDP, PPOTrainer
+DROPOUT = ("embd_pdrop", "resid_pdrop", "attn_pdrop")
+# what config.json may say of the architecture without being another model
+GPT2_ONLY = {"model_type": ("gpt2",), "activation_function": ("gelu_new", "gelu_pytorch_tanh"), "layer_norm_epsilon": (1e-5,),
+             "scale_attn_weights": (True,), "scale_attn_by_inverse_layer_idx": (False,), "add_cross_attention": (False,)}
+
+
+class Pretrained:
+    """Gives a model `from_pretrained` and `save_pretrained`; it has a config, a trunk named `transformer`, and a head."""
+
+    @classmethod
+    def from_pretrained(cls, name_or_path: str | Path, revision: str = "main", **options):
+        """The model in evaluation mode, from the hub, a folder or a file; options replace those of its config.
+
+        Hub files are kept in $MINGPT_HOME; HF_ENDPOINT and HF_TOKEN are honoured, revision is a branch, tag or commit. A bare state
+        dict does not tell its number of heads: pass n_head where the sizes are no preset's. At no time more than the
+        model and one tensor is held. ValueError for what is not there, damaged, would run code, or does not fit.
+        """
+        path = Path(name_or_path).expanduser()
+        if not path.exists():
+            path = hub_folder(str(name_or_path), revision)
+        with contextlib.ExitStack() as files:
+            tensors, extra = open_tensors(weights_file(path), files)
+            names = {f"transformer.{name}" if name.startswith(("wte.", "wpe.", "h.", "ln_f.")) else name: name for name in tensors}
+            tensors = {name: tensors[stored] for name, stored in names.items()}
+            config = cls.get_default_config()
+            config.merge_from_dict(read_config(path, tensors, extra, cls.presets) | options)
+            with torch.device("meta"):  # no memory, no time spent on random weights
+                model = cls(config).eval()
+            model.to_empty(device="cpu")
+            if "lm_head.weight" in model.state_dict() and config.tie_weights:
+                model.lm_head.weight = model.transformer.wte.weight
+                tensors.pop("lm_head.weight", None)
+            copy_tensors(tensors, model, path)
+        return model
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write folder/model.safetensors and config.json; a GPT's are those of transformers' GPT2LMHeadModel."""
+        C, tensors = self.config, self.state_dict()
+        if C.tie_weights:
+            tensors.pop("lm_head.weight", None)
+        tensors = {name: (t.t() if CONV1D.search(name) else t).contiguous() for name, t in tensors.items()}
+        config = {"architectures": ["GPT2LMHeadModel" if hasattr(self, "lm_head") else type(self).__name__], "model_type": "gpt2",
+                  "n_layer": C.n_layer, "n_head": C.n_head, "n_embd": C.n_embd, "n_positions": C.block_size,
+                  "vocab_size": C.vocab_size, "embd_pdrop": C.embd_pdrop, "resid_pdrop": C.resid_pdrop, "attn_pdrop": C.attn_pdrop,
+                  "tie_word_embeddings": C.tie_weights, "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5,
+                  "bos_token_id": 50256 if C.vocab_size > 50256 else None,  # GPT-2's <|endoftext|>
+                  "eos_token_id": 50256 if C.vocab_size > 50256 else None}
+        with atomic_write(Path(folder) / "model.safetensors") as f:
+            save_file(tensors, f.name, metadata={"format": "pt"})
+        write_text(Path(folder) / "config.json", json.dumps(config, indent=2) + "\n")
+
+
+def hub_folder(name: str, revision: str) -> Path:
+    """The local folder of a model on the hub, downloaded as far as it is not there already. ValueError if there is none."""
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):
+        raise ValueError(f"{name!r} is neither a file or folder here nor a name on the hub, like 'gpt2' or 'user/repo'")
+    folder = home() / "hub" / name.replace("/", "--") / quote(revision, safe="")
+    endpoint = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
+    headers = {"Authorization": f"Bearer {os.environ['HF_TOKEN']}"} if os.environ.get("HF_TOKEN") else {}
+
+    def fetch(file: str) -> Path:
+        return download(f"{endpoint}/{name}/resolve/{quote(revision, safe='')}/{file}", folder / file, headers=headers)
+
+    fetch("config.json")
+    for file in [f for f in FILES if (folder / f).exists()] or FILES:
+        with contextlib.suppress(NotFound):  # then it is one of the other three
+            for shard in shards(fetch(file)):
+                fetch(shard.name)
+            return folder
+    raise ValueError(f"{name!r} has no weights at {endpoint}: none of {', '.join(FILES)}")
+
+
+def weights_file(path: Path) -> Path:
+    """The file with the weights, or the index of such files: path itself, or one of FILES in it."""
+    if path.is_file():
+        return path
+    for file in FILES:
+        if (path / file).is_file():
+            return path / file
+    raise ValueError(f"{path} holds no weights: none of {', '.join(FILES)}. For another file, give its own name")
+
+
+def shards(path: Path) -> list[Path]:
+    """The files that an index lists, all beside it; just [path] if path is no index."""
+    if not path.name.endswith(".index.json"):
+        return [path]
+    files = sorted(set(read_json(path).get("weight_map", {}).values()))
+    if not files or any(Path(file).name != file for file in files):
+        raise ValueError(f"{path}: weight_map must name files in the same folder, not {files[:3]}")
+    return [path.with_name(file) for file in files]
+
+
+def open_tensors(path: Path, files: contextlib.ExitStack) -> tuple[dict, dict]:
+    """({name: tensor, or what becomes one by [:]}, {what else was in the file}), with wrappers' prefixes and mask buffers gone."""
+    tensors, extra = {}, {}
+    for file in shards(path):
+        try:
+            if file.suffix == ".safetensors":
+                opened = files.enter_context(safe_open(file, "pt"))
+                tensors |= {name: opened.get_slice(name) for name in opened.keys()}
+            else:
+                state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+                extra = state if "model" in state else {}
+                tensors |= state.get("model", state)
+        except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError, AttributeError, TypeError) as error:
+            raise ValueError(f"{file} is no file of weights that can be loaded: it is missing, damaged, or more than tensors, "
+                             f"and then loading it could run foreign code ({str(error).splitlines()[0]})") from None
+    return {WRAPPERS.sub("", name): tensor for name, tensor in tensors.items()
+            if not BUFFERS.search(name) and not name.startswith("value_model.")}, extra
+
+
+def shape(tensor: Any) -> tuple[int, ...]:
+    """Of a tensor, or of one that is still in its safetensors file."""
+    return tuple(tensor.shape if torch.is_tensor(tensor) else tensor.get_shape())
+
+
+def read_json(path: Path) -> dict:
+    """The object in a JSON file. ValueError where it is damaged."""
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
+
+
+def read_config(path: Path, tensors: dict, extra: dict, presets: dict) -> dict:
+    """The options of the model: from config.json where there is one, else from the shapes of its tensors."""
+    file = (path if path.is_dir() else path.parent) / "config.json"
+    said = read_json(file) if file.exists() else {}
+    for name, allowed in GPT2_ONLY.items() if "model_type" in said else ():
+        if said.get(name, allowed[0]) not in allowed:
+            raise ValueError(f"{file} has {name}={said[name]!r}: no GPT-2, which has {' or '.join(map(repr, allowed))}")
+    try:
+        (vocab_size, n_embd), (block_size, _) = shape(tensors["transformer.wte.weight"]), shape(tensors["transformer.wpe.weight"])
+    except (KeyError, ValueError):
+        raise ValueError(f"{path} holds no GPT-2, which has matrices wte.weight and wpe.weight, but {list(tensors)[:5]}") from None
+    n_layer = len({name.split(".")[2] for name in tensors if name.startswith("transformer.h.")})
+    head = tensors.get("lm_head.weight")
+    config = {"vocab_size": vocab_size, "block_size": block_size, "n_layer": n_layer, "n_embd": n_embd,
+              "n_head": {(layers, width): heads for layers, heads, width in presets.values()}.get((n_layer, n_embd)),
+              "tie_weights": head is None or "model_type" in said or torch.equal(head[:], tensors["transformer.wte.weight"][:])}
+    renamed = {"n_positions": "block_size", "tie_word_embeddings": "tie_weights"}
+    for source in (said.get("model") or said, extra.get("model_args", {})):  # minGPT's scripts nest theirs, nanoGPT's have model_args
+        config |= {k: v for key, v in source.items() if (k := renamed.get(key, key)) in {*config, *DROPOUT}}
+    if config["n_head"] is None:
+        raise ValueError(f"{path} does not tell the number of heads of its {n_layer} layers of width {n_embd}: pass n_head=...")
+    return config
+
+
+@torch.no_grad()
+def copy_tensors(tensors: dict, model: torch.nn.Module, path: Path) -> None:
+    """Fill the parameters of model, tensor by tensor. ValueError where names, shapes or types do not fit."""
+    parameters = dict(model.named_parameters())  # a tied head is no parameter of its own
+    if not any(name.endswith(".bias") for name in tensors):  # nanoGPT's bias=False
+        tensors = tensors | {name: torch.zeros(p.shape) for name, p in parameters.items() if name.endswith(".bias")}
+    if parameters.keys() != tensors.keys():
+        lacks, has = [sorted(a - b)[:5] for a, b in ((parameters.keys(), tensors.keys()), (tensors.keys(), parameters.keys()))]
+        raise ValueError(f"{path} is no {type(model).__name__} of this config: it lacks {lacks} and has {has} besides"
+                         + (", so it is a language model: use from_gpt(GPT.from_pretrained(...))" if "lm_head.weight" in has
+                            or "head.weight" in lacks else ""))
+    transposed = shape(tensors.get("transformer.h.0.attn.c_attn.weight"))[0] == model.config.n_embd
+    for name, p in parameters.items():
+        tensor = tensors[name][:]
+        tensor = tensor.t() if transposed and CONV1D.search(name) else tensor
+        if tensor.shape != p.shape or not tensor.is_floating_point():
+            raise ValueError(f"{path} has {name} as {tensor.dtype} {tuple(tensor.shape)}, must be float {tuple(p.shape)}")
+        p.copy_(tensor)
