@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mingpt.utils import CfgNode as CN
-from mingpt.utils import adamw
+from mingpt.utils import adamw, check_numbers
 from mingpt.weights import Pretrained
 
 # n_layer, n_head, n_embd. GPT-1 (2018), GPT-2 (2019), Gopher's smallest (Rae et al. 2021, table 1), and minGPT's tiny ones
@@ -35,16 +35,11 @@ PRESETS = {
 
 
 class KVCache:
-    """Keys and values of every layer, preallocated once; `length` of the `max_length` columns are filled.
+    """`keys` and `values` of every layer, (n_layer, B, nh, max_length, hs) each, of whose columns `length` are filled."""
 
-    Each of `keys` and `values` is (n_layer, B, nh, max_length, hs). A new token then costs one column, not the context.
-    """
-
-    def __init__(self, config: CN, batch_size: int, max_length: int, device=None, dtype=None):
+    def __init__(self, config: CN, batch_size: int, max_length: int, like: Tensor):
         shape = (config.n_layer, batch_size, config.n_head, max_length, config.n_embd // config.n_head)
-        self.keys = torch.empty(shape, device=device, dtype=dtype)
-        self.values = torch.empty(shape, device=device, dtype=dtype)
-        self.length = 0
+        self.keys, self.values, self.length = like.new_empty(shape), like.new_empty(shape), 0
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store k and v, both (B, nh, T, hs), behind what `layer` already holds; return all of its keys and values."""
@@ -125,7 +120,7 @@ class Transformer(nn.Module):
 
     def forward(self, idx: Tensor, attention_mask: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
         past = cache.length if cache is not None else 0
-        check_context(idx, attention_mask, past, self.config.block_size)
+        check_context(idx, attention_mask, past, self.config.block_size, self.config.vocab_size)
         total = past + idx.size(1)
         if attention_mask is None:
             pos = torch.arange(past, total, device=idx.device)
@@ -142,7 +137,7 @@ class Transformer(nn.Module):
     @staticmethod
     def visible(T: int, S: int, attention_mask: Tensor | None, device) -> Tensor | None:
         """Which of S keys each of the last T queries may see: bool, True = yes; None where no explicit mask is needed."""
-        if attention_mask is None and (T == S or T == 1):
+        if attention_mask is None and T in (1, S):
             return None
         causal = torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T)
         if attention_mask is None:
@@ -152,30 +147,40 @@ class Transformer(nn.Module):
         return (causal & attention_mask.bool()[:, None, :] | itself)[:, None]  # (B, 1, T, S)
 
 
+class Unembed(torch.autograd.Function):
+    """F.linear for a tied weight: its gradient is no view, so that autograd adds the embedding's to it without a third matrix."""
+
+    generate_vmap_rule = True  # for torch.func
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor) -> Tensor:
+        return F.linear(x, weight)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
+        x, weight = (saved.to(grad.dtype) for saved in ctx.saved_tensors)  # under autocast they have more bits
+        return grad @ weight, (grad.flatten(0, 1).t() @ x.flatten(0, 1)).to(ctx.saved_tensors[1].dtype)
+
+
 class GPT(Pretrained, nn.Module):
     """GPT language model: the trunk and a linear head over the vocabulary.
 
-    `GPT(config)` with config from `GPT.get_default_config()`; set `vocab_size`, `block_size`, and either `model_type`
-    (a name in PRESETS) or all of `n_layer`, `n_head`, `n_embd`. Raises ValueError for anything else.
+    config comes from `GPT.get_default_config()`; set vocab_size, block_size, and either model_type (a name in PRESETS) or all of
+    n_layer, n_head, n_embd. Raises ValueError for anything else.
     """
 
-    presets = PRESETS
+    presets = PRESETS  # for from_pretrained
 
     @staticmethod
     def get_default_config() -> CN:
-        """Every option and its default."""
-        C = CN()
-        C.model_type = None      # a preset, or else the three sizes:
-        C.n_layer = None
-        C.n_head = None
-        C.n_embd = None
-        C.vocab_size = None      # these two always
-        C.block_size = None
-        C.embd_pdrop = 0.1       # dropout
-        C.resid_pdrop = 0.1
-        C.attn_pdrop = 0.1
-        C.tie_weights = True     # one matrix embeds tokens and predicts them, as in GPT-2
-        return C
+        return CN(model_type=None, n_layer=None, n_head=None, n_embd=None,  # a preset, or else the three sizes
+                  vocab_size=None, block_size=None,  # these always
+                  embd_pdrop=0.1, resid_pdrop=0.1, attn_pdrop=0.1,  # dropout
+                  tie_weights=True)  # one matrix embeds tokens and predicts them, as in GPT-2
 
     def __init__(self, config: CN):
         super().__init__()
@@ -192,13 +197,13 @@ class GPT(Pretrained, nn.Module):
 
     def forward(self, idx: Tensor, targets: Tensor | None = None, attention_mask: Tensor | None = None,
                 cache: KVCache | None = None) -> tuple[Tensor, Tensor | None]:
-        """Logits of the next token at every position, and the loss when targets are given.
+        """Logits (B, T, V) of the next token at every position, and the mean cross-entropy in nats, None without targets.
 
         idx (B, T) token ids, T <= block_size; targets (B, T), -1 is ignored; attention_mask (B, T), 1 = real token, on
-        either side, or (B, cached + T) with a cache. Returns logits (B, T, V) and the mean cross-entropy in nats, or None.
-        Raises ValueError for wrong shapes; values are not looked at, because that would make a GPU wait.
+        either side, or (B, cached + T) with a cache. Raises ValueError for wrong shapes and, where no GPU waits for it, wrong ids.
         """
-        logits = self.lm_head(self.transformer(idx, attention_mask, cache))
+        hidden = self.transformer(idx, attention_mask, cache)
+        logits = Unembed.apply(hidden, self.lm_head.weight) if self.config.tie_weights else self.lm_head(hidden)
         if targets is None:
             return logits, None
         if targets.shape != idx.shape:
@@ -208,10 +213,9 @@ class GPT(Pretrained, nn.Module):
     def log_probs(self, idx: Tensor, attention_mask: Tensor | None = None, temperature: float = 1.0) -> Tensor:
         """log p(idx[:, t+1] | idx[:, :t+1]) of the tokens that are there: (B, T) -> (B, T-1), in nats, with gradients.
 
-        The last token is only predicted, never read, so T may be block_size + 1. Where t or t+1 is padding the value is
-        finite and means nothing. Temperature divides the logits, as in `generate`.
+        The last token is never read, so T may be block_size + 1. Where t or t+1 is padding, the value means nothing.
         """
-        check_temperature(temperature)
+        check_numbers(CN(temperature=temperature), "temperature", low=1e-6)
         if idx.size(1) < 2:
             raise ValueError(f"log_probs needs two tokens or more to predict the second; idx has shape {tuple(idx.shape)}")
         logits, _ = self(idx[:, :-1], attention_mask=None if attention_mask is None else attention_mask[:, :-1])
@@ -232,16 +236,15 @@ class GPT(Pretrained, nn.Module):
         Returns (B, T + n); with return_log_probs also the (B, n) log-probabilities of the new tokens under the
         distribution they were drawn from, 0 behind the stop. Raises ValueError for arguments out of range.
         """
-        check_generate(self.config, idx, max_new_tokens, temperature, top_k, top_p, attention_mask, stop_token)
+        check_generate(self.config, idx, attention_mask, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k,
+                       top_p=top_p, stop_token=stop_token)
         attention_mask = None if attention_mask is None or attention_mask.all() else attention_mask
         (B, T), block_size = idx.shape, self.config.block_size
         out = torch.cat([idx, idx.new_zeros(B, max_new_tokens)], dim=1)
         log_probs = torch.zeros(B, max_new_tokens, device=idx.device)
         running = torch.ones(B, dtype=torch.bool, device=idx.device)
         mask = None if attention_mask is None else F.pad(attention_mask.bool(), (0, max_new_tokens), value=True)
-        weight = self.transformer.wte.weight
-        cache = KVCache(self.config, B, min(T + max_new_tokens, block_size), weight.device, weight.dtype)
-
+        cache = KVCache(self.config, B, min(T + max_new_tokens, block_size), like=self.transformer.wte.weight)
         for end in range(T, T + max_new_tokens):
             if end <= block_size:
                 new, seen = out[:, cache.length:end], None if mask is None else mask[:, :end]
@@ -249,17 +252,20 @@ class GPT(Pretrained, nn.Module):
             else:  # learned positions move with the window, and every cached key with them: compute it afresh
                 hidden = self.transformer(out[:, end - block_size:end])
             last = hidden[:, -1] if mask is None or end > T else hidden[torch.arange(B), last_real(attention_mask)]
-            log_p = next_token_log_probs(self.lm_head(last), temperature, top_k, top_p)
-            token = torch.multinomial(log_p.exp(), 1, generator=generator) if do_sample else log_p.argmax(1, keepdim=True)
-            log_probs[:, end - T] = log_p.gather(1, token)[:, 0] * running
+            logits = self.lm_head(last)
+            if do_sample or return_log_probs:
+                log_p = next_token_log_probs(logits, temperature, top_k, top_p)
+            token = torch.multinomial(log_p.exp(), 1, generator=generator) if do_sample else logits.argmax(1, keepdim=True)
+            if return_log_probs:
+                log_probs[:, end - T] = log_p.gather(1, token)[:, 0] * running
             out[:, end] = token[:, 0]
             if stop_token is not None:
                 out[:, end].masked_fill_(~running, stop_token)
                 running &= out[:, end] != stop_token
                 if not running.any():
                     break
-        n = end + 1 - T
-        return (out[:, :T + n], log_probs[:, :n]) if return_log_probs else out[:, :T + n]
+        out, log_probs = out[:, :end + 1], log_probs[:, :end + 1 - T]
+        return (out, log_probs) if return_log_probs else out
 
 
 def init_weights(module: nn.Module) -> None:
@@ -285,35 +291,28 @@ def next_token_log_probs(logits: Tensor, temperature=1.0, top_k: int | None = No
 
 def last_real(attention_mask: Tensor) -> Tensor:
     """Column of the last real token of each row: (B, T) mask -> (B,) long."""
-    columns = torch.arange(attention_mask.size(1), device=attention_mask.device)
-    return (columns * attention_mask.bool()).argmax(1)
+    return (attention_mask.bool() * torch.arange(attention_mask.size(1), device=attention_mask.device)).argmax(1)
 
 
 def resolve_config(config: CN) -> CN:
     """A copy of config with the sizes of its preset filled in; ValueError where it is contradictory or incomplete."""
     config = CN(**config.to_dict())
     sizes = {name: getattr(config, name) for name in ("n_layer", "n_head", "n_embd")}
-    if config.model_type is not None and any(size is not None for size in sizes.values()):
-        raise ValueError(f"config has both model_type={config.model_type!r} and sizes {sizes}: leave one of them None")
+    given = [size for size in sizes.values() if size is not None]
+    if (config.model_type is None) != (len(given) == 3) or config.model_type and given:
+        raise ValueError(f"config has model_type={config.model_type!r} and {sizes}: set the first or all the others, not both")
     if config.model_type is not None:
         if config.model_type not in PRESETS:
             raise ValueError(f"model_type={config.model_type!r} is unknown; choose from {', '.join(PRESETS)}")
-        sizes = dict(zip(sizes, PRESETS[config.model_type]))
-        config.merge_from_dict({**sizes, "model_type": None})
-    for name in (*sizes, "vocab_size", "block_size"):
-        value = getattr(config, name)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"config.{name}={value!r}: must be a whole number of 1 or more"
-                             + (" (or set config.model_type)" if name in sizes else ""))
-    for name in ("embd_pdrop", "resid_pdrop", "attn_pdrop"):
-        if not 0 <= getattr(config, name) < 1:
-            raise ValueError(f"config.{name}={getattr(config, name)!r}: dropout must be in [0, 1)")
+        config.merge_from_dict({**dict(zip(sizes, PRESETS[config.model_type])), "model_type": None})
+    check_numbers(config, "n_layer n_head n_embd vocab_size block_size", low=1, whole=True)
+    check_numbers(config, "embd_pdrop resid_pdrop attn_pdrop", high=1)
     if config.n_embd % config.n_head:
         raise ValueError(f"n_embd={config.n_embd} is not divisible by n_head={config.n_head}: heads share it equally")
     return config
 
 
-def check_context(idx, attention_mask, past, block_size):
+def check_context(idx, attention_mask, past, block_size, vocab_size):
     if idx.dim() != 2:
         raise ValueError(f"idx has shape {tuple(idx.shape)}; it must be (B, T): add the batch dimension with idx[None]")
     total = past + idx.size(1)
@@ -321,33 +320,31 @@ def check_context(idx, attention_mask, past, block_size):
         raise ValueError(f"sequence of {total} tokens is longer than block_size={block_size}: shorten it, or `generate`")
     if attention_mask is not None and attention_mask.shape != (idx.size(0), total):
         raise ValueError(f"attention_mask has shape {tuple(attention_mask.shape)}, must be {(idx.size(0), total)}")
+    if idx.device.type == "cpu" and not torch.compiler.is_compiling():  # elsewhere somebody would have to wait for it
+        check_ids(idx, vocab_size)
 
 
-def check_temperature(temperature):
-    if not 0 < temperature < math.inf:
-        raise ValueError(f"temperature={temperature!r} must be a number above 0; for greedy decoding use do_sample=False")
+def check_ids(idx, vocab_size):
+    if idx.numel() and not 0 <= idx.min() <= idx.max() < vocab_size:
+        raise ValueError(f"idx holds ids from {idx.min()} to {idx.max()}; the vocabulary has 0 to {vocab_size - 1}")
 
 
-def check_generate(config, idx, max_new_tokens, temperature, top_k, top_p, attention_mask, stop_token):
-    V = config.vocab_size
-    check_temperature(temperature)
+def check_generate(config, idx, attention_mask, **options):
+    V, given = config.vocab_size, CN(**options)
+    check_numbers(given, "max_new_tokens", low=1, whole=True)
+    check_numbers(given, "temperature", low=1e-6)
+    check_numbers(given, "top_k", low=1, high=V, whole=True, optional=True)
+    check_numbers(given, "top_p", low=1e-9, high=1, optional=True)
+    check_numbers(given, "stop_token", high=V - 1, whole=True, optional=True)
     if idx.dim() != 2 or idx.numel() == 0 or idx.dtype != torch.long:
         raise ValueError(f"idx is {idx.dtype} {tuple(idx.shape)}; a prompt must be a (B, T) LongTensor with T >= 1")
-    if idx.min() < 0 or idx.max() >= V:
-        raise ValueError(f"idx holds ids from {idx.min()} to {idx.max()}; the vocabulary has 0 to {V - 1}")
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens={max_new_tokens!r} must be 1 or more")
-    if top_k is not None and not 1 <= top_k <= V:
-        raise ValueError(f"top_k={top_k!r} must be in [1, {V}], the vocabulary; None keeps all")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(f"top_p={top_p!r} must be in (0, 1]; None keeps all")
-    if stop_token is not None and not 0 <= stop_token < V:
-        raise ValueError(f"stop_token={stop_token!r} is no id of the vocabulary, 0 to {V - 1}")
+    check_ids(idx, V)
     if attention_mask is None:
         return
     if attention_mask.shape != idx.shape or not attention_mask.any(dim=1).all():
         raise ValueError(f"attention_mask {tuple(attention_mask.shape)} must have the shape of idx {tuple(idx.shape)} "
                          "and a real token in every row")
-    if idx.size(1) + max_new_tokens > config.block_size + 1 and not attention_mask.all():  # the last one is never read
-        raise ValueError(f"padded prompts of {idx.size(1)} + {max_new_tokens} new tokens do not fit into block_size="
+    total = idx.size(1) + given.max_new_tokens
+    if total > config.block_size + 1 and not attention_mask.all():  # the last token is never read
+        raise ValueError(f"padded prompts of {idx.size(1)} + {given.max_new_tokens} new tokens do not fit into block_size="
                          f"{config.block_size}: only unpadded ones can slide past it")

@@ -10,6 +10,8 @@ import difflib
 import hashlib
 import json
 import logging
+import math
+import numbers
 import os
 import random
 import re
@@ -104,11 +106,12 @@ def parse_option(name: str, text: str, default: Any) -> Any:
 
 def check_numbers(config: CfgNode, names: str, low=0, high=float("inf"), whole=False, optional=False) -> None:
     """ValueError for the first of the options, names separated by spaces, that is not in [low, high] (optional: or None)."""
+    kind = numbers.Integral if whole else numbers.Real
     for name in names.split():
         value = getattr(config, name)
-        if type(value) in ((int,) if whole else (int, float)) and low <= value <= high or value is None and optional:
-            continue
-        raise ValueError(f"{name}={value!r} must be a {'whole ' * whole}number in [{low}, {high}]{' or None' * optional}")
+        fits = isinstance(value, kind) and not isinstance(value, bool) and low <= value <= high and math.isfinite(value)
+        if not fits and not (optional and value is None):
+            raise ValueError(f"{name}={value!r} must be a {'whole ' * whole}number in [{low}, {high}]{' or None' * optional}")
 
 
 def parse_args(config: CfgNode, args: list[str], about: str) -> None:
@@ -194,8 +197,8 @@ def download(url: str, path: str | Path, sha256: str | None = None, size: int | 
         except requests.RequestException as error:
             status = error.response.status_code if error.response is not None else 500
             if status < 500 and status not in (408, 429):
-                refused = NotFound if status == 404 else ValueError
-                raise refused(f"{url} answers {error.response.reason} ({status}): is the name right, and may you read it?") from None
+                raise (NotFound if status == 404 else ValueError)(
+                    f"{url} answers {error.response.reason} ({status}): is the name right, and may you read it?") from None
             if attempt == tries - 1:
                 raise ConnectionError(f"{url} failed {tries} times, at last with: {error}") from error
             time.sleep(2 ** attempt)
@@ -207,21 +210,21 @@ def fetch(url: str, part: Path, sha256: str | None, size: int | None, headers: d
     done = part.stat().st_size if part.exists() else 0
     ask = {"Accept-Encoding": "identity", **(headers or {}), **({"Range": f"bytes={done}-"} if done else {})}
     with requests.get(url, headers=ask, stream=True, timeout=timeout) as answer:
-        if answer.status_code == 416:  # "range not satisfiable": nothing follows what we have, so it is another file's
-            part.unlink()
+        goes_on = answer.headers.get("Content-Range", "").startswith(f"bytes {done}-")
+        if answer.status_code == 416 or answer.status_code == 206 and not goes_on:  # our part is another file's, then
+            part.unlink(missing_ok=True)
             raise requests.ConnectionError(f"cannot go on from byte {done}")
         answer.raise_for_status()
         done = done if answer.status_code == 206 else 0  # 200 brings the whole file, whatever we asked for
-        hub = CaseInsensitiveDict(header for a in answer.history for header in a.headers.items())  # the hub redirects
-        hub.update(answer.headers)
+        hub = CaseInsensitiveDict(header for a in (*answer.history, answer) for header in a.headers.items())  # it redirects
         size = size or int(hub.get("X-Linked-Size") or done + int(answer.headers.get("Content-Length", -done)))
         linked = hub.get("X-Linked-Etag", "").strip('"')  # a large file's SHA-256
         sha256 = sha256 or (linked if re.fullmatch("[0-9a-f]{64}", linked) else None)
-        # processes that fetch the same file at once do no harm: they write the same bytes to the same places
+        # two processes that fetch the same file do no harm: they write the same bytes to the same places
         with part.open("r+b" if part.exists() else "wb") as f, \
                 tqdm(desc=part.stem, total=size or None, initial=done, unit="B", unit_scale=True, disable=None) as bar:
             f.seek(done)
-            for chunk in answer.iter_content(2 ** 20):
+            for chunk in answer.iter_content(2 ** 16):
                 bar.update(f.write(chunk))
             got = f.tell()
             f.truncate()

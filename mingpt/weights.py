@@ -2,12 +2,12 @@
 Pretrained weights, in and out, in Hugging Face's formats: `from_pretrained` and `save_pretrained` of every model here.
 
     GPT.from_pretrained("gpt2")             a name on the hub, "user/repo" too
-    GPT.from_pretrained("out/sft")          a folder with config.json and the weights, as `transformers` and `save_pretrained` write
-    GPT.from_pretrained("ckpt.pt")          a file: .safetensors, or a state dict of PyTorch's, those of minGPT and nanoGPT included
+    GPT.from_pretrained("out/sft")          a folder with config.json and weights, as transformers and save_pretrained write it
+    GPT.from_pretrained("ckpt.pt")          a file: .safetensors, or a state dict of PyTorch's, minGPT's and nanoGPT's included
 
-GPT-2's weights come in many dialects. The matrices of the blocks may be stored (in, out), the way of TensorFlow and of
-`transformers`, or (out, in), the way of nn.Linear and minGPT; names may lack the `transformer.` in front; causal masks may lie
-between the weights; the head may be there or be the embedding. Nothing is guessed that the tensors' shapes do not tell.
+GPT-2's weights come in many dialects. The blocks' matrices may be stored (in, out), as TensorFlow and transformers do, or
+(out, in), as nn.Linear; names may lack the `transformer.` in front; causal masks may lie between the weights; the head may be
+there or be the embedding. Nothing is guessed that the tensors' shapes do not tell.
 
 Sources: `transformers` for config.json and the names, github.com/huggingface/safetensors for the format of the files.
 """
@@ -17,6 +17,7 @@ import json
 import os
 import pickle
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -24,18 +25,19 @@ from urllib.parse import quote
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import Tensor, nn
 
 from mingpt.checkpoint import atomic_write, write_text
-from mingpt.utils import CfgNode, NotFound, download, home
+from mingpt.utils import NotFound, download, home
 
 FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 CONV1D = re.compile(r"\.(c_attn|c_proj|c_fc)\.weight$")  # the matrices that transformers stores as (in, out)
 BUFFERS = re.compile(r"\.attn\.(masked_)?bias$")  # causal masks: GPT computes its own
 WRAPPERS = re.compile(r"^(_orig_mod\.|module\.|policy\.)+")  # of torch.compile, DDP, PPOTrainer
+OURS = {"n_positions": "block_size", "tie_word_embeddings": "tie_weights"}  # what config.json calls otherwise
 DROPOUT = ("embd_pdrop", "resid_pdrop", "attn_pdrop")
-# what config.json may say of the architecture without being another model
 GPT2_ONLY = {"model_type": ("gpt2",), "activation_function": ("gelu_new", "gelu_pytorch_tanh"), "layer_norm_epsilon": (1e-5,),
-             "scale_attn_weights": (True,), "scale_attn_by_inverse_layer_idx": (False,), "add_cross_attention": (False,)}
+             "scale_attn_weights": (True,), "scale_attn_by_inverse_layer_idx": (False,), "add_cross_attention": (False,)}  # else config.json is of another model
 
 
 class Pretrained:
@@ -46,39 +48,38 @@ class Pretrained:
         """The model in evaluation mode, from the hub, a folder or a file; options replace those of its config.
 
         Hub files are kept in $MINGPT_HOME; HF_ENDPOINT and HF_TOKEN are honoured, revision is a branch, tag or commit. A bare state
-        dict does not tell its number of heads: pass n_head where the sizes are no preset's. At no time more than the
+        dict does not tell its number of heads: pass n_head where the sizes are no preset's. Of safetensors, no more than the
         model and one tensor is held. ValueError for what is not there, damaged, would run code, or does not fit.
         """
         path = Path(name_or_path).expanduser()
         if not path.exists():
             path = hub_folder(str(name_or_path), revision)
-        with contextlib.ExitStack() as files:
-            tensors, extra = open_tensors(weights_file(path), files)
-            names = {f"transformer.{name}" if name.startswith(("wte.", "wpe.", "h.", "ln_f.")) else name: name for name in tensors}
-            tensors = {name: tensors[stored] for name, stored in names.items()}
-            config = cls.get_default_config()
-            config.merge_from_dict(read_config(path, tensors, extra, cls.presets) | options)
-            with torch.device("meta"):  # no memory, no time spent on random weights
-                model = cls(config).eval()
-            model.to_empty(device="cpu")
-            if "lm_head.weight" in model.state_dict() and config.tie_weights:
-                model.lm_head.weight = model.transformer.wte.weight
-                tensors.pop("lm_head.weight", None)
-            copy_tensors(tensors, model, path)
+        tensors, extra = open_tensors(weights_file(path))
+        config = cls.get_default_config()
+        if unknown := options.keys() - vars(config).keys():
+            raise ValueError(f"a model has no options {sorted(unknown)}; it has {', '.join(vars(config))}")
+        config.merge_from_dict(read_config(path, tensors, extra, cls.presets) | options)
+        if config.n_head is None:
+            raise ValueError(f"{path} does not tell the number of heads for its width of {config.n_embd}: pass n_head=...")
+        with torch.device("meta"):  # no time and no memory for random weights
+            model = cls(config).eval()
+        model.to_empty(device="cpu")
+        if hasattr(model, "lm_head") and config.tie_weights:
+            model.lm_head.weight = model.transformer.wte.weight
+            tensors.pop("lm_head.weight", None)
+        copy_tensors(tensors, model, path)
         return model
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write folder/model.safetensors and config.json; a GPT's are those of transformers' GPT2LMHeadModel."""
-        C, tensors = self.config, self.state_dict()
-        if C.tie_weights:
-            tensors.pop("lm_head.weight", None)
-        tensors = {name: (t.t() if CONV1D.search(name) else t).contiguous() for name, t in tensors.items()}
+        C = self.config
+        tensors = {name: (p.t() if CONV1D.search(name) else p).contiguous() for name, p in self.named_parameters()}
+        end_of_text = 50256 if C.vocab_size > 50256 else None  # GPT-2's
         config = {"architectures": ["GPT2LMHeadModel" if hasattr(self, "lm_head") else type(self).__name__], "model_type": "gpt2",
                   "n_layer": C.n_layer, "n_head": C.n_head, "n_embd": C.n_embd, "n_positions": C.block_size,
                   "vocab_size": C.vocab_size, "embd_pdrop": C.embd_pdrop, "resid_pdrop": C.resid_pdrop, "attn_pdrop": C.attn_pdrop,
                   "tie_word_embeddings": C.tie_weights, "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5,
-                  "bos_token_id": 50256 if C.vocab_size > 50256 else None,  # GPT-2's <|endoftext|>
-                  "eos_token_id": 50256 if C.vocab_size > 50256 else None}
+                  "bos_token_id": end_of_text, "eos_token_id": end_of_text}
         with atomic_write(Path(folder) / "model.safetensors") as f:
             save_file(tensors, f.name, metadata={"format": "pt"})
         write_text(Path(folder) / "config.json", json.dumps(config, indent=2) + "\n")
@@ -92,9 +93,8 @@ def hub_folder(name: str, revision: str) -> Path:
     endpoint = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
     headers = {"Authorization": f"Bearer {os.environ['HF_TOKEN']}"} if os.environ.get("HF_TOKEN") else {}
 
-    def fetch(file: str) -> Path:
-        return download(f"{endpoint}/{name}/resolve/{quote(revision, safe='')}/{file}", folder / file, headers=headers)
-
+    base = f"{endpoint}/{name}/resolve/{quote(revision, safe='')}"
+    fetch = lambda file: download(f"{base}/{file}", folder / file, headers=headers)
     fetch("config.json")
     for file in [f for f in FILES if (folder / f).exists()] or FILES:
         with contextlib.suppress(NotFound):  # then it is one of the other three
@@ -105,33 +105,44 @@ def hub_folder(name: str, revision: str) -> Path:
 
 
 def weights_file(path: Path) -> Path:
-    """The file with the weights, or the index of such files: path itself, or one of FILES in it."""
-    if path.is_file():
-        return path
-    for file in FILES:
-        if (path / file).is_file():
-            return path / file
-    raise ValueError(f"{path} holds no weights: none of {', '.join(FILES)}. For another file, give its own name")
+    """The file with the weights, or the index of such files: path itself, or the first of FILES in it."""
+    found = [file for file in (path, *(path / name for name in FILES)) if file.is_file()]
+    if not found:
+        raise ValueError(f"{path} holds no weights: none of {', '.join(FILES)}. For another file, give its own name")
+    return found[0]
 
 
 def shards(path: Path) -> list[Path]:
     """The files that an index lists, all beside it; just [path] if path is no index."""
     if not path.name.endswith(".index.json"):
         return [path]
-    files = sorted(set(read_json(path).get("weight_map", {}).values()))
+    files = sorted({str(file) for file in dict(read_json(path).get("weight_map", {})).values()})
     if not files or any(Path(file).name != file for file in files):
         raise ValueError(f"{path}: weight_map must name files in the same folder, not {files[:3]}")
     return [path.with_name(file) for file in files]
 
 
-def open_tensors(path: Path, files: contextlib.ExitStack) -> tuple[dict, dict]:
-    """({name: tensor, or what becomes one by [:]}, {what else was in the file}), with wrappers' prefixes and mask buffers gone."""
+@dataclass
+class Stored:
+    """A tensor that is still in its file; stored[...] opens it for this one alone, lest the pages of all make a second model."""
+
+    file: Path
+    name: str
+    shape: torch.Size
+
+    def __getitem__(self, index: Any) -> Tensor:
+        with safe_open(self.file, "pt") as f:
+            return f.get_tensor(self.name)[index]
+
+
+def open_tensors(path: Path) -> tuple[dict, dict]:
+    """({name: tensor or Stored}, {what else was in the file}), with the wrappers' prefixes and the mask buffers gone."""
     tensors, extra = {}, {}
     for file in shards(path):
         try:
             if file.suffix == ".safetensors":
-                opened = files.enter_context(safe_open(file, "pt"))
-                tensors |= {name: opened.get_slice(name) for name in opened.keys()}
+                with safe_open(file, "pt") as f:
+                    tensors |= {name: Stored(file, name, torch.Size(f.get_slice(name).get_shape())) for name in f.keys()}
             else:
                 state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
                 extra = state if "model" in state else {}
@@ -139,17 +150,13 @@ def open_tensors(path: Path, files: contextlib.ExitStack) -> tuple[dict, dict]:
         except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError, AttributeError, TypeError) as error:
             raise ValueError(f"{file} is no file of weights that can be loaded: it is missing, damaged, or more than tensors, "
                              f"and then loading it could run foreign code ({str(error).splitlines()[0]})") from None
-    return {WRAPPERS.sub("", name): tensor for name, tensor in tensors.items()
-            if not BUFFERS.search(name) and not name.startswith("value_model.")}, extra
-
-
-def shape(tensor: Any) -> tuple[int, ...]:
-    """Of a tensor, or of one that is still in its safetensors file."""
-    return tuple(tensor.shape if torch.is_tensor(tensor) else tensor.get_shape())
+    tensors = {WRAPPERS.sub("", name): tensor for name, tensor in tensors.items()
+               if not BUFFERS.search(name) and not name.startswith("value_model.")}
+    return {f"transformer.{name}" if name.startswith(("wte.", "wpe.", "h.", "ln_f.")) else name: tensor
+            for name, tensor in tensors.items()}, extra
 
 
 def read_json(path: Path) -> dict:
-    """The object in a JSON file. ValueError where it is damaged."""
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError) as error:
@@ -164,36 +171,32 @@ def read_config(path: Path, tensors: dict, extra: dict, presets: dict) -> dict:
         if said.get(name, allowed[0]) not in allowed:
             raise ValueError(f"{file} has {name}={said[name]!r}: no GPT-2, which has {' or '.join(map(repr, allowed))}")
     try:
-        (vocab_size, n_embd), (block_size, _) = shape(tensors["transformer.wte.weight"]), shape(tensors["transformer.wpe.weight"])
-    except (KeyError, ValueError):
+        (vocab_size, n_embd), (block_size, _) = tensors["transformer.wte.weight"].shape, tensors["transformer.wpe.weight"].shape
+    except (KeyError, ValueError, AttributeError):
         raise ValueError(f"{path} holds no GPT-2, which has matrices wte.weight and wpe.weight, but {list(tensors)[:5]}") from None
     n_layer = len({name.split(".")[2] for name in tensors if name.startswith("transformer.h.")})
     head = tensors.get("lm_head.weight")
     config = {"vocab_size": vocab_size, "block_size": block_size, "n_layer": n_layer, "n_embd": n_embd,
               "n_head": {(layers, width): heads for layers, heads, width in presets.values()}.get((n_layer, n_embd)),
-              "tie_weights": head is None or "model_type" in said or torch.equal(head[:], tensors["transformer.wte.weight"][:])}
-    renamed = {"n_positions": "block_size", "tie_word_embeddings": "tie_weights"}
+              "tie_weights": head is None or "model_type" in said or torch.equal(head[...], tensors["transformer.wte.weight"][...])}
     for source in (said.get("model") or said, extra.get("model_args", {})):  # minGPT's scripts nest theirs, nanoGPT's have model_args
-        config |= {k: v for key, v in source.items() if (k := renamed.get(key, key)) in {*config, *DROPOUT}}
-    if config["n_head"] is None:
-        raise ValueError(f"{path} does not tell the number of heads of its {n_layer} layers of width {n_embd}: pass n_head=...")
+        config |= {OURS.get(k, k): v for k, v in source.items() if OURS.get(k, k) in {*config, *DROPOUT}}
     return config
 
 
 @torch.no_grad()
-def copy_tensors(tensors: dict, model: torch.nn.Module, path: Path) -> None:
+def copy_tensors(tensors: dict, model: nn.Module, path: Path) -> None:
     """Fill the parameters of model, tensor by tensor. ValueError where names, shapes or types do not fit."""
     parameters = dict(model.named_parameters())  # a tied head is no parameter of its own
     if not any(name.endswith(".bias") for name in tensors):  # nanoGPT's bias=False
         tensors = tensors | {name: torch.zeros(p.shape) for name, p in parameters.items() if name.endswith(".bias")}
     if parameters.keys() != tensors.keys():
         lacks, has = [sorted(a - b)[:5] for a, b in ((parameters.keys(), tensors.keys()), (tensors.keys(), parameters.keys()))]
-        raise ValueError(f"{path} is no {type(model).__name__} of this config: it lacks {lacks} and has {has} besides"
-                         + (", so it is a language model: use from_gpt(GPT.from_pretrained(...))" if "lm_head.weight" in has
-                            or "head.weight" in lacks else ""))
-    transposed = shape(tensors.get("transformer.h.0.attn.c_attn.weight"))[0] == model.config.n_embd
+        way = "; of a language model, use from_gpt(GPT.from_pretrained(...))" if "head.weight" in lacks else ""
+        raise ValueError(f"{path} is no {type(model).__name__} of its config: it lacks {lacks}, and has {has} besides{way}")
+    transposed = tensors["transformer.h.0.attn.c_attn.weight"].shape[0] == model.config.n_embd
     for name, p in parameters.items():
-        tensor = tensors[name][:]
+        tensor = tensors[name][...]
         tensor = tensor.t() if transposed and CONV1D.search(name) else tensor
         if tensor.shape != p.shape or not tensor.is_floating_point():
             raise ValueError(f"{path} has {name} as {tensor.dtype} {tuple(tensor.shape)}, must be float {tuple(p.shape)}")

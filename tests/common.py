@@ -1,7 +1,9 @@
-"""What several test files need: small models and temporary folders."""
+"""What several test files need: small models, temporary folders, and a server that misbehaves."""
 
 import tempfile
+import threading
 import unittest
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import torch
@@ -30,3 +32,63 @@ class TempDirTestCase(unittest.TestCase):
         folder = tempfile.TemporaryDirectory()
         self.addCleanup(folder.cleanup)
         self.folder = Path(folder.name)
+
+
+class Server:
+    """`with Server(files) as server`: an HTTP server on 127.0.0.1 for {path: bytes}, which can go on from a byte and misbehave.
+
+    Each name in `moods` spoils one answer, in turn; `seen` is a list of (path, headers) of all requests.
+    """
+
+    def __init__(self, files):
+        self.files, self.moods, self.seen, self.headers = files, [], [], {}
+        self.pause = threading.Event()  # never set; time.sleep is what tests replace
+
+    def __enter__(self):
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self):
+                outer.answer(self)
+
+            def log_message(self, *args):
+                pass
+
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=self.http.serve_forever, args=(0.01,), daemon=True).start()
+        self.url = f"http://127.0.0.1:{self.http.server_port}"
+        return self
+
+    def __exit__(self, *args):
+        self.http.shutdown()
+        self.http.server_close()
+
+    def answer(self, request):
+        self.seen.append((request.path, dict(request.headers)))
+        mood = self.moods.pop(0) if self.moods else None
+        if isinstance(mood, int) or request.path not in self.files:
+            request.send_error(mood or 404)
+            return
+        body = self.files[request.path]
+        start = int(request.headers.get("Range", "bytes=0-")[6:-1]) if mood != "no range" else 0
+        if start >= len(body):
+            request.send_error(416)
+            return
+        request.send_response(206 if start else 200)
+        if start:
+            shown = start + 5 if mood == "wrong range" else start
+            request.send_header("Content-Range", f"bytes {shown}-{len(body) - 1}/{len(body)}")
+        for name, value in {"Content-Length": str(len(body) - start), **self.headers.get(request.path, {})}.items():
+            request.send_header(name, value)
+        request.end_headers()
+        body = body[start:]
+        if mood == "corrupt":
+            body = body[:-1] + bytes([body[-1] ^ 1])
+        if mood in ("cut", "stall"):
+            body = body[:len(body) // 2]
+        for i in range(0, len(body), 1 + len(body) // 4):
+            request.wfile.write(body[i:i + 1 + len(body) // 4])
+            if mood == "slow":
+                self.pause.wait(0.1)
+        if mood == "stall":
+            self.pause.wait(1.5)

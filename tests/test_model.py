@@ -117,7 +117,7 @@ class TestForward(unittest.TestCase):
     def test_cache_equals_the_whole(self):
         model = tiny_gpt()
         idx = torch.randint(11, (2, 10))
-        cache = KVCache(model.config, 2, 12)
+        cache = KVCache(model.config, 2, 12, like=model.lm_head.weight)
         pieces = [model(piece, cache=cache)[0] for piece in idx.split([4, 3, 1, 2], dim=1)]
         torch.testing.assert_close(torch.cat(pieces, 1), model(idx)[0], atol=1e-5, rtol=0)
 
@@ -199,7 +199,7 @@ class TestBadInput(unittest.TestCase):
 
     def test_config(self):
         for options, words in (
-            ({"model_type": "gpt-nano"}, "both model_type"), ({"n_embd": None}, "n_embd=None"),
+            ({"model_type": "gpt-nano"}, "not both"), ({"n_embd": None}, "all the others"),
             ({"n_embd": 15}, "not divisible"), ({"vocab_size": 0}, "vocab_size=0"), ({"attn_pdrop": 1.5}, "attn_pdrop=1.5"),
             ({"model_type": "gpt-9", "n_layer": None, "n_head": None, "n_embd": None}, "unknown"),
         ):
@@ -213,6 +213,7 @@ class TestBadInput(unittest.TestCase):
         for words, call in (
             ("longer than block_size=12", lambda: model(torch.ones(1, 13, dtype=torch.long))),
             ("must be \\(B, T\\)", lambda: model(idx[0])),
+            ("ids from -1 to 1; the vocabulary has 0 to 10", lambda: model(torch.tensor([[1, -1]]))),
             ("must be \\(2, 4\\)", lambda: model(idx, attention_mask=mask[:, :3])),
             ("must be equal", lambda: model(idx, targets=idx[:, :3])),
             ("the vocabulary has 0 to 10", lambda: model.generate(idx + 10, 1)),

@@ -1,0 +1,293 @@
+"""Weights in and out against transformers, downloads from a server that misbehaves, and files that must not be loaded."""
+
+import hashlib
+import json
+import os
+import pickle
+import unittest
+from unittest import mock
+
+import safetensors.torch
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel, GPT2Model
+
+from mingpt.model import GPT, PRESETS
+from mingpt.rlhf import RewardModel, ValueModel
+from mingpt.utils import download
+from tests.common import Server, TempDirTestCase, tiny_gpt
+
+BODY = bytes(range(256)) * 4096
+SHA256 = hashlib.sha256(BODY).hexdigest()
+
+
+def hugging_face(seed=0, **options):
+    """A random GPT2LMHeadModel without dropout, its weights large enough for its logits to differ."""
+    torch.manual_seed(seed)
+    sizes = {"n_layer": 2, "n_head": 2, "n_embd": 16, "vocab_size": 11, "n_positions": 12, "bos_token_id": None, "eos_token_id": None}
+    model = GPT2LMHeadModel(GPT2Config(**{**sizes, **options}, embd_pdrop=0, resid_pdrop=0, attn_pdrop=0, initializer_range=0.1))
+    for name, p in model.named_parameters():
+        if name.endswith(".bias"):
+            torch.nn.init.normal_(p, std=0.1)
+    return model.eval()
+
+
+def logits_of(model, idx):
+    with torch.no_grad():
+        return model(idx)[0] if isinstance(model, GPT) else model(idx).logits
+
+
+class TestAgainstTransformers(TempDirTestCase):
+
+    def check(self, theirs, ours, T, V, tolerance=1e-4):
+        idx = torch.randint(V, (2, T))
+        torch.testing.assert_close(logits_of(ours, idx), logits_of(theirs, idx), atol=tolerance, rtol=0)
+        expected = theirs.generate(idx[:, :4], max_new_tokens=50, do_sample=False, attention_mask=torch.ones_like(idx[:, :4]))
+        self.assertEqual(ours.generate(idx[:, :4], 50).tolist(), expected.tolist())
+
+    def test_every_preset_there_and_back(self):
+        for name, (n_layer, n_head, n_embd) in PRESETS.items():
+            with self.subTest(name):
+                folder = self.folder / name
+                theirs = hugging_face(n_layer=min(n_layer, 3), n_head=n_head, n_embd=n_embd, vocab_size=400, n_positions=64)
+                theirs.save_pretrained(folder)
+                ours = GPT.from_pretrained(folder)
+                self.assertFalse(ours.training)
+                self.check(theirs, ours, 64, 400)
+                ours.save_pretrained(folder / "back")
+                self.check(GPT2LMHeadModel.from_pretrained(folder / "back").eval(), ours, 64, 400)
+
+    def test_loss_and_every_gradient(self):
+        theirs = hugging_face().train()
+        theirs.save_pretrained(self.folder)
+        ours = GPT.from_pretrained(self.folder).train()
+        idx = torch.randint(11, (3, 12))
+        expected = theirs(idx, labels=idx).loss
+        _, loss = ours(idx[:, :-1], idx[:, 1:])
+        torch.testing.assert_close(loss, expected)
+        expected.backward()
+        loss.backward()
+        gradients = {name: p.grad for name, p in ours.named_parameters()}
+        for name, p in theirs.named_parameters():
+            matrix = name.split(".")[-2] in ("c_attn", "c_proj", "c_fc") and p.dim() == 2
+            torch.testing.assert_close(gradients.pop(name), p.grad.t() if matrix else p.grad, atol=1e-5, rtol=1e-4)
+        self.assertEqual(gradients, {})
+
+    def test_untied_sharded_bin_half_and_bare_trunk(self):
+        idx = torch.randint(11, (2, 12))
+        theirs = hugging_face(tie_word_embeddings=False)
+        theirs.save_pretrained(self.folder / "untied")
+        torch.testing.assert_close(logits_of(GPT.from_pretrained(self.folder / "untied"), idx), logits_of(theirs, idx))
+        theirs = hugging_face()
+        theirs.save_pretrained(self.folder / "sharded", max_shard_size="10KB")
+        self.assertTrue((self.folder / "sharded" / "model.safetensors.index.json").exists())
+        torch.testing.assert_close(logits_of(GPT.from_pretrained(self.folder / "sharded"), idx), logits_of(theirs, idx))
+        theirs.config.save_pretrained(self.folder / "bin")
+        masks = {"transformer.h.0.attn.bias": torch.ones(1, 1, 12, 12), "transformer.h.0.attn.masked_bias": torch.tensor(-1e4)}
+        torch.save({**theirs.state_dict(), **masks}, self.folder / "bin" / "pytorch_model.bin")  # as on the hub until 2023
+        torch.testing.assert_close(logits_of(GPT.from_pretrained(self.folder / "bin"), idx), logits_of(theirs, idx))
+        theirs.bfloat16().save_pretrained(self.folder / "half")
+        ours = GPT.from_pretrained(self.folder / "half")
+        self.assertEqual(ours.lm_head.weight.dtype, torch.float32)
+        torch.testing.assert_close(logits_of(ours, idx), logits_of(theirs.float(), idx))
+        trunk = theirs.transformer
+        self.assertIsInstance(trunk, GPT2Model)
+        trunk.save_pretrained(self.folder / "trunk")  # its names have no transformer. in front
+        torch.testing.assert_close(logits_of(GPT.from_pretrained(self.folder / "trunk"), idx), logits_of(theirs, idx))
+
+
+class TestOtherFiles(TempDirTestCase):
+
+    def test_min_gpt_and_nano_gpt(self):
+        idx, sizes = torch.randint(11, (2, 8)), {"n_layer": 3, "n_head": 3, "n_embd": 48}  # gpt-nano
+        model = tiny_gpt(tie_weights=False, **sizes)
+        masks = {f"transformer.h.{i}.attn.bias": torch.ones(1, 1, 12, 12) for i in range(3)}
+        torch.save({**model.state_dict(), **masks}, self.folder / "mingpt.pt")
+        torch.testing.assert_close(logits_of(GPT.from_pretrained(self.folder / "mingpt.pt"), idx), logits_of(model, idx))
+        model = tiny_gpt(**{**sizes, "n_head": 6})  # a number of heads that shapes do not tell
+        for name, p in model.named_parameters():
+            p.data.zero_() if name.endswith(".bias") else None
+        state = {f"_orig_mod.{name}": p for name, p in model.state_dict().items() if not name.endswith(".bias")}
+        torch.save({"model": state, "model_args": {"n_head": 6, "bias": False}, "iter_num": 3, "config": {"dtype": "bfloat16"}},
+                   self.folder / "nanogpt.pt")
+        torch.testing.assert_close(logits_of(GPT.from_pretrained(self.folder / "nanogpt.pt"), idx), logits_of(model, idx))
+        torch.save(state, self.folder / "bare.pt")
+        torch.testing.assert_close(logits_of(GPT.from_pretrained(self.folder / "bare.pt", n_head=6), idx), logits_of(model, idx))
+
+    def test_reward_and_value_models(self):
+        gpt, idx = tiny_gpt(), torch.randint(11, (2, 8))
+        gpt.save_pretrained(self.folder / "gpt")
+        for cls in (RewardModel, ValueModel):
+            model = cls.from_gpt(gpt)
+            torch.nn.init.normal_(model.head.weight)
+            model.save_pretrained(self.folder / cls.__name__)
+            torch.testing.assert_close(cls.from_pretrained(self.folder / cls.__name__)(idx), model(idx))
+            with self.assertRaisesRegex(ValueError, "use from_gpt"):
+                cls.from_pretrained(self.folder / "gpt")
+
+    def test_options_and_randomness(self):
+        tiny_gpt(attn_pdrop=0.3).save_pretrained(self.folder)
+        before = torch.get_rng_state()
+        config = GPT.from_pretrained(self.folder, embd_pdrop=0.5).config
+        self.assertEqual((config.embd_pdrop, config.attn_pdrop, config.block_size), (0.5, 0.3, 12))
+        self.assertTrue(torch.equal(before, torch.get_rng_state()))
+        with self.assertRaisesRegex(ValueError, "no options .'n_heads'"):
+            GPT.from_pretrained(self.folder, n_heads=2)
+
+
+class Exploit:
+    def __reduce__(self):
+        return os.system, ("touch /tmp/never",)
+
+
+class TestBadFiles(TempDirTestCase):
+
+    def refuses(self, words, path=None):
+        with self.assertRaisesRegex(ValueError, words):
+            GPT.from_pretrained(path or self.folder)
+
+    def test_no_weights_or_wrong_ones(self):
+        self.refuses("holds no weights")
+        self.refuses("neither a file or folder here", "./no/such/folder")
+        model = tiny_gpt()
+        model.save_pretrained(self.folder)
+        state, config = model.state_dict(), json.loads((self.folder / "config.json").read_text())
+        for options, words in (({"n_embd": 32}, "c_attn.bias as torch.float32 \\(48,\\), must be float \\(96,\\)|must be float"),
+                               ({"n_layer": 3}, "lacks .'transformer.h.2"), ({"model_type": "llama"}, "model_type='llama'"),
+                               ({"activation_function": "relu"}, "activation_function='relu'"), ({"n_head": 3}, "not divisible")):
+            (self.folder / "config.json").write_text(json.dumps({**config, **options}))
+            self.refuses(words)
+        (self.folder / "config.json").write_text("{")
+        self.refuses("config.json is damaged")
+        (self.folder / "config.json").unlink()
+        self.refuses("pass n_head")
+        for name, wrong, words in (("wte.weight", None, "holds no GPT-2"), ("h.1.ln_1.bias", None, "lacks .'transformer.h.1.ln_1.bias'"),
+                                   ("ln_f.weight", torch.ones(16, dtype=torch.int8), "ln_f.weight as torch.int8")):
+            other = {k: v for k, v in {**state, "transformer." + name: wrong}.items() if v is not None}
+            torch.save(other, self.folder / "wrong.pt")
+            with self.assertRaisesRegex(ValueError, words):
+                GPT.from_pretrained(self.folder / "wrong.pt", n_head=2)
+
+    def test_damaged_and_hostile_files(self):
+        tiny_gpt().save_pretrained(self.folder)
+        path = self.folder / "model.safetensors"
+        whole = path.read_bytes()
+        header = json.dumps({"transformer.wte.weight": {"dtype": "F32", "shape": [11, 16], "data_offsets": [0, 10**12]}}).encode()
+        for data in (whole[:-100], whole[:50], b"", (2**63 - 1).to_bytes(8, "little") + whole[8:],
+                     len(header).to_bytes(8, "little") + header, b"\x80\x04" + whole):
+            path.write_bytes(data)
+            self.refuses("no file of weights that can be loaded")
+        path.unlink()
+        (self.folder / "pytorch_model.bin").write_bytes(pickle.dumps(Exploit()))
+        self.refuses("could run foreign code")
+        torch.save({"transformer.wte.weight": Exploit()}, self.folder / "pytorch_model.bin")
+        self.refuses("could run foreign code")
+        self.assertFalse(os.path.exists("/tmp/never"))
+        (self.folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "../../etc/passwd"}}))
+        self.refuses("in the same folder")
+
+
+@mock.patch("time.sleep", mock.Mock())  # between tries
+class TestDownload(TempDirTestCase):
+
+    def setUp(self):
+        super().setUp()
+        self.path = self.folder / "deep" / "file.bin"
+        self.server = self.enterContext(Server({"/file.bin": BODY}))
+
+    def download(self, moods=(), **options):
+        self.server.moods = list(moods)
+        return download(self.server.url + "/file.bin", self.path, **{"sha256": SHA256, "timeout": 0.5, **options})
+
+    def ranges(self):
+        return [headers.get("Range") for _, headers in self.server.seen]
+
+    def test_once(self):
+        self.assertEqual(self.download(size=len(BODY)).read_bytes(), BODY)
+        self.download()
+        self.assertEqual(len(self.server.seen), 1)
+        self.assertEqual(os.listdir(self.path.parent), ["file.bin"])
+
+    def test_trouble_on_the_way(self):
+        half = f"bytes={len(BODY) // 2}-"
+        for moods, ranges in ((["slow"], [None]), ([500, 503, 429], [None] * 4), (["cut"], [None, half]), (["stall"], [None, half]),
+                              (["cut", "no range"], [None, half]), (["cut", "wrong range"], [None, half, None]),
+                              (["cut", "corrupt"], [None, half, None])):
+            with self.subTest(moods):
+                self.server.seen.clear()
+                self.path.unlink(missing_ok=True)
+                self.assertEqual(self.download(moods).read_bytes(), BODY)
+                self.assertEqual(self.ranges(), ranges)
+                self.path.unlink()
+
+    def test_an_interrupted_download_goes_on_in_the_next_call(self):
+        with self.assertRaisesRegex(ConnectionError, r"failed 2 times, at last with"):
+            self.download(["cut", "cut"], tries=2)
+        self.assertEqual(os.listdir(self.path.parent), ["file.bin.part"])
+        self.assertEqual(self.download().read_bytes(), BODY)
+        self.assertEqual(self.ranges()[-1], f"bytes={len(BODY) // 2 + len(BODY) // 4}-")
+
+    def test_a_part_of_another_file(self):
+        for rest in (b"x" * 10, b"x" * len(BODY), b"x" * (len(BODY) + 1)):
+            self.path.parent.mkdir(exist_ok=True)
+            (self.path.parent / "file.bin.part").write_bytes(rest)
+            self.assertEqual(self.download().read_bytes(), BODY)
+            self.path.unlink()
+
+    def test_what_is_final(self):
+        for moods, options, words in (([404], {}, "answers Not Found \\(404\\)"), ([401], {}, "may you read it"),
+                                      (["corrupt"], {}, "SHA-256 .*, not"), ([], {"size": 10}, f"{len(BODY)} bytes, not 10")):
+            with self.subTest(words), self.assertRaisesRegex(ValueError, words):
+                self.download(moods, **options)
+            self.assertEqual(os.listdir(self.path.parent), [])
+        with self.assertRaisesRegex(ConnectionError, "failed 2 times"):
+            download("http://127.0.0.1:9/nobody", self.path, tries=2)
+
+
+class TestHub(TempDirTestCase):
+
+    def setUp(self):
+        super().setUp()
+        self.theirs = hugging_face()
+        self.theirs.save_pretrained(self.folder / "one")
+        self.theirs.save_pretrained(self.folder / "many", max_shard_size="10KB")
+        self.server = self.enterContext(Server({}))
+        self.enterContext(mock.patch.dict(os.environ, {"HF_ENDPOINT": self.server.url, "HF_TOKEN": "secret",
+                                                       "MINGPT_HOME": str(self.folder / "home")}))
+
+    def serve(self, folder, name, revision="main"):
+        for path in (self.folder / folder).iterdir():
+            url = f"/{name}/resolve/{revision}/{path.name}"
+            self.server.files[url] = path.read_bytes()
+            if path.suffix == ".safetensors":
+                self.server.headers[url] = {"X-Linked-Etag": f'"{hashlib.sha256(path.read_bytes()).hexdigest()}"'}
+
+    def test_names_revisions_shards_and_the_cache(self):
+        idx = torch.randint(11, (2, 12))
+        for folder, name, options in (("one", "gpt2", {}), ("many", "user/repo", {}), ("one", "user/repo", {"revision": "refs/pr/1"})):
+            self.serve(folder, name, options.get("revision", "main").replace("/", "%2F"))
+            for _ in range(2):
+                torch.testing.assert_close(logits_of(GPT.from_pretrained(name, **options), idx), logits_of(self.theirs, idx))
+                self.server.files.clear()  # the second time, all is there
+        self.assertEqual({headers["Authorization"] for _, headers in self.server.seen}, {"Bearer secret"})
+        with self.assertRaisesRegex(ValueError, "Not Found"):
+            GPT.from_pretrained("nobody/nothing")
+
+    def test_a_torn_or_corrupt_file_is_never_loaded(self):
+        self.serve("one", "gpt2")
+        self.server.moods = [None, "corrupt"]
+        with self.assertRaisesRegex(ValueError, "SHA-256"):
+            GPT.from_pretrained("gpt2")
+        self.server.moods = ["cut"]
+        with mock.patch("time.sleep"):
+            model = GPT.from_pretrained("gpt2")
+        idx = torch.randint(11, (2, 12))
+        torch.testing.assert_close(logits_of(model, idx), logits_of(self.theirs, idx))
+
+    def test_no_weights(self):
+        self.server.files["/user/empty/resolve/main/config.json"] = b"{}"
+        with self.assertRaisesRegex(ValueError, "has no weights at"):
+            GPT.from_pretrained("user/empty")
+
+
+if __name__ == "__main__":
+    unittest.main()
