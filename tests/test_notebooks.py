@@ -1,0 +1,49 @@
+"""Every notebook runs from its first cell to its last, offline."""
+
+import contextlib
+import io
+import json
+import os
+import unittest
+from pathlib import Path
+from unittest import mock
+
+import matplotlib
+
+from tests.common import TempDirTestCase, tiny_gpt
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(notebook, **environment):
+    """Execute the code cells in one namespace, as a kernel does; return what they printed."""
+    printed, names = io.StringIO(), {"__name__": "__main__"}
+    cells = json.loads((ROOT / notebook).read_text(encoding="utf-8"))["cells"]
+    backend = matplotlib.get_backend()
+    with mock.patch.dict(os.environ, environment), contextlib.redirect_stdout(printed), mock.patch("time.sleep"):
+        matplotlib.use("Agg")
+        for i, cell in enumerate(cells):
+            if cell["cell_type"] == "code":
+                exec(compile("".join(cell["source"]), f"{notebook}, cell {i}", "exec"), names)
+    names["plt"].close("all")
+    matplotlib.use(backend)
+    return printed.getvalue()
+
+
+class TestGenerate(TempDirTestCase):
+
+    def test_without_a_network_it_says_that_the_model_is_random(self):
+        printed = run("generate.ipynb", MODEL="gpt2", HF_ENDPOINT="http://127.0.0.1:9", MINGPT_HOME=str(self.folder))
+        self.assertIn("NOT A TRAINED MODEL", printed)
+        self.assertIn("token 'Hello' = id 15496", printed)
+        self.assertIn("--- top_p 0.9", printed)
+
+    def test_with_a_folder_of_weights(self):
+        tiny_gpt(vocab_size=50257, block_size=64).save_pretrained(self.folder)
+        printed = run("generate.ipynb", MODEL=str(self.folder))
+        self.assertNotIn("NOT A TRAINED MODEL", printed)
+        self.assertIn("largest difference to log_probs", printed)
+
+
+if __name__ == "__main__":
+    unittest.main()
