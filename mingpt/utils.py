@@ -183,12 +183,11 @@ def download(url: str, path: str | Path, sha256: str | None = None, size: int | 
              tries: int = 5, timeout: float = 30.0) -> Path:
     """Fetch url into the file `path`, unless it is there already; an interrupted download goes on where it stopped.
 
-    The file takes its name only when its size (bytes) and SHA-256 are right: the given ones, else those that the server names.
-    Trouble on the way is met with another try, after 1, 2, 4 ... seconds. Raises ValueError where the server refuses (404 ...)
-    or sends something else than expected, ConnectionError where every try fails; the next call goes on with what has come.
+    The file takes its name only when its size (bytes) and SHA-256 are right: the given ones, else those that the server names. After
+    trouble it tries again, in 1, 2, 4 ... seconds. Raises ValueError where the server refuses (404 ...) or sends something
+    else than expected, ConnectionError where every try fails; the next call goes on with what has come.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    (path := Path(path)).parent.mkdir(parents=True, exist_ok=True)
     for attempt in range(tries):
         if path.exists():  # since ever, or another process was faster
             return path

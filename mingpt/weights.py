@@ -5,9 +5,8 @@ Pretrained weights, in and out, in Hugging Face's formats: `from_pretrained` and
     GPT.from_pretrained("out/sft")          a folder with config.json and weights, as transformers and save_pretrained write it
     GPT.from_pretrained("ckpt.pt")          a file: .safetensors, or a state dict of PyTorch's, minGPT's and nanoGPT's included
 
-GPT-2's weights come in many dialects. The blocks' matrices may be stored (in, out), as TensorFlow and transformers do, or
-(out, in), as nn.Linear; names may lack the `transformer.` in front; causal masks may lie between the weights; the head may be
-there or be the embedding. Nothing is guessed that the tensors' shapes do not tell.
+GPT-2's weights come in many dialects. The blocks' matrices may be (in, out), as TensorFlow and transformers have them, or (out, in),
+as in nn.Linear; names may lack `transformer.`; causal masks may lie between the weights; the head may be the embedding.
 
 Sources: `transformers` for config.json and the names, github.com/huggingface/safetensors for the format of the files.
 """
@@ -35,7 +34,6 @@ CONV1D = re.compile(r"\.(c_attn|c_proj|c_fc)\.weight$")  # the matrices that tra
 BUFFERS = re.compile(r"\.attn\.(masked_)?bias$")  # causal masks: GPT computes its own
 WRAPPERS = re.compile(r"^(_orig_mod\.|module\.|policy\.)+")  # of torch.compile, DDP, PPOTrainer
 OURS = {"n_positions": "block_size", "tie_word_embeddings": "tie_weights"}  # what config.json calls otherwise
-DROPOUT = ("embd_pdrop", "resid_pdrop", "attn_pdrop")
 GPT2_ONLY = {"model_type": ("gpt2",), "activation_function": ("gelu_new", "gelu_pytorch_tanh"), "layer_norm_epsilon": (1e-5,),
              "scale_attn_weights": (True,), "scale_attn_by_inverse_layer_idx": (False,), "add_cross_attention": (False,)}  # else config.json is of another model
 
@@ -58,9 +56,9 @@ class Pretrained:
         config = cls.get_default_config()
         if unknown := options.keys() - vars(config).keys():
             raise ValueError(f"a model has no options {sorted(unknown)}; it has {', '.join(vars(config))}")
-        config.merge_from_dict(read_config(path, tensors, extra, cls.presets) | options)
+        config.merge_from_dict(read_config(cls, path, tensors, extra) | options)
         if config.n_head is None:
-            raise ValueError(f"{path} does not tell the number of heads for its width of {config.n_embd}: pass n_head=...")
+            raise ValueError(f"{path} does not tell the number of heads that share its {config.n_embd} channels: pass n_head")
         with torch.device("meta"):  # no time and no memory for random weights
             model = cls(config).eval()
         model.to_empty(device="cpu")
@@ -74,25 +72,23 @@ class Pretrained:
         """Write folder/model.safetensors and config.json; a GPT's are those of transformers' GPT2LMHeadModel."""
         C = self.config
         tensors = {name: (p.t() if CONV1D.search(name) else p).contiguous() for name, p in self.named_parameters()}
-        end_of_text = 50256 if C.vocab_size > 50256 else None  # GPT-2's
         config = {"architectures": ["GPT2LMHeadModel" if hasattr(self, "lm_head") else type(self).__name__], "model_type": "gpt2",
                   "n_layer": C.n_layer, "n_head": C.n_head, "n_embd": C.n_embd, "n_positions": C.block_size,
                   "vocab_size": C.vocab_size, "embd_pdrop": C.embd_pdrop, "resid_pdrop": C.resid_pdrop, "attn_pdrop": C.attn_pdrop,
                   "tie_word_embeddings": C.tie_weights, "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5,
-                  "bos_token_id": end_of_text, "eos_token_id": end_of_text}
+                  **dict.fromkeys(("bos_token_id", "eos_token_id"), 50256 if C.vocab_size > 50256 else None)}  # GPT-2's
         with atomic_write(Path(folder) / "model.safetensors") as f:
             save_file(tensors, f.name, metadata={"format": "pt"})
         write_text(Path(folder) / "config.json", json.dumps(config, indent=2) + "\n")
 
 
 def hub_folder(name: str, revision: str) -> Path:
-    """The local folder of a model on the hub, downloaded as far as it is not there already. ValueError if there is none."""
+    """The local folder of a model on the hub, downloaded unless it is there already. ValueError if there is no such model."""
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):
         raise ValueError(f"{name!r} is neither a file or folder here nor a name on the hub, like 'gpt2' or 'user/repo'")
     folder = home() / "hub" / name.replace("/", "--") / quote(revision, safe="")
     endpoint = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
     headers = {"Authorization": f"Bearer {os.environ['HF_TOKEN']}"} if os.environ.get("HF_TOKEN") else {}
-
     base = f"{endpoint}/{name}/resolve/{quote(revision, safe='')}"
     fetch = lambda file: download(f"{base}/{file}", folder / file, headers=headers)
     fetch("config.json")
@@ -106,10 +102,10 @@ def hub_folder(name: str, revision: str) -> Path:
 
 def weights_file(path: Path) -> Path:
     """The file with the weights, or the index of such files: path itself, or the first of FILES in it."""
-    found = [file for file in (path, *(path / name for name in FILES)) if file.is_file()]
-    if not found:
-        raise ValueError(f"{path} holds no weights: none of {', '.join(FILES)}. For another file, give its own name")
-    return found[0]
+    for file in (path, *(path / name for name in FILES)):
+        if file.is_file():
+            return file
+    raise ValueError(f"{path} holds no weights: none of {', '.join(FILES)}. For another file, give its own name")
 
 
 def shards(path: Path) -> list[Path]:
@@ -163,7 +159,7 @@ def read_json(path: Path) -> dict:
         raise ValueError(f"{path} is damaged: {error}") from None
 
 
-def read_config(path: Path, tensors: dict, extra: dict, presets: dict) -> dict:
+def read_config(cls: type[Pretrained], path: Path, tensors: dict, extra: dict) -> dict:
     """The options of the model: from config.json where there is one, else from the shapes of its tensors."""
     file = (path if path.is_dir() else path.parent) / "config.json"
     said = read_json(file) if file.exists() else {}
@@ -177,10 +173,12 @@ def read_config(path: Path, tensors: dict, extra: dict, presets: dict) -> dict:
     n_layer = len({name.split(".")[2] for name in tensors if name.startswith("transformer.h.")})
     head = tensors.get("lm_head.weight")
     config = {"vocab_size": vocab_size, "block_size": block_size, "n_layer": n_layer, "n_embd": n_embd,
-              "n_head": {(layers, width): heads for layers, heads, width in presets.values()}.get((n_layer, n_embd)),
+              "n_head": {(layers, width): heads for layers, heads, width in cls.presets.values()}.get((n_layer, n_embd)),
               "tie_weights": head is None or "model_type" in said or torch.equal(head[...], tensors["transformer.wte.weight"][...])}
-    for source in (said.get("model") or said, extra.get("model_args", {})):  # minGPT's scripts nest theirs, nanoGPT's have model_args
-        config |= {OURS.get(k, k): v for k, v in source.items() if OURS.get(k, k) in {*config, *DROPOUT}}
+    nested = said["model"] if isinstance(said.get("model"), dict) else said  # as minGPT's scripts write it; nanoGPT has model_args
+    known = vars(cls.get_default_config()).keys() - {"model_type"}
+    for source in (nested, extra.get("model_args", {})):
+        config |= {OURS.get(k, k): v for k, v in source.items() if OURS.get(k, k) in known and v is not None}
     return config
 
 

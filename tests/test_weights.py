@@ -102,7 +102,12 @@ class TestOtherFiles(TempDirTestCase):
         model = tiny_gpt(tie_weights=False, **sizes)
         masks = {f"transformer.h.{i}.attn.bias": torch.ones(1, 1, 12, 12) for i in range(3)}
         torch.save({**model.state_dict(), **masks}, self.folder / "mingpt.pt")
-        torch.testing.assert_close(logits_of(GPT.from_pretrained(self.folder / "mingpt.pt"), idx), logits_of(model, idx))
+        minimal = {"system": {"seed": 1}, "model": {"model_type": "gpt-nano", "n_layer": None, "n_head": None, "attn_pdrop": 0.2}}
+        for config in (None, minimal):  # its scripts write one beside
+            if config:
+                (self.folder / "config.json").write_text(json.dumps(config))
+            torch.testing.assert_close(logits_of(GPT.from_pretrained(self.folder / "mingpt.pt"), idx), logits_of(model, idx))
+        (self.folder / "config.json").unlink()
         model = tiny_gpt(**{**sizes, "n_head": 6})  # a number of heads that shapes do not tell
         for name, p in model.named_parameters():
             p.data.zero_() if name.endswith(".bias") else None
