@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from mingpt.checkpoint import atomic_write, write_text
 from mingpt.utils import NotFound, download, home
 
+HUB = "https://huggingface.co"
 FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 CONV1D = re.compile(r"\.(c_attn|c_proj|c_fc)\.weight$")  # the matrices that transformers stores as (in, out)
 BUFFERS = re.compile(r"\.attn\.(masked_)?bias$")  # causal masks: GPT computes its own
@@ -86,10 +87,9 @@ def hub_folder(name: str, revision: str) -> Path:
     """The local folder of a model on the hub, downloaded unless it is there already. ValueError if there is no such model."""
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):
         raise ValueError(f"{name!r} is neither a file or folder here nor a name on the hub, like 'gpt2' or 'user/repo'")
-    folder = home() / "hub" / name.replace("/", "--") / quote(revision, safe="")
-    endpoint = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
+    folder, endpoint = home() / "hub" / name.replace("/", "--") / quote(revision, safe=""), os.environ.get("HF_ENDPOINT") or HUB
     headers = {"Authorization": f"Bearer {os.environ['HF_TOKEN']}"} if os.environ.get("HF_TOKEN") else {}
-    base = f"{endpoint}/{name}/resolve/{quote(revision, safe='')}"
+    base = f"{endpoint.rstrip('/')}/{name}/resolve/{quote(revision, safe='')}"
     fetch = lambda file: download(f"{base}/{file}", folder / file, headers=headers)
     fetch("config.json")
     for file in [f for f in FILES if (folder / f).exists()] or FILES:
@@ -113,9 +113,9 @@ def shards(path: Path) -> list[Path]:
     if not path.name.endswith(".index.json"):
         return [path]
     files = sorted({str(file) for file in dict(read_json(path).get("weight_map", {})).values()})
-    if not files or any(Path(file).name != file for file in files):
-        raise ValueError(f"{path}: weight_map must name files in the same folder, not {files[:3]}")
-    return [path.with_name(file) for file in files]
+    if files and all(Path(file).name == file for file in files):
+        return [path.with_name(file) for file in files]
+    raise ValueError(f"{path}: weight_map must name files in the same folder, not {files[:3]}")
 
 
 @dataclass
@@ -184,14 +184,14 @@ def read_config(cls: type[Pretrained], path: Path, tensors: dict, extra: dict) -
 
 @torch.no_grad()
 def copy_tensors(tensors: dict, model: nn.Module, path: Path) -> None:
-    """Fill the parameters of model, tensor by tensor. ValueError where names, shapes or types do not fit."""
+    """Fill the parameters of model one by one. ValueError where names, shapes or types do not fit."""
     parameters = dict(model.named_parameters())  # a tied head is no parameter of its own
     if not any(name.endswith(".bias") for name in tensors):  # nanoGPT's bias=False
         tensors = tensors | {name: torch.zeros(p.shape) for name, p in parameters.items() if name.endswith(".bias")}
     if parameters.keys() != tensors.keys():
         lacks, has = [sorted(a - b)[:5] for a, b in ((parameters.keys(), tensors.keys()), (tensors.keys(), parameters.keys()))]
-        way = "; of a language model, use from_gpt(GPT.from_pretrained(...))" if "head.weight" in lacks else ""
-        raise ValueError(f"{path} is no {type(model).__name__} of its config: it lacks {lacks}, and has {has} besides{way}")
+        raise ValueError(f"{path} is no {type(model).__name__} of its config: it lacks {lacks}, and has {has} besides"
+                         + ("; of a language model, use from_gpt(GPT.from_pretrained(...))" if "head.weight" in lacks else ""))
     transposed = tensors["transformer.h.0.attn.c_attn.weight"].shape[0] == model.config.n_embd
     for name, p in parameters.items():
         tensor = tensors[name][...]
