@@ -132,6 +132,34 @@ def reward_loss(chosen: Tensor, rejected: Tensor, margin: float = 0.0) -> Tensor
     return -F.logsigmoid(chosen - rejected - margin).mean()
 
 
+def dpo_loss(chosen_log_probs: Tensor, rejected_log_probs: Tensor, ref_chosen_log_probs: Tensor, ref_rejected_log_probs: Tensor,
+             beta: float = 0.1) -> Tensor:
+    """Direct preference optimisation (Rafailov et al. 2023, equation 7), on sums of the completions' log-probs, (B,) each.
+
+        L = -mean log σ(β (log π(chosen)/π_ref(chosen) - log π(rejected)/π_ref(rejected)))
+    """
+    return reward_loss(beta * (chosen_log_probs - ref_chosen_log_probs), beta * (rejected_log_probs - ref_rejected_log_probs))
+
+
+def rloo_advantages(scores: Tensor, group_size: int) -> Tensor:
+    """REINFORCE leave-one-out (Ahmadian et al. 2024): each score less the mean of the others in its group, (B,) -> (B,)."""
+    groups = grouped(scores, group_size)
+    return ((groups - groups.mean(1, keepdim=True)) * group_size / (group_size - 1)).flatten()
+
+
+def grpo_advantages(scores: Tensor, group_size: int) -> Tensor:
+    """Group-relative advantages (Shao et al. 2024): scores in standard deviations (n-1) from their group's mean, (B,) -> (B,)."""
+    groups = grouped(scores, group_size)
+    return ((groups - groups.mean(1, keepdim=True)) / (groups.std(1, keepdim=True) + 1e-8)).flatten()
+
+
+def grouped(scores: Tensor, group_size: int) -> Tensor:
+    """(B,) -> (B / group_size, group_size): the samples of one prompt are adjacent."""
+    if group_size < 2 or len(scores) % group_size:
+        raise ValueError(f"group_size={group_size!r} must be 2 or more and divide the {len(scores)} scores")
+    return scores.view(-1, group_size)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # models with a scalar head
 
@@ -156,10 +184,6 @@ class ScalarModel(Pretrained, nn.Module):
         model = cls(gpt.config)
         model.transformer.load_state_dict(gpt.transformer.state_dict())
         return model.to(next(gpt.parameters()).device)
-
-    def configure_optimizers(self, train_config: CN) -> torch.optim.Optimizer:
-        """AdamW that decays the matrix-product weights alone."""
-        return adamw(self, train_config)
 
     def scores(self, idx: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """The head's output at every position: (B, T) -> (B, T). ValueError where T is longer than block_size."""
@@ -255,8 +279,9 @@ class PPOTrainer(Trainer):
         """The Trainer's options, some with other defaults, and PPO's own."""
         C = Trainer.get_default_config()
         C.precision = "fp32"          # of the update, as of the rollout: in bf16 the ratio would not start at 1
-        C.algorithm = "ppo"           # or reinforce: one plain policy-gradient step a rollout, no value function
+        C.algorithm = "ppo"           # or without a value function: rloo, grpo, and reinforce with one plain step a rollout
         C.batch_size = 64             # episodes in a rollout
+        C.group_size = 4              # rloo, grpo: episodes of the same prompt
         C.minibatch_size = None       # episodes per optimizer step; None: all of them
         C.ppo_epochs = 4              # passes over a rollout
         C.max_new_tokens = 64
@@ -280,12 +305,12 @@ class PPOTrainer(Trainer):
 
     def __init__(self, config: CN, policy: nn.Module, reward_fn: Callable[[Tensor, Tensor, Tensor], Tensor], prompts,
                  value_model: nn.Module | None = None, ref_policy: nn.Module | None = None, tokenizer=None):
-        if config.algorithm not in ("ppo", "reinforce"):
-            raise ValueError(f"algorithm={config.algorithm!r} must be ppo or reinforce")
+        if config.algorithm not in ("ppo", "reinforce", "rloo", "grpo"):
+            raise ValueError(f"algorithm={config.algorithm!r} must be ppo, reinforce, rloo or grpo")
         if config.algorithm == "ppo" and value_model is None:
             if not hasattr(policy, "transformer"):
                 raise ValueError(f"a {type(policy).__name__} is no GPT to copy a value model from: pass one as value_model, "
-                                 "with forward(idx, attention_mask) -> (B, T), or choose algorithm='reinforce'")
+                                 "with forward(idx, attention_mask) -> (B, T), or choose another algorithm")
             value_model = ValueModel.from_gpt(policy)
         self.stop_token = config.stop_token if config.stop_token is not None else getattr(tokenizer, "eot_token", None)
         self.block_size = getattr(getattr(policy, "config", None), "block_size", math.inf)
@@ -309,6 +334,8 @@ class PPOTrainer(Trainer):
         check_numbers(C, "gamma gae_lambda", high=1)
         check_numbers(C, "kl_target", low=1e-6, optional=True)
         check_numbers(C, "kl_horizon", low=1)
+        if C.algorithm in ("rloo", "grpo"):
+            grouped(torch.zeros(C.batch_size), C.group_size)
         longest = max(map(len, self.train_dataset))
         if longest + C.max_new_tokens > self.block_size + 1:  # the last token is only predicted, never read
             raise ValueError(f"prompts of up to {longest} tokens and max_new_tokens={C.max_new_tokens} do not fit into the "
@@ -320,6 +347,11 @@ class PPOTrainer(Trainer):
     def load_state_dict(self, state: dict) -> None:
         super().load_state_dict(state)
         self.kl_coef = state["kl_coef"]
+
+    def batch_indices(self) -> Iterator[list[int]]:
+        """The Trainer's; for groups, the first prompts of each batch, each of them group_size times."""
+        k = self.config.group_size if self.config.algorithm in ("rloo", "grpo") else 1
+        return ([i for i in indices[:len(indices) // k] for _ in range(k)] for indices in super(PPOTrainer, self).batch_indices())
 
     # -- one iteration -------------------------------------------------------------------------------------------------
 
@@ -351,9 +383,14 @@ class PPOTrainer(Trainer):
         rewards = -self.kl_coef * kl
         rewards[torch.arange(len(idx)), last_real(mask)] += scores
         # without a value function, all values 0, λ = 1 makes the advantage the return: REINFORCE (Williams 1992)
-        advantages, returns = gae(rewards, values, mask, C.gamma, 1.0 if C.algorithm == "reinforce" else C.gae_lambda)
-        return {"idx": idx, "attention_mask": attention_mask, "mask": mask, "old_log_probs": old_log_probs, "kl": kl,
-                "scores": scores, "old_values": values, "returns": returns, "advantages": masked_whiten(advantages, mask)}
+        advantages, returns = gae(rewards, values, mask, C.gamma, C.gae_lambda if C.algorithm == "ppo" else 1.0)
+        advantages = masked_whiten(advantages, mask)
+        if C.algorithm == "rloo":  # a whole completion is one action, the penalty a part of its score
+            advantages = rloo_advantages(rewards.sum(1), C.group_size)[:, None].expand_as(mask)
+        if C.algorithm == "grpo":  # the penalty stands in the loss instead
+            advantages = grpo_advantages(scores, C.group_size)[:, None].expand_as(mask)
+        return {"idx": idx, "attention_mask": attention_mask, "mask": mask, "old_log_probs": old_log_probs, "kl": kl, "scores": scores,
+                "ref_log_probs": ref_log_probs, "old_values": values, "returns": returns, "advantages": advantages}
 
     def score(self, idx: Tensor, attention_mask: Tensor, completion_mask: Tensor) -> Tensor:
         """The rewards (B,), float32; ValueError where the reward function gave another shape, NaN or infinity."""
@@ -402,7 +439,10 @@ class PPOTrainer(Trainer):
             metrics = {"loss/policy": policy_loss.detach(), "loss/value": v_loss.detach(), "policy/clipfrac": clip_fraction,
                        "policy/approxkl": masked_mean(log_ratio ** 2 / 2, mask),
                        "val/ratio": masked_mean(log_ratio.exp(), mask)}
-        return policy_loss + C.value_coef * v_loss, metrics
+        loss = policy_loss + C.value_coef * v_loss
+        if C.algorithm == "grpo":  # k3, averaged over all tokens, where the paper averages over each completion's first
+            loss = loss + self.kl_coef * masked_mean(kl_estimate(log_probs, batch["ref_log_probs"], "k3"), mask)
+        return loss, metrics
 
     def describe(self, rollout: dict) -> dict:
         """What the rollout looked like, under the field's usual names."""

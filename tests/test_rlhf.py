@@ -1,6 +1,7 @@
 """Estimators and losses against loops written from the papers' equations; the PPO trainer against what must hold."""
 
 import math
+import statistics
 import unittest
 
 import torch
@@ -141,6 +142,30 @@ class TestEstimators(unittest.TestCase):
         p = [1 / (1 + math.exp(-(c - r - 0.3))) for c, r in ((2.0, 1.0), (0.5, 1.5))]
         self.assertAlmostEqual(rlhf.reward_loss(chosen, rejected, 0.3).item(), -sum(map(math.log, p)) / 2, places=6)
 
+    def test_dpo_loss_is_bradley_terry_of_implicit_rewards(self):
+        chosen, rejected, ref_chosen, ref_rejected = inputs = [torch.randn(6, dtype=torch.double) * 5 for _ in range(4)]
+        expected = 0.0
+        for c, r, rc, rr in zip(*(x.tolist() for x in inputs)):
+            expected -= math.log(1 / (1 + math.exp(-0.3 * ((c - rc) - (r - rr))))) / 6
+        self.assertAlmostEqual(rlhf.dpo_loss(*inputs, beta=0.3).item(), expected, places=9)
+        self.assertAlmostEqual(rlhf.dpo_loss(chosen, rejected, chosen, rejected).item(), math.log(2), places=9)
+        loss = lambda c, r: rlhf.dpo_loss(c, r, ref_chosen, ref_rejected, beta=0.3)
+        for ours, theirs in zip(gradient(loss, chosen, rejected), numeric_gradient(loss, chosen, rejected)):
+            torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-4)
+
+    def test_group_advantages_one_by_one(self):
+        scores = torch.randn(12, dtype=torch.double)
+        for k in (2, 3, 4, 12):
+            for i, s in enumerate(scores.tolist()):
+                group = scores.tolist()[i - i % k:i - i % k + k]
+                others = [x for j, x in enumerate(group) if j != i % k]
+                self.assertAlmostEqual(rlhf.rloo_advantages(scores, k)[i].item(), s - sum(others) / len(others), places=9)
+                self.assertAlmostEqual(rlhf.grpo_advantages(scores, k)[i].item(), (s - statistics.mean(group)) / statistics.stdev(group), places=5)
+        self.assertEqual(rlhf.grpo_advantages(torch.ones(4), 4).tolist(), [0.0] * 4)
+        for k in (0, 1, 5):
+            with self.assertRaisesRegex(ValueError, f"group_size={k}"):
+                rlhf.rloo_advantages(scores, k)
+
     def test_junk_off_the_mask_reaches_no_value_and_no_gradient(self):
         mask, new = example()
         clean = [0.3 * new() for _ in range(3)]
@@ -272,7 +297,7 @@ class TestPPOTrainer(TempDirTestCase):
             self.assertEqual(row["policy/clipfrac"], 0.0)
 
     def test_learns_to_write_one_token(self):
-        for algorithm in ("ppo", "reinforce"):
+        for algorithm in ("ppo", "reinforce", "rloo", "grpo"):
             rows = []
             set_seed(1)
             config = ppo_config(algorithm=algorithm, max_iters=60, batch_size=32, kl_coef=0.0, learning_rate=1e-2)
@@ -281,6 +306,31 @@ class TestPPOTrainer(TempDirTestCase):
             trainer.run()
             self.assertLess(rows[0]["objective/scores"], 0.3)
             self.assertGreater(rows[-1]["objective/scores"], 0.8, algorithm)
+
+    def test_groups_share_a_prompt_and_their_advantages_follow_the_paper(self):
+        for algorithm in ("rloo", "grpo"):
+            policy, reference = tiny_gpt(seed=1), tiny_gpt(seed=2)
+            trainer = PPOTrainer(ppo_config(algorithm=algorithm, group_size=2, batch_size=8, kl_coef=0.3), policy, count_token(3),
+                                 [[i, i + 1] for i in range(8)], ref_policy=reference)
+            prompts, mask = next(trainer.batches())
+            self.assertEqual(prompts[0::2].tolist(), prompts[1::2].tolist())
+            self.assertEqual(len(set(map(tuple, prompts.tolist()))), 4)
+            r = trainer.rollout(prompts, mask)
+            total = r["scores"] - (0.3 * r["kl"].sum(1) if algorithm == "rloo" else 0)
+            for b in range(8):
+                mine, other = total[b].item(), total[b ^ 1].item()
+                expected = mine - other if algorithm == "rloo" else 0.0 if mine == other else math.copysign(2 ** -0.5, mine - other)
+                self.assertTrue(torch.allclose(r["advantages"][b][r["mask"][b]], torch.tensor(expected), atol=1e-4), algorithm)
+
+    def test_grpo_penalty_is_the_mean_of_k3(self):
+        policy, reference = tiny_gpt(seed=1), tiny_gpt(seed=2)
+        trainer = PPOTrainer(ppo_config(algorithm="grpo", kl_coef=0.3), policy, count_token(3), [[1]], ref_policy=reference)
+        r = trainer.rollout(*rlhf.left_pad([torch.tensor([1])] * 8))
+        r["advantages"] = torch.zeros_like(r["kl"])  # leaves the penalty alone
+        loss, metrics = trainer.policy_and_value_loss(trainer.model, r)
+        log_ratio = [(policy.log_probs(r["idx"]) - reference.log_probs(r["idx"]))[b, t].item() for b, t in r["mask"].nonzero().tolist()]
+        expected = 0.3 * sum(math.exp(-x) - 1 + x for x in log_ratio) / len(log_ratio)
+        self.assertAlmostEqual(loss.item() - 0.1 * metrics["loss/value"].item(), expected, places=4)  # values are 0 here
 
     def test_kl_penalty_holds_the_policy_near_the_reference(self):
         kl = {}
@@ -364,7 +414,7 @@ class TestPPOTrainer(TempDirTestCase):
                 PPOTrainer(ppo_config(**options), tiny_gpt(), count_token(3), [[1]])
         with self.assertRaisesRegex(ValueError, "is no GPT to copy a value model from"):
             PPOTrainer(ppo_config(), torch.nn.Linear(1, 1), count_token(3), [[1]])
-        with self.assertRaisesRegex(ValueError, "must be ppo or reinforce"):
+        with self.assertRaisesRegex(ValueError, "must be ppo, reinforce, rloo or grpo"):
             PPOTrainer(ppo_config(algorithm="a2c"), tiny_gpt(), count_token(3), [[1]])
 
 
