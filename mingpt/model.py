@@ -120,14 +120,18 @@ class Transformer(nn.Module):
 
     def forward(self, idx: Tensor, attention_mask: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
         past = cache.length if cache is not None else 0
-        check_context(idx, attention_mask, past, self.config.block_size, self.config.vocab_size)
+        check_context(idx, attention_mask, past, self.config.block_size)
         total = past + idx.size(1)
         if attention_mask is None:
             pos = torch.arange(past, total, device=idx.device)
         else:  # count real tokens only, so that padding moves nobody
             pos = (attention_mask.long().cumsum(1) - 1).clamp(min=0)[:, past:]
         mask = self.visible(idx.size(1), total, attention_mask, idx.device)
-        x = self.drop(self.wte(idx) + self.wpe(pos))
+        try:
+            x = self.drop(self.wte(idx) + self.wpe(pos))
+        except IndexError:  # on a CPU; a GPU has no words for it
+            check_ids(idx, self.config.vocab_size)
+            raise
         for block in self.h:
             x = block(x, mask, cache)
         if cache is not None:
@@ -162,8 +166,8 @@ class Unembed(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
-        x, weight = (saved.to(grad.dtype) for saved in ctx.saved_tensors)  # under autocast they have more bits
-        return grad @ weight, (grad.flatten(0, 1).t() @ x.flatten(0, 1)).to(ctx.saved_tensors[1].dtype)
+        x, weight = ctx.saved_tensors  # under autocast they have more bits than grad
+        return grad @ weight.to(grad.dtype), (grad.flatten(0, 1).t() @ x.flatten(0, 1).to(grad.dtype)).to(weight.dtype)
 
 
 class GPT(Pretrained, nn.Module):
@@ -312,7 +316,7 @@ def resolve_config(config: CN) -> CN:
     return config
 
 
-def check_context(idx, attention_mask, past, block_size, vocab_size):
+def check_context(idx, attention_mask, past, block_size):
     if idx.dim() != 2:
         raise ValueError(f"idx has shape {tuple(idx.shape)}; it must be (B, T): add the batch dimension with idx[None]")
     total = past + idx.size(1)
@@ -320,8 +324,6 @@ def check_context(idx, attention_mask, past, block_size, vocab_size):
         raise ValueError(f"sequence of {total} tokens is longer than block_size={block_size}: shorten it, or `generate`")
     if attention_mask is not None and attention_mask.shape != (idx.size(0), total):
         raise ValueError(f"attention_mask has shape {tuple(attention_mask.shape)}, must be {(idx.size(0), total)}")
-    if idx.device.type == "cpu" and not torch.compiler.is_compiling():  # elsewhere somebody would have to wait for it
-        check_ids(idx, vocab_size)
 
 
 def check_ids(idx, vocab_size):
@@ -339,12 +341,10 @@ def check_generate(config, idx, attention_mask, **options):
     if idx.dim() != 2 or idx.numel() == 0 or idx.dtype != torch.long:
         raise ValueError(f"idx is {idx.dtype} {tuple(idx.shape)}; a prompt must be a (B, T) LongTensor with T >= 1")
     check_ids(idx, V)
-    if attention_mask is None:
-        return
-    if attention_mask.shape != idx.shape or not attention_mask.any(dim=1).all():
+    if attention_mask is not None and (attention_mask.shape != idx.shape or not attention_mask.any(dim=1).all()):
         raise ValueError(f"attention_mask {tuple(attention_mask.shape)} must have the shape of idx {tuple(idx.shape)} "
                          "and a real token in every row")
     total = idx.size(1) + given.max_new_tokens
-    if total > config.block_size + 1 and not attention_mask.all():  # the last token is never read
+    if attention_mask is not None and total > config.block_size + 1 and not attention_mask.all():  # the last is never read
         raise ValueError(f"padded prompts of {idx.size(1)} + {given.max_new_tokens} new tokens do not fit into block_size="
                          f"{config.block_size}: only unpadded ones can slide past it")

@@ -1,7 +1,5 @@
 """
 What the other files share: configuration, seeding, devices, the optimizer's groups, downloads, metrics and their plots.
-
-Nothing here knows of language models; everything here is used from two places or more.
 """
 
 import ast
@@ -32,15 +30,13 @@ from mingpt.checkpoint import atomic_write, write_text
 
 logger = logging.getLogger("mingpt")
 
-# ---------------------------------------------------------------------------------------------------------------------
-# configuration
+# -- configuration ----------------------------------------------------------------------------------------------------
 
 
 class CfgNode:
     """A tree of options with attribute access: `config.trainer.max_iters`. Leaves are plain Python values.
 
-    `merge_from_args(["--trainer.max_iters=10"])` overrides from the command line. An option that does not exist, or a value
-    of another type than the default's, raises ValueError.
+    `merge_from_args(["--trainer.max_iters=10"])` overrides from the command line; what does not exist or fit raises ValueError.
     """
 
     def __init__(self, **options):
@@ -70,16 +66,19 @@ class CfgNode:
         vars(self).update(options)
 
     def merge_from_args(self, args: list[str]) -> None:
-        """Override options from `--section.key=value` strings; values are Python literals, or else strings."""
-        for arg in args:
+        """Override options: `--section.key=value` or `--section.key value`, with Python literals or else strings; `--flag` is True."""
+        args, known = list(args), dict(self.leaves())
+        while args:
+            arg = args.pop(0)
             name, equals, text = arg.removeprefix("--").partition("=")
-            if not arg.startswith("--") or not equals:
+            if not equals:
+                text = "True" if isinstance(known.get(name), bool) else args.pop(0) if args else None
+            if not arg.startswith("--") or text is None:
                 raise ValueError(f"argument {arg!r} is not of the form --option=value")
-            known = dict(self.leaves())
             if name not in known:
                 near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-                raise ValueError(f"unknown option --{name}" + (f"; did you mean --{near[0]}?" if near else "")
-                                 + " (--help lists all)")
+                hint = f"; did you mean --{near[0]}?" if near else ""
+                raise ValueError(f"unknown option --{name}{hint} (--help lists all)")
             *path, leaf = name.split(".")
             node = self
             for part in path:
@@ -109,7 +108,7 @@ def check_numbers(config: CfgNode, names: str, low=0, high=float("inf"), whole=F
     kind = numbers.Integral if whole else numbers.Real
     for name in names.split():
         value = getattr(config, name)
-        fits = isinstance(value, kind) and not isinstance(value, bool) and low <= value <= high and math.isfinite(value)
+        fits = isinstance(value, kind) and not isinstance(value, bool) and low <= value <= high and value != math.inf
         if not fits and not (optional and value is None):
             raise ValueError(f"{name}={value!r} must be a {'whole ' * whole}number in [{low}, {high}]{' or None' * optional}")
 
@@ -123,8 +122,7 @@ def parse_args(config: CfgNode, args: list[str], about: str) -> None:
     config.merge_from_args(args)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# seeds, devices, the optimizer
+# -- seeds, devices, the optimizer ------------------------------------------------------------------------------------
 
 
 def set_seed(seed: int) -> None:
@@ -166,8 +164,7 @@ def adamw(module: torch.nn.Module, train_config: CfgNode) -> torch.optim.AdamW:
                              eps=getattr(train_config, "eps", 1e-8), fused=fused)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# downloads
+# -- downloads --------------------------------------------------------------------------------------------------------
 
 
 def home() -> Path:
@@ -188,19 +185,19 @@ def download(url: str, path: str | Path, sha256: str | None = None, size: int | 
     else than expected, ConnectionError where every try fails; the next call goes on with what has come.
     """
     (path := Path(path)).parent.mkdir(parents=True, exist_ok=True)
-    for attempt in range(tries):
-        if path.exists():  # since ever, or another process was faster
-            return path
+    attempt = 0
+    while not path.exists():
         try:
             fetch(url, Path(f"{path}.part"), sha256, size, headers, timeout).rename(path)
-        except requests.RequestException as error:
-            status = error.response.status_code if error.response is not None else 500
+        except (requests.RequestException, FileNotFoundError) as error:  # not found: another process has renamed the part
+            response = getattr(error, "response", None)
+            status = 500 if response is None else response.status_code
             if status < 500 and status not in (408, 429):
                 raise (NotFound if status == 404 else ValueError)(
-                    f"{url} answers {error.response.reason} ({status}): is the name right, and may you read it?") from None
-            if attempt == tries - 1:
+                    f"{url} answers {response.reason} ({status}): is the name right, and may you read it?") from None
+            if (attempt := attempt + 1) == tries and not path.exists():
                 raise ConnectionError(f"{url} failed {tries} times, at last with: {error}") from error
-            time.sleep(2 ** attempt)
+            time.sleep(2 ** (attempt - 1))
     return path
 
 
@@ -213,10 +210,13 @@ def fetch(url: str, part: Path, sha256: str | None, size: int | None, headers: d
         if answer.status_code == 416 or answer.status_code == 206 and not goes_on:  # our part is another file's, then
             part.unlink(missing_ok=True)
             raise requests.ConnectionError(f"cannot go on from byte {done}")
-        answer.raise_for_status()
+        if answer.status_code not in (200, 206):
+            raise requests.HTTPError(f"it answers {answer.status_code}", response=answer)
         done = done if answer.status_code == 206 else 0  # 200 brings the whole file, whatever we asked for
         hub = CaseInsensitiveDict(header for a in (*answer.history, answer) for header in a.headers.items())  # it redirects
-        size = size or int(hub.get("X-Linked-Size") or done + int(answer.headers.get("Content-Length", -done)))
+        total = answer.headers.get("Content-Range", answer.headers.get("Content-Length", "") * (done == 0)).rpartition("/")[2]
+        if answer.headers.get("Content-Encoding", "identity") == "identity" and total.isdecimal():  # else it speaks of a zip
+            size = size or int(hub.get("X-Linked-Size", total))
         linked = hub.get("X-Linked-Etag", "").strip('"')  # a large file's SHA-256
         sha256 = sha256 or (linked if re.fullmatch("[0-9a-f]{64}", linked) else None)
         # two processes that fetch the same file do no harm: they write the same bytes to the same places
@@ -241,8 +241,7 @@ def fetch(url: str, part: Path, sha256: str | None, size: int | None, headers: d
     return part
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# logging, metrics, plots
+# -- logging, metrics, plots ------------------------------------------------------------------------------------------
 
 
 def log_to_console() -> None:

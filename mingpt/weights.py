@@ -7,36 +7,33 @@ Pretrained weights, in and out, in Hugging Face's formats: `from_pretrained` and
 
 GPT-2's weights come in many dialects. The blocks' matrices may be (in, out), as TensorFlow and transformers have them, or (out, in),
 as in nn.Linear; names may lack `transformer.`; causal masks may lie between the weights; the head may be the embedding.
-
 Sources: `transformers` for config.json and the names, github.com/huggingface/safetensors for the format of the files.
 """
 
 import contextlib
 import json
 import os
-import pickle
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 from urllib.parse import quote
+from zipfile import is_zipfile
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mingpt.checkpoint import atomic_write, write_text
 from mingpt.utils import NotFound, download, home
 
-HUB = "https://huggingface.co"
 FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 CONV1D = re.compile(r"\.(c_attn|c_proj|c_fc)\.weight$")  # the matrices that transformers stores as (in, out)
-BUFFERS = re.compile(r"\.attn\.(masked_)?bias$")  # causal masks: GPT computes its own
-WRAPPERS = re.compile(r"^(_orig_mod\.|module\.|policy\.)+")  # of torch.compile, DDP, PPOTrainer
-OURS = {"n_positions": "block_size", "tie_word_embeddings": "tie_weights"}  # what config.json calls otherwise
+SKIPPED = re.compile(r"\.attn\.(masked_)?bias$|^value_model\.")  # causal masks (GPT computes its own), and the other half of PPO
+PREFIXES = re.compile(r"^(_orig_mod\.|module\.|policy\.|transformer\.)+")  # of torch.compile, DDP, PPOTrainer; of the trunk
+OURS = {"n_positions": "block_size", "tie_word_embeddings": "tie_weights"}  # what config.json calls otherwise; and what must not be otherwise:
 GPT2_ONLY = {"model_type": ("gpt2",), "activation_function": ("gelu_new", "gelu_pytorch_tanh"), "layer_norm_epsilon": (1e-5,),
-             "scale_attn_weights": (True,), "scale_attn_by_inverse_layer_idx": (False,), "add_cross_attention": (False,)}  # else config.json is of another model
+             "scale_attn_weights": (True,), "scale_attn_by_inverse_layer_idx": (False,), "add_cross_attention": (False,)}
 
 
 class Pretrained:
@@ -46,13 +43,12 @@ class Pretrained:
     def from_pretrained(cls, name_or_path: str | Path, revision: str = "main", **options):
         """The model in evaluation mode, from the hub, a folder or a file; options replace those of its config.
 
-        Hub files are kept in $MINGPT_HOME; HF_ENDPOINT and HF_TOKEN are honoured, revision is a branch, tag or commit. A bare state
-        dict does not tell its number of heads: pass n_head where the sizes are no preset's. Of safetensors, no more than the
-        model and one tensor is held. ValueError for what is not there, damaged, would run code, or does not fit.
+        Hub files are kept in $MINGPT_HOME (one folder a revision: branch, tag or commit); HF_ENDPOINT and HF_TOKEN are honoured. A
+        bare state dict does not tell its number of heads: pass n_head if its sizes are no preset's. Of safetensors, no more than
+        the model and one tensor is held. ValueError for what is not there, damaged, would run code, or does not fit.
         """
         path = Path(name_or_path).expanduser()
-        if not path.exists():
-            path = hub_folder(str(name_or_path), revision)
+        path = path if path.exists() else hub_folder(str(name_or_path), revision)
         tensors, extra = open_tensors(weights_file(path))
         config = cls.get_default_config()
         if unknown := options.keys() - vars(config).keys():
@@ -80,16 +76,16 @@ class Pretrained:
                   **dict.fromkeys(("bos_token_id", "eos_token_id"), 50256 if C.vocab_size > 50256 else None)}  # GPT-2's
         with atomic_write(Path(folder) / "model.safetensors") as f:
             save_file(tensors, f.name, metadata={"format": "pt"})
-        write_text(Path(folder) / "config.json", json.dumps(config, indent=2) + "\n")
+        write_text(Path(folder) / "config.json", json.dumps(config, indent=2, default=lambda number: number.item()) + "\n")
 
 
 def hub_folder(name: str, revision: str) -> Path:
     """The local folder of a model on the hub, downloaded unless it is there already. ValueError if there is no such model."""
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):
         raise ValueError(f"{name!r} is neither a file or folder here nor a name on the hub, like 'gpt2' or 'user/repo'")
-    folder, endpoint = home() / "hub" / name.replace("/", "--") / quote(revision, safe=""), os.environ.get("HF_ENDPOINT") or HUB
+    endpoint, revision = os.environ.get("HF_ENDPOINT") or "https://huggingface.co", quote(revision, safe="")
+    folder, base = home() / "hub" / name.replace("/", "--") / revision, f"{endpoint.rstrip('/')}/{name}/resolve/{revision}"
     headers = {"Authorization": f"Bearer {os.environ['HF_TOKEN']}"} if os.environ.get("HF_TOKEN") else {}
-    base = f"{endpoint.rstrip('/')}/{name}/resolve/{quote(revision, safe='')}"
     fetch = lambda file: download(f"{base}/{file}", folder / file, headers=headers)
     fetch("config.json")
     for file in [f for f in FILES if (folder / f).exists()] or FILES:
@@ -121,18 +117,17 @@ def shards(path: Path) -> list[Path]:
 @dataclass
 class Stored:
     """A tensor that is still in its file; stored[...] opens it for this one alone, lest the pages of all make a second model."""
-
     file: Path
     name: str
     shape: torch.Size
 
-    def __getitem__(self, index: Any) -> Tensor:
+    def __getitem__(self, index) -> Tensor:
         with safe_open(self.file, "pt") as f:
             return f.get_tensor(self.name)[index]
 
 
 def open_tensors(path: Path) -> tuple[dict, dict]:
-    """({name: tensor or Stored}, {what else was in the file}), with the wrappers' prefixes and the mask buffers gone."""
+    """({name: tensor or Stored}, nanoGPT's model_args), with the wrappers' prefixes and the mask buffers gone."""
     tensors, extra = {}, {}
     for file in shards(path):
         try:
@@ -140,22 +135,23 @@ def open_tensors(path: Path) -> tuple[dict, dict]:
                 with safe_open(file, "pt") as f:
                     tensors |= {name: Stored(file, name, torch.Size(f.get_slice(name).get_shape())) for name in f.keys()}
             else:
-                state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-                extra = state if "model" in state else {}
-                tensors |= state.get("model", state)
-        except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError, AttributeError, TypeError) as error:
-            raise ValueError(f"{file} is no file of weights that can be loaded: it is missing, damaged, or more than tensors, "
-                             f"and then loading it could run foreign code ({str(error).splitlines()[0]})") from None
-    tensors = {WRAPPERS.sub("", name): tensor for name, tensor in tensors.items()
-               if not BUFFERS.search(name) and not name.startswith("value_model.")}
-    return {f"transformer.{name}" if name.startswith(("wte.", "wpe.", "h.", "ln_f.")) else name: tensor
-            for name, tensor in tensors.items()}, extra
+                state = torch.load(file, map_location="cpu", weights_only=True, mmap=is_zipfile(file))  # before 2020, no zip
+                extra = dict(state.get("model_args") or {})
+                state = {str(name): tensor for name, tensor in state.get("model", state).items()}
+                if odd := [name for name, t in state.items() if not torch.is_tensor(t) or t.layout != torch.strided or t.is_meta]:
+                    raise TypeError(f"{odd[:3]} are no tensors, or not dense ones")
+                tensors |= state
+        except Exception as error:  # a damaged pickle can raise anything
+            raise ValueError(f"{file} is no file of weights that can be loaded: missing, damaged, or more than tensors, so that "
+                             f"loading it could run foreign code ({str(error).partition(chr(10))[0]})") from None
+    tensors = {PREFIXES.sub("", name): tensor for name, tensor in tensors.items() if not SKIPPED.search(name)}
+    return {n if n.startswith(("lm_head.", "head.")) else f"transformer.{n}": tensor for n, tensor in tensors.items()}, extra
 
 
 def read_json(path: Path) -> dict:
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError, OSError) as error:
         raise ValueError(f"{path} is damaged: {error}") from None
 
 
@@ -171,28 +167,31 @@ def read_config(cls: type[Pretrained], path: Path, tensors: dict, extra: dict) -
     except (KeyError, ValueError, AttributeError):
         raise ValueError(f"{path} holds no GPT-2, which has matrices wte.weight and wpe.weight, but {list(tensors)[:5]}") from None
     n_layer = len({name.split(".")[2] for name in tensors if name.startswith("transformer.h.")})
-    head = tensors.get("lm_head.weight")
-    config = {"vocab_size": vocab_size, "block_size": block_size, "n_layer": n_layer, "n_embd": n_embd,
-              "n_head": {(layers, width): heads for layers, heads, width in cls.presets.values()}.get((n_layer, n_embd)),
-              "tie_weights": head is None or "model_type" in said or torch.equal(head[...], tensors["transformer.wte.weight"][...])}
-    nested = said["model"] if isinstance(said.get("model"), dict) else said  # as minGPT's scripts write it; nanoGPT has model_args
+    sizes = {"vocab_size": vocab_size, "block_size": block_size, "n_layer": n_layer, "n_embd": n_embd}
+    head, embedding = tensors.get("lm_head.weight"), tensors["transformer.wte.weight"]
+    heads = {(layers, width): heads for layers, heads, width in cls.presets.values()}
+    config = {**sizes, "n_head": heads.get((n_layer, n_embd)),
+              "tie_weights": head is None or "model_type" in said or torch.equal(head[...], embedding[...])}
     known = vars(cls.get_default_config()).keys() - {"model_type"}
-    for source in (nested, extra.get("model_args", {})):
-        config |= {OURS.get(k, k): v for k, v in source.items() if OURS.get(k, k) in known and v is not None}
+    for source in (said, said.get("model"), extra):  # minGPT's scripts nest the model's options
+        if isinstance(source, dict):
+            config |= {OURS.get(k, k): v for k, v in source.items() if OURS.get(k, k) in known and v is not None}
+    if wrong := {name: config[name] for name in sizes if config[name] != sizes[name]}:
+        raise ValueError(f"{path} says {wrong} of itself, but its tensors are those of {sizes}")
     return config
 
 
 @torch.no_grad()
 def copy_tensors(tensors: dict, model: nn.Module, path: Path) -> None:
-    """Fill the parameters of model one by one. ValueError where names, shapes or types do not fit."""
+    """Fill the parameters one by one. ValueError where names, shapes or types do not fit."""
     parameters = dict(model.named_parameters())  # a tied head is no parameter of its own
     if not any(name.endswith(".bias") for name in tensors):  # nanoGPT's bias=False
         tensors = tensors | {name: torch.zeros(p.shape) for name, p in parameters.items() if name.endswith(".bias")}
     if parameters.keys() != tensors.keys():
         lacks, has = [sorted(a - b)[:5] for a, b in ((parameters.keys(), tensors.keys()), (tensors.keys(), parameters.keys()))]
-        raise ValueError(f"{path} is no {type(model).__name__} of its config: it lacks {lacks}, and has {has} besides"
-                         + ("; of a language model, use from_gpt(GPT.from_pretrained(...))" if "head.weight" in lacks else ""))
-    transposed = tensors["transformer.h.0.attn.c_attn.weight"].shape[0] == model.config.n_embd
+        way = "; use from_gpt(GPT.from_pretrained(...))" if "head.weight" in lacks else ""
+        raise ValueError(f"{path} is no {type(model).__name__} of its config: it lacks {lacks}, and has {has} besides{way}")
+    transposed = tensors["transformer.h.0.attn.c_attn.weight"].shape[:1] == (model.config.n_embd,)
     for name, p in parameters.items():
         tensor = tensors[name][...]
         tensor = tensor.t() if transposed and CONV1D.search(name) else tensor

@@ -91,7 +91,7 @@ class TestGPT2(unittest.TestCase):
         ids = GPT2("Hello, world")
         self.assertEqual((ids.dtype, ids.tolist()), (torch.long, [[15496, 11, 995]]))
         self.assertEqual(GPT2.decode([50256]), "<|endoftext|>")
-        with self.assertRaisesRegex(ValueError, "id 50257 is not in the vocabulary"):
+        with self.assertRaisesRegex(ValueError, "50257: no id of the 50257 tokens"):
             GPT2.decode([50257])
 
     def test_special_token_only_where_it_is_allowed(self):

@@ -5,6 +5,7 @@ import unittest
 
 import torch
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from mingpt.model import GPT, PRESETS, KVCache, next_token_log_probs
 from tests.common import tiny_gpt
@@ -193,6 +194,31 @@ class TestGenerate(unittest.TestCase):
         for log_p in (next_token_log_probs(logits, top_k=1), next_token_log_probs(logits, top_p=1e-9)):
             self.assertEqual(log_p.argmax(1).tolist(), logits.argmax(1).tolist())
             self.assertTrue(((log_p == 0).sum(1) == 1).all())
+
+
+class TestUnembed(unittest.TestCase):
+
+    def test_gradients_are_those_of_a_linear_layer(self):
+        tied, idx = tiny_gpt(), torch.randint(11, (3, 9))
+        weight = tied.lm_head.weight
+
+        def plain(idx):
+            return F.cross_entropy(F.linear(tied.transformer(idx[:, :-1]), weight).flatten(0, 1), idx[:, 1:].flatten())
+
+        expected = torch.autograd.grad(plain(idx), list(tied.parameters()))
+        loss = lambda: tied(idx[:, :-1], idx[:, 1:])[1]
+        for value in (loss(), checkpoint(loss, use_reentrant=False)):
+            for ours, theirs in zip(torch.autograd.grad(value, list(tied.parameters())), expected):
+                torch.testing.assert_close(ours, theirs)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            half = loss()
+        for ours, theirs in zip(torch.autograd.grad(half, list(tied.parameters())), expected):
+            self.assertEqual(ours.dtype, torch.float32)
+            self.assertLess((ours - theirs).norm(), 0.05 * theirs.norm() + 1e-4)
+        per_sample = torch.func.vmap(torch.func.grad(lambda p, row: torch.func.functional_call(tied, p, (row[None, :-1], row[None, 1:]))[1]),
+                                     in_dims=(None, 0))(dict(tied.named_parameters()), idx)
+        for (name, ours), theirs in zip(per_sample.items(), expected):
+            torch.testing.assert_close(ours.mean(0), theirs, msg=name)
 
 
 class TestBadInput(unittest.TestCase):

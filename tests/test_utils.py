@@ -28,6 +28,11 @@ class TestCfgNode(unittest.TestCase):
                                        "free": "out/a=b", "model": {"n_layer": 3}})
         self.assertIsInstance(C.rate, float)
 
+    def test_values_behind_a_space_and_bare_flags(self):
+        C = options()
+        C.merge_from_args(["--seed", "7", "--flag", "--free", "85+50"])
+        self.assertEqual((C.seed, C.flag, C.free), (7, True, "85+50"))
+
     def test_mistakes_are_named(self):
         for arg, words in (("--sed=1", "unknown option --sed; did you mean --seed?"),
                            ("--model.n_layers=1", "did you mean --model.n_layer?"), ("--zzzzzz=1", "--help lists all"),

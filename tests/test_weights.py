@@ -5,9 +5,9 @@ import json
 import os
 import pickle
 import unittest
+from concurrent.futures import ThreadPoolExecutor
 from unittest import mock
 
-import safetensors.torch
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, GPT2Model
 
@@ -115,7 +115,7 @@ class TestOtherFiles(TempDirTestCase):
         torch.save({"model": state, "model_args": {"n_head": 6, "bias": False}, "iter_num": 3, "config": {"dtype": "bfloat16"}},
                    self.folder / "nanogpt.pt")
         torch.testing.assert_close(logits_of(GPT.from_pretrained(self.folder / "nanogpt.pt"), idx), logits_of(model, idx))
-        torch.save(state, self.folder / "bare.pt")
+        torch.save(state, self.folder / "bare.pt", _use_new_zipfile_serialization=False)  # as before PyTorch 1.6
         torch.testing.assert_close(logits_of(GPT.from_pretrained(self.folder / "bare.pt", n_head=6), idx), logits_of(model, idx))
 
     def test_reward_and_value_models(self):
@@ -156,17 +156,21 @@ class TestBadFiles(TempDirTestCase):
         model = tiny_gpt()
         model.save_pretrained(self.folder)
         state, config = model.state_dict(), json.loads((self.folder / "config.json").read_text())
-        for options, words in (({"n_embd": 32}, "c_attn.bias as torch.float32 \\(48,\\), must be float \\(96,\\)|must be float"),
-                               ({"n_layer": 3}, "lacks .'transformer.h.2"), ({"model_type": "llama"}, "model_type='llama'"),
+        for options, words in (({"n_embd": 32}, "says .'n_embd': 32. of itself"), ({"n_positions": 10**15}, "'block_size': 1000000000000000"),
+                               ({"n_layer": 3}, "'n_layer': 3"), ({"model_type": "llama"}, "model_type='llama'"),
                                ({"activation_function": "relu"}, "activation_function='relu'"), ({"n_head": 3}, "not divisible")):
             (self.folder / "config.json").write_text(json.dumps({**config, **options}))
             self.refuses(words)
-        (self.folder / "config.json").write_text("{")
-        self.refuses("config.json is damaged")
+        for damaged in ("{", "3", "[" * 100_000):
+            (self.folder / "config.json").write_text(damaged)
+            self.refuses("config.json is damaged")
         (self.folder / "config.json").unlink()
         self.refuses("pass n_head")
         for name, wrong, words in (("wte.weight", None, "holds no GPT-2"), ("h.1.ln_1.bias", None, "lacks .'transformer.h.1.ln_1.bias'"),
-                                   ("ln_f.weight", torch.ones(16, dtype=torch.int8), "ln_f.weight as torch.int8")):
+                                   ("ln_f.weight", torch.ones(16, dtype=torch.int8), "ln_f.weight as torch.int8"),
+                                   ("ln_f.weight", torch.ones(17), "as torch.float32 \\(17,\\), must be float \\(16,\\)"),
+                                   ("ln_f.weight", "text", "are no tensors"), ("ln_f.weight", torch.ones(16).to_sparse(), "not dense"),
+                                   ("h.0.attn.c_attn.weight", torch.tensor(1.0), "c_attn.weight as torch.float32 \\(\\)")):
             other = {k: v for k, v in {**state, "transformer." + name: wrong}.items() if v is not None}
             torch.save(other, self.folder / "wrong.pt")
             with self.assertRaisesRegex(ValueError, words):
@@ -216,7 +220,7 @@ class TestDownload(TempDirTestCase):
         half = f"bytes={len(BODY) // 2}-"
         for moods, ranges in ((["slow"], [None]), ([500, 503, 429], [None] * 4), (["cut"], [None, half]), (["stall"], [None, half]),
                               (["cut", "no range"], [None, half]), (["cut", "wrong range"], [None, half, None]),
-                              (["cut", "corrupt"], [None, half, None])):
+                              (["cut", "corrupt"], [None, half, None]), (["cut", "short range"], [None, half, f"bytes={len(BODY) * 3 // 4}-"])):
             with self.subTest(moods):
                 self.server.seen.clear()
                 self.path.unlink(missing_ok=True)
@@ -237,6 +241,13 @@ class TestDownload(TempDirTestCase):
             (self.path.parent / "file.bin.part").write_bytes(rest)
             self.assertEqual(self.download().read_bytes(), BODY)
             self.path.unlink()
+
+    def test_many_at_once(self):
+        self.server.moods = ["slow"] * 8
+        with ThreadPoolExecutor(4) as pool:
+            for path in pool.map(lambda _: download(self.server.url + "/file.bin", self.path, SHA256), range(4)):
+                self.assertEqual(path.read_bytes(), BODY)
+        self.assertEqual(os.listdir(self.path.parent), ["file.bin"])
 
     def test_what_is_final(self):
         for moods, options, words in (([404], {}, "answers Not Found \\(404\\)"), ([401], {}, "may you read it"),

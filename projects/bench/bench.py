@@ -3,7 +3,7 @@ What this library's parts cost, side by side with what one would use instead, an
 
     python projects/bench/bench.py                        everything, some four minutes on two CPU cores
     python projects/bench/bench.py --only=decode,bpe      some of it
-    python projects/bench/bench.py --quick=True           fewer repetitions
+    python projects/bench/bench.py --quick                fewer repetitions
 
 Machines drift, so the two sides of a row take turns (A B A B ...) in one process, and what counts is the ratio of the medians. The limits
 are measured in the same run: the rate of a matrix product and of reading memory. Writes results.json, table.md and bench.png.

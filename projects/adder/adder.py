@@ -1,0 +1,144 @@
+"""
+A GPT learns to add, from examples alone.
+
+    python projects/adder/adder.py                                                        2 digits, about a minute on two CPU cores
+    python projects/adder/adder.py --data.digits=3 --system.work_dir=out/adder3 --trainer.max_iters=12000        3 digits
+    python projects/adder/adder.py --ask="85+50"                                          asks the trained model
+
+A problem is written without signs, and the digits of the result from the last to the first, as one adds by hand: 85 + 50 = 135
+becomes 8 5 5 0 5 3 1. The model reads the first four and is trained on the others only. Of all pairs of numbers, some are held out; what
+counts is the share of those for which every digit is right. Running again continues, or asks the model that is there.
+"""
+
+import json
+import logging
+import re
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch.utils.data import Dataset
+
+from mingpt.checkpoint import write_text
+from mingpt.model import GPT
+from mingpt.trainer import Trainer
+from mingpt.utils import CfgNode as CN
+from mingpt.utils import log_to_console, parse_args, set_seed
+
+logger = logging.getLogger("mingpt.adder")
+
+
+def get_config() -> CN:
+    """Every option and its default."""
+    C = CN()
+    C.ask = ""                 # a sum, like 85+50: no training, just the answer
+
+    C.system = CN()
+    C.system.seed = 3407
+    C.system.work_dir = "out/adder"
+
+    C.data = CN()
+    C.data.digits = 2          # of each of the two numbers
+    C.data.held_out = 500      # problems for testing; of 2 digits there are 10,000, of 3 a million
+
+    C.model = CN()
+    C.model.n_layer = 3
+    C.model.n_head = 4
+    C.model.n_embd = 64
+
+    C.trainer = Trainer.get_default_config()
+    C.trainer.max_iters = 3000
+    C.trainer.batch_size = 256
+    C.trainer.learning_rate = 3e-3
+    C.trainer.lr_schedule = "cosine"
+    C.trainer.warmup_iters = 100
+    C.trainer.log_every = 100
+    del C.trainer.work_dir     # it is system.work_dir
+    return C
+
+
+class Additions(Dataset):
+    """Problems (a, b) of n digits each, as (x, y) of 3n tokens: x the digits, y the next ones, -1 where they belong to the problem."""
+
+    def __init__(self, problems: torch.Tensor, digits: int):
+        self.problems, self.digits = problems, digits
+
+    def __len__(self):
+        return len(self.problems)
+
+    def __getitem__(self, i):
+        n = self.digits
+        a, b = self.problems[i].tolist()
+        text = f"{a:0{n}}{b:0{n}}" + f"{a + b:0{n + 1}}"[::-1]
+        tokens = torch.tensor([int(digit) for digit in text])
+        y = tokens[1:].clone()
+        y[:2 * n - 1] = -1
+        return tokens[:-1], y
+
+
+def split(C: CN) -> tuple[torch.Tensor, torch.Tensor]:
+    """All pairs of numbers in a random order that the seed fixes: (those to train on, those held out), (N, 2) each."""
+    n = 10 ** C.data.digits
+    order = torch.randperm(n * n, generator=torch.Generator().manual_seed(C.system.seed))
+    pairs = torch.stack([order // n, order % n], dim=1)
+    return pairs[C.data.held_out:], pairs[:C.data.held_out]
+
+
+@torch.no_grad()
+def solve(model: GPT, problems: torch.Tensor, digits: int) -> torch.Tensor:
+    """The model's sums for problems (N, 2) -> (N,)."""
+    powers = 10 ** torch.arange(digits + 1)
+    x = (problems[:, :, None] // powers[:digits].flip(0) % 10).flatten(1)  # the 2n digits of each problem
+    answers = model.generate(x.to(next(model.parameters()).device), digits + 1)[:, 2 * digits:]
+    return (answers.cpu() * powers).sum(1)
+
+
+def new_model(C: CN) -> GPT:
+    config = GPT.get_default_config()
+    config.merge_from_dict({**C.model.to_dict(), "vocab_size": 10, "block_size": 3 * C.data.digits,
+                            "embd_pdrop": 0.0, "resid_pdrop": 0.0, "attn_pdrop": 0.0})
+    return GPT(config)
+
+
+def ask(question: str, folder: Path) -> None:
+    """Print the trained model's answer to a sum."""
+    if not (numbers := re.fullmatch(r"\s*(\d+)\s*\+\s*(\d+)\s*", question)):
+        raise ValueError(f"--ask={question!r} is no sum like 85+50")
+    if not (folder / "model.safetensors").exists():
+        raise ValueError(f"{folder} has no trained model: run without --ask first")
+    model = GPT.from_pretrained(folder)
+    digits, (a, b) = model.config.block_size // 3, map(int, numbers.groups())
+    if max(a, b) >= 10 ** digits:
+        raise ValueError(f"the model of {folder} adds numbers of up to {digits} digits, not {question}")
+    answer = int(solve(model, torch.tensor([[a, b]]), digits))
+    sys.stdout.write(f"{a} + {b} = {answer}" + (f", it says; it is {a + b}" if answer != a + b else "") + "\n")
+
+
+def main(args: list[str]) -> None:
+    C = get_config()
+    parse_args(C, args, __doc__)
+    work_dir = Path(C.system.work_dir)
+    if C.ask:
+        return ask(C.ask, work_dir)
+    log_to_console()
+    start = time.time()
+    set_seed(C.system.seed)
+    train, test = split(C)
+    C.trainer.work_dir = str(work_dir)
+    trainer = Trainer(C.trainer, new_model(C), Additions(train, C.data.digits))
+    trainer.run()
+    model = trainer.model.eval()
+    answers = solve(model, test, C.data.digits)
+    for (a, b), answer in zip(test.tolist(), answers.tolist()):
+        if answer != a + b:
+            logger.info("%d + %d = %d, it says; it is %d", a, b, answer, a + b)
+    accuracy = (answers == test.sum(1)).double().mean().item()
+    model.save_pretrained(work_dir)
+    summary = {"digits": C.data.digits, "accuracy": accuracy, "held_out": len(test), "seconds": round(time.time() - start + trainer.resumed_seconds, 1)}
+    write_text(work_dir / "summary.json", json.dumps(summary, indent=2) + "\n")
+    logger.info("%.1f%% of %d problems never seen, in %.0f s; the model is in %s", 100 * accuracy, len(test), summary["seconds"], work_dir)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
