@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import TensorDataset
 
 from mingpt.checkpoint import write_text
 from mingpt.model import GPT
@@ -48,7 +48,7 @@ def get_config() -> CN:
     C.model.n_embd = 64
 
     C.trainer = Trainer.get_default_config()
-    C.trainer.max_iters = 3000
+    C.trainer.max_iters = 2000
     C.trainer.batch_size = 256
     C.trainer.learning_rate = 3e-3
     C.trainer.lr_schedule = "cosine"
@@ -56,25 +56,6 @@ def get_config() -> CN:
     C.trainer.log_every = 100
     del C.trainer.work_dir     # it is system.work_dir
     return C
-
-
-class Additions(Dataset):
-    """Problems (a, b) of n digits each, as (x, y) of 3n tokens: x the digits, y the next ones, -1 where they belong to the problem."""
-
-    def __init__(self, problems: torch.Tensor, digits: int):
-        self.problems, self.digits = problems, digits
-
-    def __len__(self):
-        return len(self.problems)
-
-    def __getitem__(self, i):
-        n = self.digits
-        a, b = self.problems[i].tolist()
-        text = f"{a:0{n}}{b:0{n}}" + f"{a + b:0{n + 1}}"[::-1]
-        tokens = torch.tensor([int(digit) for digit in text])
-        y = tokens[1:].clone()
-        y[:2 * n - 1] = -1
-        return tokens[:-1], y
 
 
 def split(C: CN) -> tuple[torch.Tensor, torch.Tensor]:
@@ -85,13 +66,29 @@ def split(C: CN) -> tuple[torch.Tensor, torch.Tensor]:
     return pairs[C.data.held_out:], pairs[:C.data.held_out]
 
 
-@torch.no_grad()
-def solve(model: GPT, problems: torch.Tensor, digits: int) -> torch.Tensor:
+def digits_of(numbers: torch.Tensor, n: int) -> torch.Tensor:
+    """The last n digits of numbers (N,), the last one first: (N, n)."""
+    return numbers[:, None] // 10 ** torch.arange(n) % 10
+
+
+def question(problems: torch.Tensor, n: int) -> torch.Tensor:
+    """What the model reads of problems (N, 2): both numbers as they are written, (N, 2n)."""
+    return torch.cat([digits_of(numbers, n).flip(1) for numbers in problems.unbind(1)], dim=1)
+
+
+def examples(problems: torch.Tensor, n: int) -> TensorDataset:
+    """(x, y) of 3n tokens each: question and answer, and the next token at every place, -1 where that is the question's."""
+    tokens = torch.cat([question(problems, n), digits_of(problems.sum(1), n + 1)], dim=1)
+    y = tokens[:, 1:].clone()
+    y[:, :2 * n - 1] = -1
+    return TensorDataset(tokens[:, :-1], y)
+
+
+def solve(model: GPT, problems: torch.Tensor, n: int) -> torch.Tensor:
     """The model's sums for problems (N, 2) -> (N,)."""
-    powers = 10 ** torch.arange(digits + 1)
-    x = (problems[:, :, None] // powers[:digits].flip(0) % 10).flatten(1)  # the 2n digits of each problem
-    answers = model.generate(x.to(next(model.parameters()).device), digits + 1)[:, 2 * digits:]
-    return (answers.cpu() * powers).sum(1)
+    x = question(problems, n).to(next(model.parameters()).device)
+    answers = model.generate(x, n + 1)[:, 2 * n:].cpu()
+    return (answers * 10 ** torch.arange(n + 1)).sum(1)
 
 
 def new_model(C: CN) -> GPT:
@@ -101,16 +98,16 @@ def new_model(C: CN) -> GPT:
     return GPT(config)
 
 
-def ask(question: str, folder: Path) -> None:
+def ask(text: str, folder: Path) -> None:
     """Print the trained model's answer to a sum."""
-    if not (numbers := re.fullmatch(r"\s*(\d+)\s*\+\s*(\d+)\s*", question)):
-        raise ValueError(f"--ask={question!r} is no sum like 85+50")
+    if not (numbers := re.fullmatch(r"\s*(\d+)\s*\+\s*(\d+)\s*", text)):
+        raise ValueError(f"--ask={text!r} is no sum like 85+50")
     if not (folder / "model.safetensors").exists():
         raise ValueError(f"{folder} has no trained model: run without --ask first")
     model = GPT.from_pretrained(folder)
     digits, (a, b) = model.config.block_size // 3, map(int, numbers.groups())
     if max(a, b) >= 10 ** digits:
-        raise ValueError(f"the model of {folder} adds numbers of up to {digits} digits, not {question}")
+        raise ValueError(f"the model of {folder} adds numbers of up to {digits} digits, not {text}")
     answer = int(solve(model, torch.tensor([[a, b]]), digits))
     sys.stdout.write(f"{a} + {b} = {answer}" + (f", it says; it is {a + b}" if answer != a + b else "") + "\n")
 
@@ -126,7 +123,7 @@ def main(args: list[str]) -> None:
     set_seed(C.system.seed)
     train, test = split(C)
     C.trainer.work_dir = str(work_dir)
-    trainer = Trainer(C.trainer, new_model(C), Additions(train, C.data.digits))
+    trainer = Trainer(C.trainer, new_model(C), examples(train, C.data.digits))
     trainer.run()
     model = trainer.model.eval()
     answers = solve(model, test, C.data.digits)
