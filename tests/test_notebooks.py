@@ -30,6 +30,12 @@ def run(notebook, **environment):
     return printed.getvalue()
 
 
+class TestDemo(unittest.TestCase):
+
+    def test_it_sorts_what_it_has_never_seen(self):
+        self.assertIn("held out 100.0%", run("demo.ipynb"))
+
+
 class TestGenerate(TempDirTestCase):
 
     def test_without_a_network_it_says_that_the_model_is_random(self):

@@ -1,9 +1,9 @@
 """
 A GPT learns to add, from examples alone.
 
-    python projects/adder/adder.py                                                        2 digits, about a minute on two CPU cores
-    python projects/adder/adder.py --data.digits=3 --system.work_dir=out/adder3 --trainer.max_iters=12000        3 digits
-    python projects/adder/adder.py --ask="85+50"                                          asks the trained model
+    python projects/adder/adder.py                                          2 digits, under a minute on two CPU cores
+    python projects/adder/adder.py --data.digits=3 --trainer.max_iters=4000 --system.work_dir=out/adder3     3 digits
+    python projects/adder/adder.py --ask "85+50"                            asks the trained model
 
 A problem is written without signs, and the digits of the result from the last to the first, as one adds by hand: 85 + 50 = 135
 becomes 8 5 5 0 5 3 1. The model reads the first four and is trained on the others only. Of all pairs of numbers, some are held out; what

@@ -1,0 +1,50 @@
+"""The adder's examples against Python's own sums, and a short run of the script."""
+
+import contextlib
+import importlib.util
+import io
+import json
+import unittest
+from pathlib import Path
+
+import torch
+
+from mingpt.utils import set_seed
+from tests.common import TempDirTestCase
+
+spec = importlib.util.spec_from_file_location("adder", Path(__file__).parents[1] / "projects" / "adder" / "adder.py")
+adder = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(adder)
+
+
+class TestAdder(TempDirTestCase):
+
+    def test_examples_are_written_as_the_docstring_says(self):
+        problems = torch.tensor([[85, 50], [0, 7], [99, 99]])
+        for (a, b), (x, y) in zip(problems.tolist(), adder.examples(problems, 2)):
+            text = f"{a:02}{b:02}" + f"{a + b:03}"[::-1]
+            self.assertEqual("".join(map(str, x.tolist())), text[:-1])
+            self.assertEqual(y.tolist(), [-1] * 3 + [int(digit) for digit in text[4:]])
+
+    def test_no_problem_is_in_both_splits(self):
+        train, test = adder.split(adder.get_config())
+        self.assertEqual(len({tuple(p) for p in train.tolist()} | {tuple(p) for p in test.tolist()}), 10_000)
+        self.assertEqual(len(test), 500)
+
+    def test_a_short_run_and_a_question(self):
+        set_seed(0)
+        options = ["--data.digits=1", "--data.held_out=10", "--trainer.max_iters=300", f"--system.work_dir={self.folder}"]
+        adder.main(options)
+        self.assertGreater(json.loads((self.folder / "summary.json").read_text())["accuracy"], 0.5)
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            adder.main([*options, "--ask", "2 + 5"])
+        self.assertRegex(printed.getvalue(), r"^2 \+ 5 = \d+")
+        for question, words in (("2-5", "is no sum"), ("20+5", "numbers of up to 1 digits")):
+            with self.assertRaisesRegex(ValueError, words):
+                adder.main([*options, "--ask", question])
+        with self.assertRaisesRegex(ValueError, "has no trained model"):
+            adder.main(["--ask=1+1", f"--system.work_dir={self.folder / 'none'}"])
+
+
+if __name__ == "__main__":
+    unittest.main()
