@@ -226,7 +226,8 @@ def fetch(url: str, part: Path, sha256: str | None, size: int | None, headers: d
             for chunk in answer.iter_content(2 ** 16):
                 bar.update(f.write(chunk))
             got = f.tell()
-            f.truncate()
+            if not size or got >= size:  # whole: what follows is of another version
+                f.truncate()
             f.flush()
             os.fsync(f.fileno())
     if size and got < size:

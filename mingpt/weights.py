@@ -106,9 +106,8 @@ def weights_file(path: Path) -> Path:
 
 def shards(path: Path) -> list[Path]:
     """The files that an index lists, all beside it; just [path] if path is no index."""
-    if not path.name.endswith(".index.json"):
-        return [path]
-    files = sorted({str(file) for file in dict(read_json(path).get("weight_map", {})).values()})
+    index = read_json(path).get("weight_map") if path.name.endswith(".index.json") else {"all": path.name}
+    files = sorted({str(file) for file in index.values()}) if isinstance(index, dict) else []
     if files and all(Path(file).name == file for file in files):
         return [path.with_name(file) for file in files]
     raise ValueError(f"{path}: weight_map must name files in the same folder, not {files[:3]}")
