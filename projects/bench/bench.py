@@ -63,15 +63,20 @@ def get_config() -> CN:
 # measuring
 
 
+def clock(run: Callable) -> float:
+    """How long run() takes, in seconds."""
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
 def alternate(C: CN, ours: Callable, theirs: Callable | None) -> tuple[list[float], list[float]]:
     """Seconds of each run of both sides, which take turns; the first run of each does not count."""
     times = ([], [])
     for _ in range(1 + (2 if C.quick else C.repeat)):
         for side, run in zip(times, (ours, theirs)):
             if run is not None:
-                start = time.perf_counter()
-                run()
-                side.append(time.perf_counter() - start)
+                side.append(clock(run))
     return times[0][1:], times[1][1:]
 
 
@@ -89,12 +94,7 @@ def compare(C: CN, work: str, unit: str, amount: float, ours: Callable, peer: st
 
 def seconds(run: Callable, repeat: int) -> float:
     """The median duration of run() after a warm-up."""
-    times = []
-    for _ in range(repeat + 1):
-        start = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times[1:])
+    return statistics.median([clock(run) for _ in range(repeat + 1)][1:])
 
 
 def matrix_product_rate() -> float:
@@ -165,11 +165,12 @@ def decode(C: CN) -> list[Row]:
     rows = []
     for preset, vocab_size, batches, prompt, new in (("gpt2", 50257, (1, 8, 32), 64, 64), ("gpt-micro", 128, (128,), 1, 32)):
         ours, theirs = both_models(preset, vocab_size, 1024 if preset == "gpt2" else 64)
-        ours.eval()
+        for model in filter(None, (ours, theirs)):
+            model.eval()
         for B in batches[:2] if C.quick else batches:
             idx = torch.randint(vocab_size, (B, prompt))
-            run = theirs and (lambda: theirs.eval().generate(idx, max_new_tokens=new, min_new_tokens=new, do_sample=False,
-                                                             attention_mask=torch.ones_like(idx)))
+            run = theirs and (lambda: theirs.generate(idx, max_new_tokens=new, min_new_tokens=new, do_sample=False,
+                                                      attention_mask=torch.ones_like(idx)))
             bytes_read = 4 * sum(p.numel() for p in ours.parameters())  # all weights, once for each new column of tokens
             rows.append(compare(C, f"decoding, {preset}, {B} rows, {prompt} + {new} tokens", "tokens", B * new,
                                 lambda: ours.generate(idx, new), "transformers", run,
@@ -179,17 +180,18 @@ def decode(C: CN) -> list[Row]:
 
 def texts(megabytes: int) -> dict[str, str]:
     """English (the docstrings of the installed packages, each once), Python source, and English mixed with ten scripts."""
-    docstrings, source, rng = {}, [], random.Random(0)
+    docstrings, source, size, rng = {}, [], 0, random.Random(0)
     for path in sorted(Path(sysconfig.get_paths()["purelib"]).rglob("*.py")):
         code = path.read_text(encoding="utf-8", errors="ignore")
         source.append(code)
+        size += len(code)
         try:
             nodes = ast.walk(ast.parse(code))
         except (SyntaxError, ValueError):
             continue
         kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
         docstrings |= {ast.get_docstring(node): None for node in nodes if isinstance(node, kinds)}
-        if sum(map(len, source)) > 12 * megabytes * 10**6:
+        if size > 12 * megabytes * 10**6:
             break
     english = "\n\n".join(filter(None, docstrings))
     alphabets = [range(a, b) for a, b in ((0x430, 0x450), (0x3B1, 0x3CA), (0x5D0, 0x5EB), (0x627, 0x64B), (0x4E00, 0x9FA5), (0x3041, 0x3097),
