@@ -226,7 +226,7 @@ class TestBadInput(unittest.TestCase):
     def test_config(self):
         for options, words in (
             ({"model_type": "gpt-nano"}, "not both"), ({"n_embd": None}, "all the others"),
-            ({"n_embd": 15}, "not divisible"), ({"vocab_size": 0}, "vocab_size=0"), ({"attn_pdrop": 1.5}, "attn_pdrop=1.5"),
+            ({"n_embd": 15}, "not divisible"), ({"vocab_size": 0}, "vocab_size=0"), ({"attn_pdrop": 1.5}, "attn_pdrop=1.5"), ({"embd_pdrop": 1.0}, "embd_pdrop=1.0"),
             ({"model_type": "gpt-9", "n_layer": None, "n_head": None, "n_embd": None}, "unknown"),
         ):
             with self.subTest(options), self.assertRaisesRegex(ValueError, words):
