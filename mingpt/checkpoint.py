@@ -9,10 +9,11 @@ import contextlib
 import os
 import random
 import signal
+import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NoReturn
 
 import numpy as np
 import torch
@@ -51,39 +52,62 @@ def save_torch(path: str | Path, obj: Any) -> None:
 
 
 @contextlib.contextmanager
-def deferred_interrupt() -> Iterator[threading.Event]:
-    """Within, the first Ctrl-C only sets the event that is yielded, so that an iteration can end; the second one raises."""
-    interrupted = threading.Event()
+def deferred_signals() -> Iterator[list[int]]:
+    """Within, the first Ctrl-C or SIGTERM only adds itself to the list that is yielded, so that an iteration can end.
+
+    The second one raises what `raise_signal` does.
+    """
+    received = []
     if threading.current_thread() is not threading.main_thread():
-        yield interrupted  # signals reach the main thread only
+        yield received  # signals reach the main thread only
         return
-    previous = signal.getsignal(signal.SIGINT)
 
-    def handle(signum, frame):
-        if interrupted.is_set():
-            raise KeyboardInterrupt
-        interrupted.set()
+    def handle(number, frame):
+        received.append(number)
+        if len(received) > 1:
+            raise_signal(received)
 
-    signal.signal(signal.SIGINT, handle)
+    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield interrupted
+        yield received
     finally:
-        signal.signal(signal.SIGINT, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def raise_signal(received: list[int]) -> NoReturn:
+    """SIGTERM ends the process with exit code 143, as shells count it; anything else is a KeyboardInterrupt."""
+    raise SystemExit(128 + signal.SIGTERM) if signal.SIGTERM in received else KeyboardInterrupt
+
+
+def run_script(main: Callable[[list[str]], None]) -> NoReturn:
+    """main(command line), for scripts: errors that the user can mend end in one line, and so do Ctrl-C and SIGTERM."""
+    signal.signal(signal.SIGTERM, lambda number, frame: raise_signal([number]))
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except (ValueError, OSError, ImportError, FloatingPointError) as error:
+        sys.exit(f"error: {error}")
+    except (KeyboardInterrupt, SystemExit) as stop:
+        code = 128 + signal.SIGINT if isinstance(stop, KeyboardInterrupt) else stop.code
+        if code in (128 + signal.SIGINT, 128 + signal.SIGTERM):
+            sys.stderr.write("\nstopped; the same command goes on from here\n")
+        sys.exit(code)
 
 
 def get_rng_state() -> dict:
     """The state of all the generators that `set_seed` seeds, in types that load with weights_only=True."""
     name, keys, *rest = np.random.get_state()
     return {"python": random.getstate(), "numpy": (name, keys.tolist(), *rest), "torch": torch.get_rng_state(),
-            "cuda": torch.cuda.get_rng_state_all(),  # one for each card: none without
+            "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,  # of this process's card
             "mps": torch.mps.get_rng_state() if torch.backends.mps.is_available() else None}
 
 
 def set_rng_state(state: dict) -> None:
-    """Put back what `get_rng_state` returned, on as many of its devices as there are here."""
+    """Put back what `get_rng_state` returned, as far as its devices are here."""
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])
     torch.set_rng_state(state["torch"])
-    torch.cuda.set_rng_state_all(state["cuda"][:torch.cuda.device_count()])
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
     if state["mps"] is not None and torch.backends.mps.is_available():
         torch.mps.set_rng_state(state["mps"])

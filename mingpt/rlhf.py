@@ -35,6 +35,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mingpt import distributed
 from mingpt.model import GPT, Transformer, last_real, resolve_config
 from mingpt.trainer import Trainer
 from mingpt.utils import CfgNode as CN
@@ -270,8 +271,7 @@ class PPOTrainer(Trainer):
     prompts: (N, T) LongTensor, a list of lists of ids, or with a tokenizer a list of strings; unlike lengths are left-padded.
     value_model: by default `ValueModel.from_gpt(policy)`. ref_policy: by default a frozen copy of policy.
 
-    One iteration of the Trainer's loop is one round of rollout, score, advantages and update. No dropout anywhere: the
-    ratio π / π_old must start at 1.
+    One iteration of the Trainer's loop is one round of rollout, score, advantages and update, without dropout.
     """
 
     @staticmethod
@@ -282,7 +282,7 @@ class PPOTrainer(Trainer):
         C.algorithm = "ppo"           # or without a value function: rloo, grpo, and reinforce with one plain step a rollout
         C.batch_size = 64             # episodes in a rollout
         C.group_size = 4              # rloo, grpo: episodes of the same prompt
-        C.minibatch_size = None       # episodes per optimizer step; None: all of them
+        C.minibatch_size = None       # episodes per optimizer step, in each process; None: all of them
         C.ppo_epochs = 4              # passes over a rollout
         C.max_new_tokens = 64
         C.stop_token = None           # ends an episode; None: the tokenizer's end-of-text, if there is a tokenizer
@@ -325,7 +325,6 @@ class PPOTrainer(Trainer):
         self.ref_policy = (ref_policy or copy.deepcopy(policy)).to(self.device).eval().requires_grad_(False)
 
     def check_config(self) -> None:
-        """The Trainer's checks, and PPO's own: ValueError for options out of range and for episodes that do not fit."""
         super().check_config()
         C = self.config
         check_numbers(C, "ppo_epochs max_new_tokens", low=1, whole=True)
@@ -335,8 +334,13 @@ class PPOTrainer(Trainer):
         check_numbers(C, "kl_target", low=1e-6, optional=True)
         check_numbers(C, "kl_horizon", low=1)
         if C.algorithm in ("rloo", "grpo"):
-            grouped(torch.zeros(C.batch_size), C.group_size)
-        longest = max(map(len, self.train_dataset))
+            grouped(torch.zeros(C.batch_size // self.world_size), C.group_size)
+
+    def check_data(self) -> None:
+        """ValueError for no prompts, or such that do not fit; there may be few: many episodes begin with the same one."""
+        if not self.train_dataset:
+            raise ValueError("prompts is empty: give one or more")
+        C, longest = self.config, max(map(len, self.train_dataset))
         if longest + C.max_new_tokens > self.block_size + 1:  # the last token is only predicted, never read
             raise ValueError(f"prompts of up to {longest} tokens and max_new_tokens={C.max_new_tokens} do not fit into the "
                              f"policy's block_size={self.block_size}: their sum may be {self.block_size + 1}")
@@ -359,8 +363,8 @@ class PPOTrainer(Trainer):
         """Rollout, score, advantages, update."""
         self.model.eval()  # no dropout
         rollout = self.rollout(*batch)
-        metrics = self.update(rollout)
-        metrics |= self.describe(rollout)
+        self.tokens += rollout["mask"].sum().item() * self.world_size
+        metrics = distributed.mean(self.update(rollout) | self.describe(rollout))
         if self.config.kl_target is not None:
             error = metrics["objective/kl"] / self.config.kl_target - 1
             self.kl_coef *= 1 + min(max(error, -0.2), 0.2) * len(rollout["idx"]) / self.config.kl_horizon
@@ -419,12 +423,11 @@ class PPOTrainer(Trainer):
         return metrics | {"log_prob_error": rows[0]["log_prob_error"]}  # before the first step the two must agree
 
     def micro_batches(self, minibatch: dict) -> Iterator[tuple[Tensor, dict]]:
-        """(weight, micro-batch) pairs, weighted by their share of the completion's tokens."""
+        """(weight, micro-batch) pairs, weighted by the tokens of their completions."""
         size = self.config.micro_batch_size or len(minibatch["idx"])
-        tokens = minibatch["mask"].sum().clamp(min=1)
         for start in range(0, len(minibatch["idx"]), size):
             part = {name: x[start:start + size] for name, x in minibatch.items()}
-            yield part["mask"].sum() / tokens, part
+            yield part["mask"].sum().item(), part
 
     def policy_and_value_loss(self, model: nn.Module, batch: dict) -> tuple[Tensor, dict]:
         """The loss of a micro-batch, and its metrics."""

@@ -12,6 +12,8 @@ import torch
 from mingpt.model import GPT
 from mingpt.utils import set_seed
 
+ROOT = Path(__file__).resolve().parents[1]
+
 
 def tiny_gpt(seed=0, **options):
     """A GPT of a few thousand parameters without dropout, its weights large enough for its logits to differ."""

@@ -34,7 +34,7 @@ class TestAdder(TempDirTestCase):
 
     def test_a_short_run_and_a_question(self):
         set_seed(0)
-        options = ["--data.digits=1", "--data.held_out=10", "--trainer.max_iters=300", f"--system.work_dir={self.folder}"]
+        options = ["--data.digits=1", "--data.held_out=10", "--trainer.batch_size=64", "--trainer.max_iters=300", f"--system.work_dir={self.folder}"]
         adder.main(options)
         self.assertEqual(json.loads((self.folder / "summary.json").read_text())["held_out"], 10)
         seen = torch.tensor([[int(a), int(b)] for a in range(10) for b in range(10)])  # 90 of these 100 were in the training split

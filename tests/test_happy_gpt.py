@@ -20,14 +20,13 @@ import torch
 
 from mingpt.chars import CharTokenizer
 from mingpt.utils import read_metrics
-from tests.common import TempDirTestCase, tiny_gpt
+from tests.common import ROOT, TempDirTestCase, tiny_gpt
 
-ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "projects" / "happy_gpt"))
 import data  # noqa: E402
 import report  # noqa: E402
 
-SMALL = ["--pretrain.max_iters=8", "--sft.max_iters=4", "--rl.max_iters=3", "--rl.batch_size=8", "--pretrain.batch_size=4",
+SMALL = ["--pretrain.max_iters=24", "--pretrain.log_every=1", "--sft.max_iters=4", "--rl.max_iters=3", "--rl.batch_size=8", "--pretrain.batch_size=4",
          "--sft.batch_size=4", "--pretrain.eval_every=4", "--sft.eval_every=4", "--report.samples=16",
          "--report.frontier_samples=32", "--report.every=2", "--pretrain.log_every=1",
          "--pretrain.checkpoint_every=2", "--rl.checkpoint_every=1", "--model.model_type=gpt-nano"]
@@ -200,13 +199,18 @@ class TestScript(TempDirTestCase):
         rows = read_metrics(self.folder / "whole" / "rl" / "metrics.jsonl")
         self.assertTrue(all(row["log_prob_error"] < 1e-4 for row in rows) and abs(rows[0]["objective/kl"]) < 1e-4)
 
-        # one stage at a time, with a kill -9 in the first
-        process = subprocess.Popen(self.script("--stages=pretrain", name="parts"), env={**os.environ, "PYTHONPATH": str(ROOT)},
-                                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        while process.poll() is None and not (self.folder / "parts" / "pretrain" / "checkpoint.pt").exists():
-            time.sleep(0.01)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        # one stage at a time, stopped in the first one in three ways
+        metrics = self.folder / "parts" / "pretrain" / "metrics.jsonl"
+        for number, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, -9)):
+            seen = len(read_metrics(metrics))
+            process = subprocess.Popen(self.script("--stages=pretrain", name="parts"), env={**os.environ, "PYTHONPATH": str(ROOT)},
+                                       stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+            while process.poll() is None and len(read_metrics(metrics)) <= seen:
+                time.sleep(0.001)
+            process.send_signal(number)
+            stderr = process.communicate()[1]
+            self.assertEqual(process.returncode, code)
+            self.assertEqual("the same command goes on from here" in stderr, number != signal.SIGKILL)
         for stages in ("pretrain", "sft,rl"):
             self.assertEqual(self.run_script(f"--stages={stages}", name="parts").returncode, 0)
         for stage in ("pretrain", "sft", "rl"):

@@ -10,9 +10,7 @@ from unittest import mock
 
 import matplotlib
 
-from tests.common import TempDirTestCase, tiny_gpt
-
-ROOT = Path(__file__).parent.parent
+from tests.common import ROOT, TempDirTestCase, tiny_gpt
 
 
 def run(notebook, **environment):

@@ -7,8 +7,7 @@ from pathlib import Path
 import torch
 
 from mingpt.utils import set_seed
-
-ROOT = Path(__file__).resolve().parents[1]
+from tests.common import ROOT
 
 
 class TestReadme(unittest.TestCase):

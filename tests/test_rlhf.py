@@ -279,7 +279,7 @@ class TestPPOTrainer(TempDirTestCase):
                 policy = tiny_gpt(embd_pdrop=0.3, resid_pdrop=0.3, attn_pdrop=0.3)  # dropout must not matter
                 rows = []
                 trainer = PPOTrainer(ppo_config(**options), policy, count_token(3), [[1], [4, 2, 5]])
-                trainer.log_metrics = rows.append
+                trainer.add_callback("on_log", lambda trainer: rows.append({"iter": trainer.iter_num, **trainer.metrics}))
                 trainer.run()
                 self.assertTrue(all(row["log_prob_error"] < 1e-4 for row in rows))
                 self.assertLess(abs(rows[0]["objective/kl"]), 1e-4)
@@ -288,7 +288,7 @@ class TestPPOTrainer(TempDirTestCase):
     def test_learning_rate_zero_moves_nothing(self):
         rows = []
         trainer = PPOTrainer(ppo_config(learning_rate=0.0, max_iters=10), tiny_gpt(), count_token(3), [[1], [4, 2, 5]])
-        trainer.log_metrics = rows.append
+        trainer.add_callback("on_log", lambda trainer: rows.append({"iter": trainer.iter_num, **trainer.metrics}))
         trainer.run()
         self.assertEqual(len(rows), 10)
         for row in rows:
@@ -302,7 +302,7 @@ class TestPPOTrainer(TempDirTestCase):
             set_seed(1)
             config = ppo_config(algorithm=algorithm, max_iters=60, batch_size=32, kl_coef=0.0, learning_rate=1e-2)
             trainer = PPOTrainer(config, tiny_gpt(), count_token(3), [[1]])
-            trainer.log_metrics = rows.append
+            trainer.add_callback("on_log", lambda trainer: rows.append({"iter": trainer.iter_num, **trainer.metrics}))
             trainer.run()
             self.assertLess(rows[0]["objective/scores"], 0.3)
             self.assertGreater(rows[-1]["objective/scores"], 0.8, algorithm)
@@ -338,7 +338,7 @@ class TestPPOTrainer(TempDirTestCase):
             rows = []
             set_seed(1)
             trainer = PPOTrainer(ppo_config(max_iters=25, batch_size=32, kl_coef=kl_coef), tiny_gpt(), count_token(3), [[1]])
-            trainer.log_metrics = rows.append
+            trainer.add_callback("on_log", lambda trainer: rows.append({"iter": trainer.iter_num, **trainer.metrics}))
             trainer.run()
             kl[kl_coef] = rows[-1]["objective/kl"]
         self.assertLess(kl[1.0], 0.5 * kl[0.0])

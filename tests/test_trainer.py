@@ -9,7 +9,6 @@ import sys
 import textwrap
 import time
 import unittest
-from pathlib import Path
 from unittest import mock
 
 import torch
@@ -19,9 +18,7 @@ from mingpt.model import GPT
 from mingpt.trainer import Trainer
 from mingpt.utils import CfgNode as CN
 from mingpt.utils import read_metrics, set_seed, setup_logging
-from tests.common import TempDirTestCase, tiny_gpt
-
-ROOT = Path(__file__).resolve().parents[1]
+from tests.common import ROOT, TempDirTestCase, tiny_gpt
 
 
 def config(**options):
@@ -141,6 +138,46 @@ class TestLoop(TempDirTestCase):
         self.assertTrue((self.folder / "best.pt").exists())
 
 
+    def test_weights_are_what_the_loss_is_a_mean_over(self):
+        x, y = (part.clone() for part in tokens(8).tensors)
+        y[::2, 1:] = -1
+        outcomes = []
+        for size in (None, 3, 1):  # of the parts that a batch is split into
+            model = tiny_gpt()
+            trainer = Trainer(config(batch_size=8, micro_batch_size=size, max_iters=3, eps=1e-3), model, TensorDataset(x, y), TensorDataset(x, y),
+                              weight_fn=lambda batch: int((batch[1] != -1).sum()))
+            trainer.run()
+            outcomes.append((weights(model), trainer.evaluate(), model(x, y)[1].item()))
+        for w, loss, expected in outcomes:
+            torch.testing.assert_close(w, outcomes[0][0], atol=1e-5, rtol=0)
+            self.assertAlmostEqual(loss, expected, places=5)
+
+    def test_compiled_it_is_the_same_run(self):
+        losses = []
+        for compile in (False, True):
+            model, seen = tiny_gpt(), []
+            trainer = Trainer(config(compile=compile), model, tokens(), tokens(3))
+            trainer.add_callback("on_batch_end", lambda t: seen.append(t.loss.item()))
+            trainer.run()
+            losses.append([*seen, trainer.evaluate()])
+            self.assertEqual(set(model.state_dict()), set(tiny_gpt().state_dict()))
+        torch.testing.assert_close(*map(torch.tensor, losses), atol=1e-4, rtol=0)
+
+    def test_tensorboard_holds_the_same_rows_and_survives_a_resume(self):
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+        for iterations in (4, 6):
+            trainer = Trainer(config(work_dir=str(self.folder), max_iters=iterations, tensorboard=True), tiny_gpt(), tokens())
+            trainer.run()
+            trainer.folder.writer.close()
+        events = EventAccumulator(str(self.folder))
+        events.Reload()
+        for name in ("loss", "lr", "grad_norm"):
+            rows = [(row["iter"], row[name]) for row in read_metrics(self.folder / "metrics.jsonl")]
+            logged = [(event.step, event.value) for event in events.Scalars(name)]
+            self.assertEqual([step for step, _ in logged], [1, 2, 3, 4, 5, 6])
+            torch.testing.assert_close(torch.tensor(logged), torch.tensor(rows), atol=1e-6, rtol=1e-6)
+
+
 class TestMinGPTScripts(TempDirTestCase):
 
     def test_the_interface_that_adder_and_chargpt_use(self):
@@ -212,40 +249,55 @@ class TestResume(TempDirTestCase):
             self.train("run", 6, learning_rate=0.5)
 
     def test_killed_at_any_moment(self):
+        # a process that has done nothing but import forks the runs: twenty starts at the price of one
         script = textwrap.dedent("""
-            import sys
+            import multiprocessing, pathlib, random, sys, time
             from tests.test_trainer import config, tokens, Trainer, tiny_gpt
-            Trainer(config(work_dir=sys.argv[1], max_iters=400, checkpoint_every=1), tiny_gpt(3, resid_pdrop=0.2), tokens()).run()
+
+            def train(folder):
+                C = config(work_dir=str(folder), max_iters=400, checkpoint_every=1, eval_every=3)
+                Trainer(C, tiny_gpt(3, resid_pdrop=0.2), tokens(), tokens(5)).run()
+
+            def start(folder):
+                process = multiprocessing.get_context("fork").Process(target=train, args=(folder,))
+                process.start()
+                return process
+
+            folder = pathlib.Path(sys.argv[1])
+            start(folder / "whole").join()
+            checkpoint, moment, kills = folder / "parts" / "checkpoint.pt", random.Random(7), 0
+            for _ in range(20):
+                process = start(folder / "parts")
+                before, deadline = checkpoint.stat().st_ino if checkpoint.exists() else 0, time.time() + 20
+                while process.is_alive() and time.time() < deadline:  # until it has written something new
+                    if checkpoint.exists() and checkpoint.stat().st_ino != before:
+                        break
+                time.sleep(moment.uniform(0, 0.05))
+                process.kill()
+                process.join()
+                kills += process.exitcode == -9
+            start(folder / "parts").join()
+            print(kills)
         """)
-        run = lambda folder: subprocess.Popen([sys.executable, "-c", script, str(folder)], cwd=ROOT)
-        self.assertEqual(run(self.folder / "whole").wait(), 0)
-        for kill in range(4):
-            process = run(self.folder / "parts")
-            checkpoint, deadline = self.folder / "parts" / "checkpoint.pt", time.time() + 60
-            before = checkpoint.stat().st_mtime if checkpoint.exists() else 0
-            while process.poll() is None and time.time() < deadline:  # until it has written something new
-                if checkpoint.exists() and checkpoint.stat().st_mtime > before:
-                    time.sleep(0.05 * kill)
-                    break
-                time.sleep(0.01)
-            process.send_signal(signal.SIGKILL)
-            process.wait()
-        self.assertEqual(run(self.folder / "parts").wait(), 0)
+        run = subprocess.run([sys.executable, "-c", script, str(self.folder)], cwd=ROOT, capture_output=True, text=True)
+        self.assertEqual(run.stdout.split()[-1:], ["20"], run.stderr)
         states = [torch.load(self.folder / name / "checkpoint.pt", weights_only=True) for name in ("whole", "parts")]
         for name, p in states[0]["model"].items():
             self.assertTrue(torch.equal(p, states[1]["model"][name]), name)
         rows = [timeless(read_metrics(self.folder / name / "metrics.jsonl")) for name in ("whole", "parts")]
         self.assertEqual(rows[0], rows[1])
 
-    def test_ctrl_c_finishes_the_iteration_and_saves(self):
-        model = tiny_gpt()
-        trainer = Trainer(config(work_dir=str(self.folder), max_iters=50), model, tokens())
-        trainer.add_callback("on_batch_end", lambda t: t.iter_num == 4 and os.kill(os.getpid(), signal.SIGINT))
-        with self.assertRaises(KeyboardInterrupt):
-            trainer.run()
-        state = torch.load(self.folder / "checkpoint.pt", weights_only=True)
-        self.assertEqual(state["iter_num"], 5)
-        self.assertTrue(torch.equal(state["model"]["lm_head.weight"], model.lm_head.weight))
+    def test_ctrl_c_and_sigterm_finish_the_iteration_and_save(self):
+        for number, error in ((signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)):
+            model, folder = tiny_gpt(), self.folder / number.name
+            trainer = Trainer(config(work_dir=str(folder), max_iters=50), model, tokens())
+            trainer.add_callback("on_batch_end", lambda t: t.iter_num == 4 and os.kill(os.getpid(), number))
+            with self.assertRaises(error) as raised:
+                trainer.run()
+            self.assertEqual(getattr(raised.exception, "code", 143), 143)
+            state = torch.load(folder / "checkpoint.pt", weights_only=True)
+            self.assertEqual(state["iter_num"], 5)
+            self.assertTrue(torch.equal(state["model"]["lm_head.weight"], model.lm_head.weight))
 
 
 class TestRefusals(TempDirTestCase):
@@ -267,11 +319,11 @@ class TestRefusals(TempDirTestCase):
     def test_a_failed_write_leaves_the_old_checkpoint(self):
         trainer = Trainer(config(work_dir=str(self.folder), max_iters=2), tiny_gpt(), tokens())
         trainer.run()
-        before = trainer.checkpoint_path.read_bytes()
+        before = trainer.folder.checkpoint.read_bytes()
         trainer.state_dict = lambda: {"model": lambda: None}  # cannot be pickled: breaks off in mid-file
         with self.assertRaises(Exception):
             trainer.save_checkpoint()
-        self.assertEqual(trainer.checkpoint_path.read_bytes(), before)
+        self.assertEqual(trainer.folder.checkpoint.read_bytes(), before)
         self.assertEqual(sorted(p.name for p in self.folder.iterdir()), ["checkpoint.pt", "metrics.jsonl"])
 
     def test_options_and_data(self):
@@ -287,7 +339,11 @@ class TestRefusals(TempDirTestCase):
         with self.assertRaisesRegex(ValueError, "empty"):
             Trainer(config(), tiny_gpt(), tokens(), [])
         with self.assertRaisesRegex(TypeError, "tuple of tensors, not dict"):
-            Trainer(config(), tiny_gpt(), [{"x": torch.ones(3)}]).run()
+            Trainer(config(), tiny_gpt(), [{"x": torch.ones(3)}] * 4).run()
+        with self.assertRaisesRegex(ValueError, "has 3 examples, fewer than batch_size=4"):
+            Trainer(config(), tiny_gpt(), tokens(3))
+        with self.assertRaisesRegex(ValueError, "tensorboard=True needs a work_dir"):
+            Trainer(config(tensorboard=True), tiny_gpt(), tokens())
 
     def test_metrics_are_json(self):
         Trainer(config(work_dir=str(self.folder), max_iters=2), tiny_gpt(), tokens()).run()

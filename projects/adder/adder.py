@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch.utils.data import TensorDataset
 
-from mingpt.checkpoint import write_text
+from mingpt.checkpoint import run_script, write_text
 from mingpt.model import GPT
 from mingpt.trainer import Trainer
 from mingpt.utils import CfgNode as CN
@@ -125,6 +125,8 @@ def main(args: list[str]) -> None:
     C.trainer.work_dir = str(work_dir)
     trainer = Trainer(C.trainer, new_model(C), examples(train, C.data.digits))
     trainer.run()
+    if trainer.rank > 0:
+        return
     model = trainer.model.eval()
     answers = solve(model, test, C.data.digits)
     for (a, b), answer in zip(test.tolist(), answers.tolist()):
@@ -138,4 +140,4 @@ def main(args: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_script(main)

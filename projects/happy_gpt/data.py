@@ -33,7 +33,7 @@ SOURCES = {"tweets": "tweets", "movies": "movieReviewSnippets", "products": "ama
            "news": "nytEditorialSnippets"}
 
 
-class FetchError(Exception):
+class FetchError(OSError):
     """The corpora are not there and can't be fetched; the message says what to do."""
 
 

@@ -15,7 +15,6 @@ A run that was interrupted goes on where it stopped; stages that are finished ar
 import copy
 import json
 import logging
-import sys
 import time
 from pathlib import Path
 
@@ -23,8 +22,9 @@ import torch
 
 import data
 import report
+from mingpt import distributed
 from mingpt.chars import CharTokenizer
-from mingpt.checkpoint import write_text
+from mingpt.checkpoint import run_script, write_text
 from mingpt.model import GPT
 from mingpt.rlhf import PPOTrainer, TextReward
 from mingpt.trainer import FREE_TO_CHANGE, Trainer
@@ -113,6 +113,8 @@ def main(args):
         elif stage in stages:
             trainer = {"pretrain": pretrain, "sft": sft, "rl": rl}[stage](config, work_dir, splits, tokenizer, reward)
             start -= trainer.resumed_seconds  # the part before it was interrupted
+    if distributed.rank() > 0:
+        return
     models = {stage: load_model(config, tokenizer, state) for stage in STAGES if (state := finished(work_dir, stage))}
     report.write(config, work_dir, models, splits, tokenizer, reward, start)
 
@@ -153,7 +155,7 @@ def rl(config, work_dir, splits, tokenizer, reward):
     trainer = PPOTrainer(config.rl, policy, reward, prompts=[[tokenizer.eot_token]], tokenizer=tokenizer)
 
     def save_samples(trainer):
-        if (trainer.iter_num + 1) % config.report.every == 0:
+        if (trainer.iter_num + 1) % config.report.every == 0 and trainer.rank == 0:
             tweets = report.sample(policy, tokenizer, None, n=10, seed=config.system.seed)
             write_text(work_dir / "samples" / f"rl_{trainer.iter_num + 1:04}.txt", "\n".join(tweets.texts) + "\n")
 
@@ -268,10 +270,4 @@ def print_continuations(config, work_dir):
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except (ValueError, OSError, data.FetchError, ImportError, FloatingPointError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        print("\nstopped; the same command goes on from here", file=sys.stderr)
-        sys.exit(130)
+    run_script(main)
