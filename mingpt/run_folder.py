@@ -31,6 +31,25 @@ class RunFolder:
         if self.tensorboard:
             import_extra("tensorboard", "projects")
 
+    def claim(self, options: dict, free: set[str]) -> None:
+        """For scripts: keep all their options in config.json, and on a later run with others raise ValueError.
+
+        As long as nothing is saved everything may change, and what is in `free` always.
+        """
+        path, options = self.path / "config.json", json.loads(json.dumps(options))
+        if path.exists() and any(self.path.rglob("checkpoint.pt")):
+            self.compare(json.loads(path.read_text(encoding="utf-8")), options, free)
+        if self.writes:
+            write_text(path, json.dumps(options, indent=2))
+
+    def compare(self, then: dict, now: dict, free: set[str]) -> None:
+        """ValueError where two sets of options differ in others than the free ones, since the two runs would mix."""
+        changed = [f"{name} was {then.get(name)!r}, is {now.get(name)!r}" for name in {**then, **now}
+                   if name not in free and now.get(name) != then.get(name)]
+        if changed:
+            raise ValueError(f"{self.path} holds a run with other options ({'; '.join(changed)}): put them back to go on "
+                             "with it, or choose another work_dir")
+
     def log(self, row: dict) -> None:
         """Append a row of metrics, its "iter" among them, to metrics.jsonl and to TensorBoard's log."""
         if self.writes:
@@ -65,13 +84,8 @@ class RunFolder:
             raise ValueError(f"some processes see {self.checkpoint} and some do not: machines must share the disk of work_dir")
         state = torch.load(self.checkpoint, map_location="cpu", weights_only=True) if all(found) else None
         if state:
-            now = config.to_dict() | {"the number of processes": distributed.world_size()}
-            then = state["config"] | {"the number of processes": len(state["rng"])}
-            changed = [f"{name} was {then.get(name)!r}, is {now.get(name)!r}" for name in {**then, **now}
-                       if name not in free and now.get(name) != then.get(name)]
-            if changed:
-                raise ValueError(f"{self.checkpoint} is from a run with other options ({'; '.join(changed)}): put them back "
-                                 "to continue it, or choose another work_dir")
+            self.compare(state["config"] | {"the number of processes": len(state["rng"])},
+                         config.to_dict() | {"the number of processes": distributed.world_size()}, free)
         if self.writes:
             path = self.path / "metrics.jsonl"
             rows = [row for row in read_metrics(path) if state and row["iter"] <= state["iter_num"]]

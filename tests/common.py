@@ -1,6 +1,7 @@
 """What several test files need: small models, temporary folders, and a server that misbehaves."""
 
 import contextlib
+import importlib.util
 import tempfile
 import threading
 import unittest
@@ -13,6 +14,15 @@ from mingpt.model import GPT
 from mingpt.utils import set_seed
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+def load_script(path):
+    """A script of projects/ as a module. Not by import: two projects may have modules of the same name."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.log_to_console = lambda: None  # it would speak in all other tests as well
+    return module
 
 
 def tiny_gpt(seed=0, **options):

@@ -1,21 +1,17 @@
 """The adder's examples against Python's own sums, and a short run of the script."""
 
 import contextlib
-import importlib.util
 import io
 import json
 import unittest
-from pathlib import Path
 
 import torch
 
 from mingpt.model import GPT
 from mingpt.utils import set_seed
-from tests.common import TempDirTestCase
+from tests.common import ROOT, TempDirTestCase, load_script
 
-spec = importlib.util.spec_from_file_location("adder", Path(__file__).parents[1] / "projects" / "adder" / "adder.py")
-adder = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(adder)
+adder = load_script(ROOT / "projects" / "adder" / "adder.py")
 
 
 class TestAdder(TempDirTestCase):
@@ -38,7 +34,7 @@ class TestAdder(TempDirTestCase):
         adder.main(options)
         self.assertEqual(json.loads((self.folder / "summary.json").read_text())["held_out"], 10)
         seen = torch.tensor([[int(a), int(b)] for a in range(10) for b in range(10)])  # 90 of these 100 were in the training split
-        right = adder.solve(GPT.from_pretrained(self.folder), seen, 1) == seen.sum(1)
+        right = adder.solve(GPT.from_pretrained(self.folder / "model"), seen, 1) == seen.sum(1)
         self.assertGreater(right.double().mean().item(), 0.8)
         with contextlib.redirect_stdout(io.StringIO()) as printed:
             adder.main([*options, "--ask", "2 + 5"])

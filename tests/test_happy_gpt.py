@@ -228,7 +228,7 @@ class TestScript(TempDirTestCase):
         self.assertEqual(len(self.run_script("--prompt=the", "--model.model_type=gpt2", name="whole").stdout.splitlines()), 10)
         self.assertIn("never seen: 1 2", self.run_script("--prompt=12", name="whole").stderr)
         mixed = self.run_script("--system.seed=1", name="whole")
-        self.assertIn("--system.seed was 3407, is 1", mixed.stderr)
+        self.assertIn("system.seed was 3407, is 1", mixed.stderr)
 
     def test_reinforce_and_half_a_stage(self):
         self.assertNotEqual(self.run_script("--stages=pretrain", "--data.path=nowhere.jsonl").returncode, 0)  # leaves nothing behind

@@ -22,7 +22,8 @@ from torch.utils.data import TensorDataset
 
 from mingpt.checkpoint import run_script, write_text
 from mingpt.model import GPT
-from mingpt.trainer import Trainer
+from mingpt.run_folder import RunFolder
+from mingpt.trainer import FREE_TO_CHANGE, Trainer
 from mingpt.utils import CfgNode as CN
 from mingpt.utils import log_to_console, parse_args, set_seed
 
@@ -102,9 +103,9 @@ def ask(text: str, folder: Path) -> None:
     """Print the trained model's answer to a sum."""
     if not (numbers := re.fullmatch(r"\s*(\d+)\s*\+\s*(\d+)\s*", text)):
         raise ValueError(f"--ask={text!r} is no sum like 85+50")
-    if not (folder / "model.safetensors").exists():
+    if not (folder / "model").exists():
         raise ValueError(f"{folder} has no trained model: run without --ask first")
-    model = GPT.from_pretrained(folder)
+    model = GPT.from_pretrained(folder / "model")
     digits, (a, b) = model.config.block_size // 3, map(int, numbers.groups())
     if max(a, b) >= 10 ** digits:
         raise ValueError(f"the model of {folder} adds numbers of up to {digits} digits, not {text}")
@@ -122,6 +123,7 @@ def main(args: list[str]) -> None:
     start = time.time()
     set_seed(C.system.seed)
     train, test = split(C)
+    RunFolder(work_dir).claim(dict(C.leaves()), free={"ask", "system.work_dir", *(f"trainer.{name}" for name in FREE_TO_CHANGE)})
     C.trainer.work_dir = str(work_dir)
     trainer = Trainer(C.trainer, new_model(C), examples(train, C.data.digits))
     trainer.run()
@@ -133,7 +135,7 @@ def main(args: list[str]) -> None:
         if answer != a + b:
             logger.info("%d + %d = %d, it says; it is %d", a, b, answer, a + b)
     accuracy = (answers == test.sum(1)).double().mean().item()
-    model.save_pretrained(work_dir)
+    model.save_pretrained(work_dir / "model")
     summary = {"digits": C.data.digits, "accuracy": accuracy, "held_out": len(test), "seconds": round(time.time() - start + trainer.resumed_seconds, 1)}
     write_text(work_dir / "summary.json", json.dumps(summary, indent=2) + "\n")
     logger.info("%.1f%% of %d problems never seen, in %.0f s; the model is in %s", 100 * accuracy, len(test), summary["seconds"], work_dir)

@@ -27,6 +27,7 @@ from mingpt.chars import CharTokenizer
 from mingpt.checkpoint import run_script, write_text
 from mingpt.model import GPT
 from mingpt.rlhf import PPOTrainer, TextReward
+from mingpt.run_folder import RunFolder
 from mingpt.trainer import FREE_TO_CHANGE, Trainer
 from mingpt.utils import CfgNode as CN
 from mingpt.utils import import_extra, log_to_console, parse_args, pick_device, set_seed
@@ -237,17 +238,11 @@ def check_stages(stages):
 
 
 def claim(work_dir, config, tokenizer):
-    """Keep options and vocabulary in work_dir; ValueError where it holds a run with others, since the two would mix."""
-    path = work_dir / "config.json"
-    mine = dict(config.leaves()) | {"vocabulary": "".join(tokenizer.chars)}
-    theirs = json.loads(path.read_text(encoding="utf-8")) if path.exists() else mine
-    free = ("stages", "prompt", "system.work_dir", "report.", *(f"{stage}.{name}" for stage in STAGES for name in FREE_TO_CHANGE))
-    changed = [f"--{name} was {theirs.get(name)}, is {mine.get(name)}" for name in {**theirs, **mine}
-               if json.dumps(mine.get(name)) != json.dumps(theirs.get(name)) and not name.startswith(free)]
-    if changed and any(checkpoint(work_dir, stage).exists() for stage in STAGES):
-        raise ValueError(f"{work_dir} holds a run with other options ({'; '.join(changed)}): put them back to go on "
-                         "with it, or start another one with --system.work_dir=FOLDER")
-    write_text(path, json.dumps(mine, indent=2))
+    """Keep options and vocabulary in work_dir; ValueError where it holds a run with others."""
+    options = dict(config.leaves()) | {"vocabulary": "".join(tokenizer.chars)}
+    free = {"stages", "prompt", "system.work_dir", *(name for name in options if name.startswith("report.")),
+            *(f"{stage}.{name}" for stage in STAGES for name in FREE_TO_CHANGE)}
+    RunFolder(work_dir).claim(options, free)
     tokenizer.save_pretrained(work_dir)
 
 
