@@ -72,7 +72,7 @@ class TestScript(TempDirTestCase):
         chargpt.main(options)
         summary = json.loads((self.folder / "out" / "summary.json").read_text())
         self.assertAlmostEqual(summary["valid_bits_per_character"], summary["valid_loss"] / math.log(2))
-        self.assertEqual(summary["characters_seen"], 60 * 12 * 16)
+        self.assertEqual(summary["characters_seen"], 60 * 6 * 16)
         self.assertTrue((self.folder / "out" / "losses.png").stat().st_size > 0)
 
         model = GPT.from_pretrained(self.folder / "out" / "model")

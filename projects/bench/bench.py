@@ -10,8 +10,10 @@ are measured in the same run: the rate of a matrix product and of reading memory
 """
 
 import ast
+import itertools
 import json
 import logging
+import math
 import platform
 import random
 import statistics
@@ -24,10 +26,12 @@ from datetime import date
 from pathlib import Path
 
 import torch
+from torch.utils.data import TensorDataset
 
 from mingpt import bpe
 from mingpt.checkpoint import write_text
 from mingpt.model import GPT
+from mingpt.trainer import Trainer
 from mingpt.utils import CfgNode as CN
 from mingpt.utils import import_extra, log_to_console, parse_args, set_seed
 
@@ -136,28 +140,51 @@ def both_models(preset: str, vocab_size: int, block_size: int) -> tuple[GPT, tor
         resid_pdrop=0.0, attn_pdrop=0.0, bos_token_id=None, eos_token_id=None, pad_token_id=0))
 
 
+def training_step(model: torch.nn.Module, loss: Callable, clip: float = math.inf) -> Callable:
+    """Forward, backward, clip and a step of fused AdamW, as a bare loop has them."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+
+    def run():
+        optimizer.zero_grad(set_to_none=True)
+        loss().backward()
+        if clip < math.inf:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+        optimizer.step()
+    return run
+
+
 def train(C: CN) -> list[Row]:
-    """A training step: forward, backward, fused AdamW on both sides."""
+    """A training step here and there, and what torch.compile makes of ours."""
     rows = []
     for preset, vocab_size, B, T in (("gpt2", 50257, 4, 128), ("gpt-micro", 128, 64, 32)):
         ours, theirs = both_models(preset, vocab_size, 1024 if preset == "gpt2" else 64)
         idx = torch.randint(vocab_size, (B, T + 1))
         x, y = idx[:, :-1].contiguous(), idx[:, 1:].contiguous()
-
-        def step(model, loss):
-            optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-
-            def run():
-                optimizer.zero_grad(set_to_none=True)
-                loss().backward()
-                optimizer.step()
-            return run
-
+        plain = training_step(ours, lambda: ours(x, y)[1])
         weights = sum(p.numel() for p in ours.parameters()) - ours.transformer.wpe.weight.numel()
-        rows.append(compare(C, f"training step, {preset}, {B} x {T} tokens", "tokens", B * T, step(ours, lambda: ours(x, y)[1]), "transformers",
-                            theirs and step(theirs, lambda: theirs(x, labels=x, use_cache=False).loss),
+        rows.append(compare(C, f"training step, {preset}, {B} x {T} tokens", "tokens", B * T, plain, "transformers",
+                            theirs and training_step(theirs, lambda: theirs(x, labels=x, use_cache=False).loss),
                             ("matrix-product rate", matrix_product_rate() / (6 * weights))))  # Kaplan et al. 2020, section 2.1
+        compiled = torch.compile(ours)
+        rows.append(compare(C, f"training step, {preset}, {B} x {T} tokens, compiled", "tokens", B * T,
+                            training_step(ours, lambda: compiled(x, y)[1]), "not compiled", plain))
     return rows
+
+
+def loop(C: CN) -> list[Row]:
+    """Twenty iterations of the Trainer, everything around the step included, against the bare loop on batches made before."""
+    (model, _), (again, _) = (both_models("gpt-micro", 128, 64) for _ in range(2))
+    data = TensorDataset(*torch.randint(128, (2, 1280, 32)))
+    config = Trainer.get_default_config()
+    config.merge_from_dict({"device": "cpu", "learning_rate": 1e-4, "max_iters": 0})
+    trainer, batches = Trainer(config, model, data), itertools.cycle([data[i:i + 64] for i in range(0, 1280, 64)])
+    step = training_step(again, lambda: again(*next(batches))[1], clip=config.grad_norm_clip)
+
+    def ours():
+        config.max_iters = trainer.iter_num + 20
+        trainer.run()
+
+    return [compare(C, "the Trainer, gpt-micro, 64 x 32 tokens", "iterations", 20, ours, "a bare loop", lambda: [step() for _ in range(20)])]
 
 
 def decode(C: CN) -> list[Row]:
@@ -220,7 +247,7 @@ def bpe_encoding(C: CN) -> list[Row]:
     return rows
 
 
-BENCHMARKS = {"train": train, "decode": decode, "bpe": bpe_encoding}
+BENCHMARKS = {"train": train, "loop": loop, "decode": decode, "bpe": bpe_encoding}
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the report

@@ -58,12 +58,12 @@ def get_config() -> CN:
     del C.model.vocab_size           # follows from the text
 
     C.trainer = Trainer.get_default_config()
-    C.trainer.max_iters = 2000
-    C.trainer.batch_size = 12
+    C.trainer.max_iters = 4000      # 4000 x 6 x 64: 1.5 million characters
+    C.trainer.batch_size = 6
     C.trainer.learning_rate = 4e-3
     C.trainer.lr_schedule = "cosine"
     C.trainer.warmup_iters = 100
-    C.trainer.eval_every = 250
+    C.trainer.eval_every = 500
     del C.trainer.work_dir           # it is system.work_dir
     return C
 
