@@ -78,9 +78,8 @@ class Trainer:
     def __init__(self, config: CN, model: nn.Module, train_dataset: Dataset, valid_dataset: Dataset | None = None,
                  loss_fn: Callable | None = None, collate_fn: Callable | None = None, weight_fn: Callable | None = None):
         self.config = config
-        self.train_dataset, self.valid_dataset = train_dataset, valid_dataset
+        self.train_dataset, self.valid_dataset, self.collate_fn = train_dataset, valid_dataset, collate_fn
         self.loss_fn = loss_fn or (lambda model, batch: model(*batch)[-1])
-        self.collate_fn = collate_fn
         self.weight_fn = weight_fn or (lambda batch: len(batch[0]))
         self.callbacks = defaultdict(list)
         self.description = Path(config.work_dir).name if config.work_dir else "training"  # in the progress bar and the log
@@ -94,7 +93,8 @@ class Trainer:
         self.model = model.to(self.device)
         if config.compile:
             model.compile()
-        self.wrapped = model if self.world_size == 1 else DistributedDataParallel(model)  # its forward leads to the loss
+        # its forward leads to the loss; without broadcasts, so that in evaluation no process waits for another
+        self.wrapped = model if self.world_size == 1 else DistributedDataParallel(model, broadcast_buffers=False)
         configure = getattr(model, "configure_optimizers", None)
         self.optimizer = configure(config) if configure else adamw(model, config)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")

@@ -152,6 +152,31 @@ class TestLoop(TempDirTestCase):
             torch.testing.assert_close(w, outcomes[0][0], atol=1e-5, rtol=0)
             self.assertAlmostEqual(loss, expected, places=5)
 
+    def test_mixed_precision(self):
+        def losses(precision):
+            seen = []
+            trainer = Trainer(config(precision=precision), tiny_gpt(), tokens())
+            trainer.add_callback("on_batch_end", lambda t: seen.append(t.loss.item()))
+            trainer.run()
+            return torch.tensor(seen)
+
+        exact = losses("fp32")
+        for precision in ("bf16", "fp16"):
+            self.assertFalse(torch.equal(losses(precision), exact))
+            torch.testing.assert_close(losses(precision), exact, atol=0.05, rtol=0)
+        self.assertTrue(torch.equal(losses("auto"), exact))  # never bf16 on a CPU by itself
+
+    def test_a_gradient_that_overflows_in_fp16_skips_the_step_and_lowers_the_scale(self):
+        model, seen = tiny_gpt(), []
+        trainer = Trainer(config(precision="fp16", max_iters=3), model, tokens(),
+                          loss_fn=lambda model, batch: model(*batch)[1] * (1e38 if trainer.iter_num == 1 else 1.0))
+        trainer.add_callback("on_batch_end", lambda t: seen.append((weights(model), trainer.scaler.get_scale())))
+        trainer.run()
+        (first, scale), (second, lowered), (third, _) = seen
+        self.assertTrue(torch.equal(first, second))
+        self.assertEqual(lowered, scale / 2)
+        self.assertFalse(torch.equal(second, third))
+
     def test_compiled_it_is_the_same_run(self):
         losses = []
         for compile in (False, True):

@@ -90,7 +90,7 @@ def loop(C: CN) -> Iterator[Case]:
 
     def ours():
         config = Trainer.get_default_config()
-        config.merge_from_dict({"device": "cpu", "learning_rate": 1e-4, "max_iters": 0})
+        config.merge_from_dict({"device": "cpu", "learning_rate": 1e-4, "max_iters": 1})
         trainer = Trainer(config, our_gpt("gpt-micro"), data)
 
         def run():

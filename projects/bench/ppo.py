@@ -45,7 +45,7 @@ class Stopwatch:
 
 def ours(preset: str, episodes: int, length: int) -> Run:
     config = PPOTrainer.get_default_config()
-    config.merge_from_dict({"device": "cpu", "batch_size": episodes, "max_new_tokens": length, "max_iters": 0, "ppo_epochs": 4})
+    config.merge_from_dict({"device": "cpu", "batch_size": episodes, "max_new_tokens": length, "max_iters": 1, "ppo_epochs": 4})
     policy, watch = our_gpt(preset), Stopwatch()
     trainer = PPOTrainer(config, policy, RewardModel.from_gpt(our_gpt(preset)), [[1]], value_model=ValueModel.from_gpt(our_gpt(preset)))
     policy.generate = watch.after("rollout", policy.generate)

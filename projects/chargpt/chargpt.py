@@ -60,7 +60,9 @@ def get_config() -> CN:
     C.trainer = Trainer.get_default_config()
     C.trainer.max_iters = 4000      # 4000 x 6 x 64: 1.5 million characters
     C.trainer.batch_size = 6
-    C.trainer.learning_rate = 4e-3
+    C.trainer.learning_rate = 5e-3
+    C.trainer.betas = (0.9, 0.99)    # a batch of six is noisy
+    C.trainer.weight_decay = 0.3
     C.trainer.lr_schedule = "cosine"
     C.trainer.warmup_iters = 100
     C.trainer.eval_every = 500

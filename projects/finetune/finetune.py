@@ -43,14 +43,14 @@ def get_config() -> CN:
     C.model.dropout = 0.1
 
     C.trainer = Trainer.get_default_config()
-    C.trainer.max_iters = 200
-    C.trainer.batch_size = 16
+    C.trainer.max_iters = 100
+    C.trainer.batch_size = 8
     C.trainer.micro_batch_size = 2   # windows at a time: with gpt2, 4 GB of memory are enough
     C.trainer.learning_rate = 5e-5
     C.trainer.lr_schedule = "linear"
     C.trainer.warmup_iters = 10
-    C.trainer.eval_every = 50
-    C.trainer.checkpoint_every = 50
+    C.trainer.eval_every = 25
+    C.trainer.checkpoint_every = 25
     del C.trainer.work_dir           # it is system.work_dir
 
     C.samples = CN()
