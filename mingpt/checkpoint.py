@@ -53,9 +53,9 @@ def save_torch(path: str | Path, obj: Any) -> None:
 
 @contextlib.contextmanager
 def deferred_signals() -> Iterator[list[int]]:
-    """Within, the first Ctrl-C or SIGTERM only adds itself to the list that is yielded, so that an iteration can end.
+    """Within, Ctrl-C and SIGTERM only add themselves to the list that is yielded, so that an iteration can end.
 
-    The second one raises what `raise_signal` does.
+    A second Ctrl-C raises KeyboardInterrupt; SIGTERM may come twice, from torchrun and from whoever ends all processes.
     """
     received = []
     if threading.current_thread() is not threading.main_thread():
@@ -64,8 +64,8 @@ def deferred_signals() -> Iterator[list[int]]:
 
     def handle(number, frame):
         received.append(number)
-        if len(received) > 1:
-            raise_signal(received)
+        if received.count(signal.SIGINT) > 1:
+            raise KeyboardInterrupt
 
     previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -75,21 +75,26 @@ def deferred_signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def raise_signal(received: list[int]) -> NoReturn:
-    """SIGTERM ends the process with exit code 143, as shells count it; anything else is a KeyboardInterrupt."""
-    raise SystemExit(128 + signal.SIGTERM) if signal.SIGTERM in received else KeyboardInterrupt
+def raise_signal(number: int) -> NoReturn:
+    """SIGTERM ends the process with exit code 143, as shells count it; SIGINT is a KeyboardInterrupt."""
+    raise SystemExit(128 + number) if number == signal.SIGTERM else KeyboardInterrupt
+
+
+def leave_ctrl_c_to_the_parent(worker: int) -> None:
+    """For processes that load data: a terminal sends Ctrl-C to them, too."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def run_script(main: Callable[[list[str]], None]) -> NoReturn:
     """main(command line), for scripts: errors that the user can mend end in one line, and so do Ctrl-C and SIGTERM."""
-    signal.signal(signal.SIGTERM, lambda number, frame: raise_signal([number]))
+    signal.signal(signal.SIGTERM, lambda number, frame: raise_signal(number))
     try:
         sys.exit(main(sys.argv[1:]))
     except (ValueError, OSError, ImportError, FloatingPointError) as error:
         sys.exit(f"error: {error}")
     except (KeyboardInterrupt, SystemExit) as stop:
         code = 128 + signal.SIGINT if isinstance(stop, KeyboardInterrupt) else stop.code
-        if code in (128 + signal.SIGINT, 128 + signal.SIGTERM):
+        if code in (128 + signal.SIGINT, 128 + signal.SIGTERM) and os.environ.get("RANK", "0") == "0":
             sys.stderr.write("\nstopped; the same command goes on from here\n")
         sys.exit(code)
 

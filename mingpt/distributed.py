@@ -17,12 +17,21 @@ import torch.distributed as dist
 
 
 def join(device: torch.device) -> torch.device:
-    """Join the processes that torchrun has started beside this one, if it did; returns this one's own device."""
-    if not dist.is_torchelastic_launched():
-        return device
-    if device.type == "cuda":
+    """Join the processes that torchrun has started beside this one, if it did; returns this one's own device.
+
+    ValueError where there is no device for it.
+    """
+    launched = dist.is_torchelastic_launched()
+    if launched and device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
+        if device.index >= torch.cuda.device_count():
+            raise ValueError(f"process {device.index} finds {torch.cuda.device_count()} GPUs here: lower --nproc_per_node")
+    if launched and device.type not in ("cuda", "cpu"):
+        raise ValueError(f"many processes cannot share device={device}: set device=cpu, or run without torchrun")
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)  # whose random state is the one to keep
+    if not launched:
+        return device
     if not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
         atexit.register(dist.destroy_process_group)
@@ -30,8 +39,8 @@ def join(device: torch.device) -> torch.device:
 
 
 def rank() -> int:
-    """The number of this process."""
-    return dist.get_rank() if dist.is_initialized() else 0
+    """The number of this process, also before it has joined the others."""
+    return int(os.environ["RANK"]) if dist.is_torchelastic_launched() else 0
 
 
 def world_size() -> int:

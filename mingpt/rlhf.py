@@ -282,7 +282,7 @@ class PPOTrainer(Trainer):
         C.algorithm = "ppo"           # or without a value function: rloo, grpo, and reinforce with one plain step a rollout
         C.batch_size = 64             # episodes in a rollout
         C.group_size = 4              # rloo, grpo: episodes of the same prompt
-        C.minibatch_size = None       # episodes per optimizer step, in each process; None: all of them
+        C.minibatch_size = None       # episodes per optimizer step; None: all of them
         C.ppo_epochs = 4              # passes over a rollout
         C.max_new_tokens = 64
         C.stop_token = None           # ends an episode; None: the tokenizer's end-of-text, if there is a tokenizer
@@ -314,8 +314,7 @@ class PPOTrainer(Trainer):
             value_model = ValueModel.from_gpt(policy)
         self.stop_token = config.stop_token if config.stop_token is not None else getattr(tokenizer, "eot_token", None)
         self.block_size = getattr(getattr(policy, "config", None), "block_size", math.inf)
-        self.reward_fn = reward_fn
-        self.kl_coef = config.kl_coef
+        self.reward_fn, self.kl_coef = reward_fn, config.kl_coef
         super().__init__(config, ActorCritic(policy, value_model), encode_prompts(prompts, tokenizer),
                          loss_fn=self.policy_and_value_loss, collate_fn=left_pad)
         self.policy = policy
@@ -328,7 +327,7 @@ class PPOTrainer(Trainer):
         super().check_config()
         C = self.config
         check_numbers(C, "ppo_epochs max_new_tokens", low=1, whole=True)
-        check_numbers(C, "minibatch_size", low=1, whole=True, optional=True)
+        check_numbers(C, "minibatch_size", low=self.world_size, whole=True, optional=True)
         check_numbers(C, "kl_coef clip_range value_clip_range value_coef value_lr_ratio")
         check_numbers(C, "gamma gae_lambda", high=1)
         check_numbers(C, "kl_target", low=1e-6, optional=True)
@@ -338,15 +337,15 @@ class PPOTrainer(Trainer):
 
     def check_data(self) -> None:
         """ValueError for no prompts, or such that do not fit; there may be few: many episodes begin with the same one."""
-        if not self.train_dataset:
+        C, longest = self.config, max(map(len, self.train_dataset), default=0)
+        if longest == 0:
             raise ValueError("prompts is empty: give one or more")
-        C, longest = self.config, max(map(len, self.train_dataset))
         if longest + C.max_new_tokens > self.block_size + 1:  # the last token is only predicted, never read
             raise ValueError(f"prompts of up to {longest} tokens and max_new_tokens={C.max_new_tokens} do not fit into the "
                              f"policy's block_size={self.block_size}: their sum may be {self.block_size + 1}")
 
     def state_dict(self) -> dict:
-        return {**super().state_dict(), "kl_coef": self.kl_coef}
+        return super().state_dict() | {"kl_coef": self.kl_coef}
 
     def load_state_dict(self, state: dict) -> None:
         super().load_state_dict(state)
@@ -367,7 +366,7 @@ class PPOTrainer(Trainer):
         metrics = distributed.mean(self.update(rollout) | self.describe(rollout))
         if self.config.kl_target is not None:
             error = metrics["objective/kl"] / self.config.kl_target - 1
-            self.kl_coef *= 1 + min(max(error, -0.2), 0.2) * len(rollout["idx"]) / self.config.kl_horizon
+            self.kl_coef *= 1 + min(max(error, -0.2), 0.2) * self.config.batch_size / self.config.kl_horizon
         return metrics
 
     @torch.no_grad()
@@ -413,7 +412,8 @@ class PPOTrainer(Trainer):
         REINFORCE takes one step on all of it: there the ratio is 1, and PPO's gradient that of the plain policy gradient.
         """
         C, rows, size = self.config, [], len(rollout["idx"])
-        epochs, minibatch_size = (1, size) if C.algorithm == "reinforce" else (C.ppo_epochs, C.minibatch_size or size)
+        share = (C.minibatch_size or C.batch_size) // self.world_size
+        epochs, minibatch_size = (1, size) if C.algorithm == "reinforce" else (C.ppo_epochs, share)
         for _ in range(epochs):
             for index in torch.randperm(size).split(minibatch_size):
                 minibatch = {name: x[index.to(self.device)] for name, x in rollout.items()}

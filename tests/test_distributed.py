@@ -1,6 +1,7 @@
 """Runs of two processes: the same losses as one, one writer, exact resume, and no survivor that hangs."""
 
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -8,7 +9,7 @@ import unittest
 
 import torch
 
-from mingpt.utils import read_metrics
+from mingpt.run_folder import read_metrics
 from tests.common import ROOT, TempDirTestCase
 
 SCRIPT = textwrap.dedent("""
@@ -37,7 +38,7 @@ SCRIPT = textwrap.dedent("""
     if kind == "dies":
         trainer.add_callback("on_batch_end", die)
     trainer.run()
-    print("end", trainer.rank, float(sum(p.double().abs().sum() for p in trainer.model.parameters())))
+    print(f"end {trainer.rank} {sum(p.detach().double().abs().sum().item() for p in trainer.model.parameters())};")
 """)
 
 
@@ -49,6 +50,12 @@ class TestTwoProcesses(TempDirTestCase):
         return subprocess.run([sys.executable, *launcher, str(self.folder / "script.py"), kind, str(self.folder / name), *options],
                               cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=120)
 
+    def ends(self, run):
+        """The weights' sums that the processes printed, in the order of their ranks."""
+        ends = sorted(re.findall(r"end (\d) ([\d.]+);", run.stdout))  # their lines may mix
+        self.assertEqual([rank for rank, _ in ends], ["0", "1"], run.stderr)
+        return [weights for _, weights in ends]
+
     def rows(self, name):
         return read_metrics(self.folder / name / "metrics.jsonl")
 
@@ -56,9 +63,7 @@ class TestTwoProcesses(TempDirTestCase):
         self.assertIn("end 0", self.start(1, "train", "one").stdout)
         first = self.start(2, "train", "two", "--max_iters=4")
         self.assertEqual(first.returncode, 0, first.stderr)
-        ends = sorted(line.split()[1:] for line in self.start(2, "train", "two").stdout.splitlines() if line.startswith("end"))
-        self.assertEqual([rank for rank, _ in ends], ["0", "1"])
-        self.assertEqual(ends[0][1], ends[1][1])  # both have the same weights
+        self.assertEqual(*self.ends(self.start(2, "train", "two")))  # both have the same weights
         one, two = self.rows("one"), self.rows("two")
         self.assertEqual([row["iter"] for row in two], [1, 2, 3, 4, 5, 6])  # one writer
         for a, b in zip(one, two):
@@ -66,7 +71,6 @@ class TestTwoProcesses(TempDirTestCase):
                 self.assertAlmostEqual(a.get(name, 0), b.get(name, 0), delta=1e-5)
         refused = self.start(1, "train", "two")
         self.assertIn("the number of processes was 2, is 1", refused.stderr)
-        print("largest difference", max(abs(a.get(n, 0) - b.get(n, 0)) for a, b in zip(one, two) for n in ("loss", "grad_norm", "valid_loss")))
 
     def test_with_dropout_each_process_draws_its_own_and_resumes_it(self):
         for name, stops in (("whole", ["6"]), ("parts", ["3", "6"])):
@@ -81,9 +85,7 @@ class TestTwoProcesses(TempDirTestCase):
         for algorithm in ("ppo", "grpo"):
             with self.subTest(algorithm):
                 run = self.start(2, "ppo", algorithm, f"--algorithm={algorithm}")
-                ends = [line.split()[2] for line in run.stdout.splitlines() if line.startswith("end")]
-                self.assertEqual(len(ends), 2, run.stderr)
-                self.assertEqual(*ends)
+                self.assertEqual(*self.ends(run))
                 self.assertTrue(all(row["log_prob_error"] < 1e-4 for row in self.rows(algorithm)))
 
     def test_when_one_dies_the_others_stop(self):

@@ -59,9 +59,15 @@ class TestFinetune(TempDirTestCase):
                             ([f"--data.path={self.folder / 'bytes.txt'}"], "not UTF-8")):
             with self.subTest(args), self.assertRaisesRegex(ValueError, words):
                 finetune.main([*self.options, *args])
+        with self.assertRaisesRegex(ValueError, "eval_every=None"):
+            finetune.main([*self.options, "--trainer.eval_every=None"])
+        C = self.config()
+        C.model.name = "someone/gpt2-german"
+        with self.assertRaisesRegex(ValueError, "which vocabulary"):
+            finetune.load_tokenizer(C, 50257)
         for file in ("vocab.json", "merges.txt"):
             (self.folder / "tiny" / file).unlink()
-        with self.assertRaisesRegex(ValueError, "put the vocab.json"):
+        with self.assertRaisesRegex(ValueError, "name the vocab.json"):
             finetune.main(self.options)
 
 

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from mingpt.chars import CharTokenizer
-from mingpt.utils import read_metrics
+from mingpt.run_folder import read_metrics
 from tests.common import ROOT, TempDirTestCase, tiny_gpt
 
 sys.path.insert(0, str(ROOT / "projects" / "happy_gpt"))

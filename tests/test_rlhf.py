@@ -9,7 +9,8 @@ import torch
 from mingpt import rlhf
 from mingpt.chars import CharTokenizer
 from mingpt.rlhf import PPOTrainer, RewardModel, TextReward, ValueModel
-from mingpt.utils import read_metrics, set_seed
+from mingpt.run_folder import read_metrics
+from mingpt.utils import set_seed
 from tests.common import TempDirTestCase, tiny_gpt
 
 
@@ -247,7 +248,7 @@ class TestPPOTrainer(TempDirTestCase):
         gradients = []
         for batch in (r, changed):
             trainer.model.zero_grad()
-            loss, metrics = trainer.compute_loss(batch)
+            loss, metrics = trainer.compute_loss(trainer.model, batch)
             loss.backward()
             gradients.append([loss.detach(), *(p.grad.clone() for p in trainer.model.parameters())])
         for a, b in zip(*gradients):

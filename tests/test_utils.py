@@ -10,6 +10,7 @@ import torch
 
 from mingpt import checkpoint, utils
 from mingpt.chars import UNKNOWN, CharTokenizer
+from mingpt.run_folder import read_metrics
 from mingpt.utils import CfgNode
 from tests.common import TempDirTestCase
 
@@ -86,8 +87,8 @@ class TestFiles(TempDirTestCase):
     def test_metrics_with_a_torn_last_line(self):
         path = self.folder / "metrics.jsonl"
         path.write_text('{"iter": 1}\n{"iter": 2}\n{"iter": 3, "lo')
-        self.assertEqual(utils.read_metrics(path), [{"iter": 1}, {"iter": 2}])
-        self.assertEqual(utils.read_metrics(self.folder / "none"), [])
+        self.assertEqual(read_metrics(path), [{"iter": 1}, {"iter": 2}])
+        self.assertEqual(read_metrics(self.folder / "none"), [])
 
     def test_plot_is_a_png(self):
         path = self.folder / "plot.png"

@@ -23,10 +23,10 @@ from torch.utils.data import DataLoader, Dataset
 from mingpt.chars import CharTokenizer
 from mingpt.checkpoint import run_script, write_text
 from mingpt.model import GPT
-from mingpt.run_folder import RunFolder
+from mingpt.run_folder import RunFolder, read_metrics
 from mingpt.trainer import FREE_TO_CHANGE, Trainer
 from mingpt.utils import CfgNode as CN
-from mingpt.utils import download, home, import_extra, log_to_console, parse_args, pick_device, plot_metrics, read_metrics, set_seed
+from mingpt.utils import check_numbers, download, home, import_extra, log_to_console, parse_args, pick_device, plot_metrics, set_seed
 
 logger = logging.getLogger("mingpt.chargpt")
 
@@ -137,6 +137,7 @@ def main(args: list[str]) -> None:
     work_dir = Path(C.system.work_dir)
     if C.sample:
         return print_samples(C.sample, work_dir, C.trainer.device)
+    check_numbers(C.trainer, "eval_every", low=1, whole=True)  # the best weights are those of an evaluation
     log_to_console()
     import_extra("matplotlib", "projects")  # before the work, not after it
     start = time.time()

@@ -22,7 +22,7 @@ from mingpt.model import GPT
 from mingpt.run_folder import RunFolder
 from mingpt.trainer import FREE_TO_CHANGE, Trainer
 from mingpt.utils import CfgNode as CN
-from mingpt.utils import log_to_console, parse_args, set_seed
+from mingpt.utils import check_numbers, log_to_console, parse_args, set_seed
 
 logger = logging.getLogger("mingpt.finetune")
 
@@ -40,6 +40,7 @@ def get_config() -> CN:
 
     C.model = CN()
     C.model.name = "gpt2"            # or gpt2-medium, gpt2-large, gpt2-xl, a hub name, a folder, a file
+    C.model.tokenizer = ""           # a folder with vocab.json and merges.txt, or gpt2; empty: from beside the weights, else gpt2
     C.model.dropout = 0.1
 
     C.trainer = Trainer.get_default_config()
@@ -60,13 +61,18 @@ def get_config() -> CN:
     return C
 
 
-def load_tokenizer(name: str, vocab_size: int) -> BPETokenizer:
-    """The tokenizer in the model's folder, or GPT-2's; ValueError where the model has fewer tokens."""
-    own = any((Path(name) / file).exists() for file in ("vocab.json", "encoder.json"))
-    tokenizer = BPETokenizer.from_pretrained(name) if own else BPETokenizer()
+def load_tokenizer(C: CN, vocab_size: int) -> BPETokenizer:
+    """The tokenizer that is named, or is beside the weights, or GPT-2's; ValueError where it can't be the model's."""
+    name, weights = C.model.tokenizer, Path(C.model.name)
+    if not name and weights.exists():
+        folder = weights if weights.is_dir() else weights.parent
+        name = folder if any((folder / file).exists() for file in ("vocab.json", "encoder.json")) else "gpt2"
+    if not name and "/" in C.model.name:
+        raise ValueError(f"which vocabulary has {C.model.name}? --model.tokenizer=gpt2, or a folder with its vocab.json and merges.txt")
+    tokenizer = BPETokenizer() if name in ("", "gpt2") else BPETokenizer.from_pretrained(name)
     if tokenizer.vocab_size > vocab_size:
-        raise ValueError(f"the model {name} has {vocab_size} tokens, the tokenizer {tokenizer.vocab_size}: put the vocab.json and "
-                         "merges.txt that the model was trained with into its folder")
+        raise ValueError(f"the model {C.model.name} has {vocab_size} tokens, the tokenizer {tokenizer.vocab_size}: with "
+                         "--model.tokenizer=FOLDER name the vocab.json and merges.txt that it was trained with")
     return tokenizer
 
 
@@ -100,24 +106,26 @@ def samples(C: CN, model: GPT, tokenizer: BPETokenizer) -> list[str]:
 def main(args: list[str]) -> None:
     C = get_config()
     parse_args(C, args, __doc__)
+    check_numbers(C.trainer, "eval_every", low=1, whole=True)  # the best weights are those of an evaluation
     log_to_console()
     start, work_dir = time.time(), Path(C.system.work_dir)
     set_seed(C.system.seed)
     model = GPT.from_pretrained(C.model.name, **{name: C.model.dropout for name in ("embd_pdrop", "resid_pdrop", "attn_pdrop")})
     if C.data.block_size > model.config.block_size:
         raise ValueError(f"--data.block_size={C.data.block_size} is more than the {model.config.block_size} tokens that {C.model.name} reads")
-    tokenizer = load_tokenizer(C.model.name, model.config.vocab_size)
+    tokenizer = load_tokenizer(C, model.config.vocab_size)
     train, valid = load_windows(C, tokenizer)
-    free = {"system.work_dir", "samples.prompt", "samples.number", "samples.length", *(f"trainer.{name}" for name in FREE_TO_CHANGE)}
-    RunFolder(work_dir).claim(dict(C.leaves()), free)
+    RunFolder(work_dir).claim(dict(C.leaves()), free={"system.work_dir", *(f"trainer.{name}" for name in FREE_TO_CHANGE)})
 
     C.trainer.work_dir = str(work_dir)
     trainer = Trainer(C.trainer, model, train, valid)
-    path = work_dir / "before.json"  # not again when a run resumes: the weights will be others then
-    before = json.loads(path.read_text()) if path.exists() else {"loss": trainer.evaluate(), "samples": samples(C, model, tokenizer)}
-    trainer.best_valid_loss = before["loss"]
-    if trainer.rank == 0:
-        write_text(path, json.dumps(before))
+    path = work_dir / "before.json"
+    if not trainer.folder.checkpoint.exists():  # when a run resumes, the weights are others
+        before = {"loss": trainer.evaluate(), "samples": samples(C, model, tokenizer)}
+        if trainer.rank == 0:
+            write_text(path, json.dumps(before))
+        trainer.save_checkpoint()
+    before = json.loads(path.read_text(encoding="utf-8"))
     trainer.run()
     if trainer.rank > 0:
         return

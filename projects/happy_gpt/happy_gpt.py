@@ -227,7 +227,7 @@ def load_model(config, tokenizer, state):
     # the state of rl holds the value model beside the policy
     model.load_state_dict({name.removeprefix("policy."): weight for name, weight in state["model"].items()
                            if not name.startswith("value_model.")})
-    return model.to(pick_device(config.rl.device)).eval()
+    return model.to(distributed.join(pick_device(config.rl.device))).eval()
 
 
 def check_stages(stages):
@@ -243,7 +243,8 @@ def claim(work_dir, config, tokenizer):
     free = {"stages", "prompt", "system.work_dir", *(name for name in options if name.startswith("report.")),
             *(f"{stage}.{name}" for stage in STAGES for name in FREE_TO_CHANGE)}
     RunFolder(work_dir).claim(options, free)
-    tokenizer.save_pretrained(work_dir)
+    if distributed.rank() == 0:
+        tokenizer.save_pretrained(work_dir)
 
 
 def print_continuations(config, work_dir):

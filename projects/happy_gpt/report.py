@@ -21,7 +21,8 @@ from torch.nn import functional as F
 import data
 from mingpt.checkpoint import write_text
 from mingpt.rlhf import written_mask
-from mingpt.utils import plot_metrics, read_metrics
+from mingpt.run_folder import read_metrics
+from mingpt.utils import plot_metrics
 
 
 @dataclass
