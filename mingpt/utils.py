@@ -21,9 +21,7 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
-import requests
 import torch
-from requests.structures import CaseInsensitiveDict
 from tqdm import tqdm
 
 from mingpt.checkpoint import atomic_write, write_text
@@ -194,6 +192,7 @@ def download(url: str, path: str | Path, sha256: str | None = None, size: int | 
     trouble it tries again, in 1, 2, 4 ... seconds. Raises ValueError where the server refuses (404 ...) or sends something
     else than expected, ConnectionError where every try fails; the next call goes on with what has come.
     """
+    import requests  # here, since it takes as long as all the rest of this library, and few programs download
     (path := Path(path)).parent.mkdir(parents=True, exist_ok=True)
     attempt = 0
     while not path.exists():
@@ -213,6 +212,7 @@ def download(url: str, path: str | Path, sha256: str | None = None, size: int | 
 
 def fetch(url: str, part: Path, sha256: str | None, size: int | None, headers: dict | None, timeout: float) -> Path:
     """One try of `download`: add to part what it lacks, and check it. Raises requests' errors where another try may help."""
+    import requests
     done = part.stat().st_size if part.exists() else 0
     ask = {"Accept-Encoding": "identity", **(headers or {}), **({"Range": f"bytes={done}-"} if done else {})}
     with requests.get(url, headers=ask, stream=True, timeout=timeout) as answer:
@@ -223,7 +223,7 @@ def fetch(url: str, part: Path, sha256: str | None, size: int | None, headers: d
         if answer.status_code not in (200, 206):
             raise requests.HTTPError(f"it answers {answer.status_code}", response=answer)
         done = done if answer.status_code == 206 else 0  # 200 brings the whole file, whatever we asked for
-        hub = CaseInsensitiveDict(header for a in (*answer.history, answer) for header in a.headers.items())  # it redirects
+        hub = requests.structures.CaseInsensitiveDict(header for a in (*answer.history, answer) for header in a.headers.items())  # it redirects
         total = answer.headers.get("Content-Range", answer.headers.get("Content-Length", "") * (done == 0)).rpartition("/")[2]
         if answer.headers.get("Content-Encoding", "identity") == "identity" and total.isdecimal():  # else it speaks of a zip
             size = size or int(hub.get("X-Linked-Size", total))

@@ -5,8 +5,8 @@ What this library's parts cost, side by side with what one would use instead, an
     python projects/bench/bench.py --only=decode,bpe      some of it
     python projects/bench/bench.py --quick                the most important rows, in two minutes
 
-Machines drift, so the two sides of a row take turns (A B A B ...) in one process, and what counts is the ratio of the medians. The limits
-are measured in the same run: the rate of a matrix product and of reading memory. Writes results.json, table.md and bench.png.
+Machines drift, so the two sides of a row take turns (A B A B ...), each in a process of its own, and what counts is the ratio of the medians.
+The limits are measured in the same run: the rate of a matrix product and of reading memory. Writes results.json, table.md and bench.png.
 """
 
 import json
@@ -23,7 +23,7 @@ import torch
 import models
 import ppo
 import text
-from measure import Row, compare, measure_memory, peak_megabytes
+from measure import Row, compare, serve
 from mingpt.checkpoint import run_script, write_text
 from mingpt.utils import CfgNode as CN
 from mingpt.utils import import_extra, log_to_console, parse_args, set_seed
@@ -40,24 +40,16 @@ def get_config() -> CN:
     C.work_dir = "out/bench"
     C.only = ""           # a list of benchmarks, separated by commas; empty for all
     C.quick = False
-    C.repeat = 7          # counted runs of each side, behind one that warms up
+    C.repeat = 5          # counted runs of each side, behind one that warms up
     C.bpe_megabytes = 10
-    C.memory = ""         # for this script itself: the peak memory of "benchmark number side"
+    C.side = ""           # for this script itself: to be one side of a case
     return C
 
 
 def run(C: CN, name: str) -> list[Row]:
     """The rows of a benchmark."""
-    rows = []
-    for number, case in enumerate(BENCHMARKS[name](C)):
-        if C.quick and case.slow:
-            continue
-        parts = compare(case, 2 if C.quick else C.repeat)
-        if case.memory and not C.quick:
-            parts[0].ours_mb = peak_megabytes(name, number, "ours", C)
-            parts[0].theirs_mb = parts[0].theirs and peak_megabytes(name, number, "theirs", C)
-        rows += parts
-    return rows
+    cases = [(number, case) for number, case in enumerate(BENCHMARKS[name](C)) if not (C.quick and case.slow)]
+    return [row for number, case in cases for row in compare(name, number, case, C)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -101,9 +93,9 @@ def main(args: list[str]) -> None:
     if unknown := set(chosen) - set(BENCHMARKS):
         raise ValueError(f"--only={C.only} has {sorted(unknown)}; there are {', '.join(BENCHMARKS)}")
     set_seed(0)
-    if C.memory:
-        name, number, side = C.memory.split()
-        return print(json.dumps(measure_memory(list(BENCHMARKS[name](C))[int(number)], side)))
+    if C.side:
+        name, number, side = C.side.split()
+        return serve(list(BENCHMARKS[name](C))[int(number)], side)
     log_to_console()
     rows = [row for name in chosen for row in run(C, name)]
     machine = {"date": str(date.today()), "threads": torch.get_num_threads(), "processor": platform.processor() or platform.machine(),

@@ -4,6 +4,7 @@ How the benchmarks measure: two sides that take turns, medians, spreads, the lim
 
 import json
 import logging
+import os
 import resource
 import statistics
 import subprocess
@@ -35,7 +36,6 @@ class Case:
     theirs: Callable[[], Run]
     limit: tuple[str, Callable[[], float]] | None = None  # its name, and how many units per second it allows
     slow: bool = False  # not for --quick
-    memory: bool = True  # worth measuring
 
 
 @dataclass
@@ -58,23 +58,74 @@ def clock(run: Run) -> dict[str, float]:
     """What run() took, in seconds, and its parts, if it tells."""
     start = time.perf_counter()
     parts = run()
-    return parts if isinstance(parts, dict) else {"": time.perf_counter() - start}
+    return parts if type(parts) is dict else {"": time.perf_counter() - start}
 
 
-def compare(case: Case, repeat: int) -> list[Row]:
-    """Run both sides in turns, `repeat` times after one that warms up; a row for each part."""
-    sides = [case.ours()]
+# -- two processes that take turns: neither counts the memory of the other, nor has the other's settings ------------------
+
+
+class Side:
+    """One side of a case, in a process of its own that works when it is told to."""
+
+    def __init__(self, benchmark: str, number: int, side: str, C: CN):
+        options = [f"--{name}={value}" for name, value in C.leaves() if name not in ("only", "side")]
+        self.process = subprocess.Popen(
+            [sys.executable, str(Path(__file__).with_name("bench.py")), *options, f"--side={benchmark} {number} {side}"],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+
+    def ready(self) -> bool:
+        """Wait until it is prepared; False, and a line that says so, where its peer is not installed."""
+        if missing := self.read():
+            logger.warning("left out, since %s", missing)
+        return not missing
+
+    def read(self):
+        if line := self.process.stdout.readline():
+            return json.loads(line)
+        raise RuntimeError(f"this fails: {' '.join(self.process.args)}")
+
+    def run(self) -> dict[str, float]:
+        """The seconds of one more run."""
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+        return self.read()
+
+    def end(self) -> float:
+        """The most memory the process has held, in MB, as the operating system counts it."""
+        return json.loads(self.process.communicate()[0])
+
+
+def serve(case: Case, side: str) -> None:
+    """What such a process does: prepare, say so, and run once for every line that comes."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # whatever else is printed goes where errors go
+
+    def say(what):
+        answers.write(json.dumps(what) + "\n")
+        answers.flush()
+
     try:
-        sides.append(case.theirs())
+        run = case.ours() if side == "ours" else case.theirs()
     except ImportError as error:
-        logger.warning("%s: left out, since %s", case.peer, error)
+        return say(str(error))
+    say("")
+    for _ in sys.stdin:
+        say(clock(run))
+    say(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10))
+
+
+def compare(benchmark: str, number: int, case: Case, C: CN) -> list[Row]:
+    """Run both sides in turns, C.repeat times after one that warms up; a row for each part."""
+    sides = [side for side in [Side(benchmark, number, name, C) for name in ("ours", "theirs")] if side.ready()]
     times = [defaultdict(list) for _ in sides]
-    for i in range(repeat + 1):
-        for side, run in zip(times, sides):
-            for part, seconds in clock(run).items():
+    for i in range(1 + (2 if C.quick else C.repeat)):
+        for side, seconds in zip(sides, times):
+            for part, t in side.run().items():
                 if i > 0:
-                    side[part].append(seconds)
-    return [row(case, part, *(side[part] for side in times)) for part in times[0]]
+                    seconds[part].append(t)
+    rows = [row(case, part, *(side[part] for side in times)) for part in times[0]]
+    rows[0].ours_mb, rows[0].theirs_mb = [*(side.end() for side in sides), None][:2]
+    return rows
 
 
 def row(case: Case, part: str, ours: list[float], theirs: list[float] | None = None) -> Row:
@@ -87,25 +138,6 @@ def row(case: Case, part: str, ours: list[float], theirs: list[float] | None = N
     logger.info("%s: %.4g %s/s, %s %s, ratio %s  %s", result.work, rate, case.unit, result.peer, f"{other:.4g}" if other else "-",
                 f"{result.ratio:.2f}" if other else "-", share)
     return result
-
-
-# -- memory: a process of its own for each side, so that neither counts what the other holds --------------------------------
-
-
-def peak_megabytes(benchmark: str, number: int, side: str, C: CN) -> float | None:
-    """The peak memory of a process that does nothing but one side of a case, twice; None where that failed."""
-    options = [f"--{name}={value}" for name, value in C.leaves() if name not in ("only", "memory")]
-    child = subprocess.run([sys.executable, str(Path(__file__).with_name("bench.py")), *options, f"--memory={benchmark} {number} {side}"],
-                           capture_output=True, text=True)
-    return json.loads(child.stdout.splitlines()[-1]) if child.returncode == 0 else None
-
-
-def measure_memory(case: Case, side: str) -> float:
-    """What that process does: the most memory it has held, in MB, as the operating system counts it."""
-    run = case.ours() if side == "ours" else case.theirs()
-    for _ in range(2):
-        run()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
 # -- limits -----------------------------------------------------------------------------------------------------------

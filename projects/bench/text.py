@@ -3,6 +3,7 @@ Benchmarks of byte-pair encoding: against tiktoken, and in training a vocabulary
 """
 
 import ast
+import json
 import random
 import sysconfig
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from pathlib import Path
 
 from measure import Case
 from mingpt import bpe
+from mingpt.checkpoint import write_text
 from mingpt.utils import CfgNode as CN
 from mingpt.utils import import_extra
 
@@ -19,8 +21,16 @@ ALPHABETS = [range(a, b) for a, b in ((0x430, 0x450), (0x3B1, 0x3CA), (0x5D0, 0x
                                       (0xAC00, 0xD7A4), (0x905, 0x93A), (0xE0, 0x100), (0x1F600, 0x1F650))]
 
 
-@cache
-def texts(megabytes: int) -> dict[str, str]:
+def texts(C: CN) -> dict[str, str]:
+    """Texts of so many megabytes each, kept in a file, since every side of every row reads them."""
+    megabytes = 1 if C.quick else C.bpe_megabytes
+    path = Path(C.work_dir) / f"texts-{megabytes}.json"
+    if not path.exists():
+        write_text(path, json.dumps(make_texts(megabytes)))
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def make_texts(megabytes: int) -> dict[str, str]:
     """English (the docstrings of the installed packages, each once), Python source, and English mixed with ten scripts."""
     docstrings, source, size, rng = {}, [], 0, random.Random(0)
     for path in sorted(Path(sysconfig.get_paths()["purelib"]).rglob("*.py")):
@@ -61,21 +71,22 @@ def forgetful(text: str):
 
 def encoding(C: CN) -> Iterator[Case]:
     """From text to ids, new words and known ones, and back."""
-    for name, text in texts(1 if C.quick else C.bpe_megabytes).items():
+    for name, text in texts(C).items():
         size = len(text.encode()) / 1e6
         theirs = lambda text=text: lambda encode=tiktoken_gpt2().encode_ordinary: encode(text)
-        yield Case(f"BPE encoding, {size:.0f} MB of {name}, no word known", "MB", size, lambda text=text: forgetful(text), "tiktoken", theirs, memory=False)
+        yield Case(f"BPE encoding, {size:.0f} MB of {name}, no word known", "MB", size, lambda text=text: forgetful(text), "tiktoken", theirs,
+                   slow=name != "English docstrings")
         yield Case(f"BPE encoding, {size:.0f} MB of {name}, words known", "MB", size,
-                   lambda text=text: lambda encode=bpe.BPETokenizer().encode: encode(text), "tiktoken", theirs, memory=False)
+                   lambda text=text: lambda encode=bpe.BPETokenizer().encode: encode(text), "tiktoken", theirs, slow=True)
         ids = cache(lambda text=text: bpe.BPETokenizer().encode(text))
         yield Case(f"BPE decoding, {size:.0f} MB of {name}", "MB", size,
                    lambda ids=ids: lambda decode=bpe.BPETokenizer().decode, ids=ids(): decode(ids), "tiktoken",
-                   lambda ids=ids: lambda decode=tiktoken_gpt2().decode, ids=ids(): decode(ids), memory=False)
+                   lambda ids=ids: lambda decode=tiktoken_gpt2().decode, ids=ids(): decode(ids), slow=name != "English docstrings")
 
 
 def vocabulary(C: CN) -> Iterator[Case]:
     """Training a vocabulary of 4,096 tokens."""
-    text = texts(1 if C.quick else C.bpe_megabytes)["Python source"]
+    text = texts(C)["Python source"]
     pieces = text.split("\n\n\n")
 
     def theirs():
@@ -89,4 +100,4 @@ def vocabulary(C: CN) -> Iterator[Case]:
         return run
 
     yield Case(f"BPE training, 4,096 tokens from {len(text) / 1e6:.0f} MB of Python source", "vocabularies", 1,
-               lambda: lambda: bpe.BPETokenizer.train(pieces, 4096), "tokenizers (all threads)", theirs, memory=False)
+               lambda: lambda: bpe.BPETokenizer.train(pieces, 4096), "tokenizers (all threads)", theirs)
