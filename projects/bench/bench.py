@@ -1,7 +1,7 @@
 """
 What this library's parts cost, side by side with what one would use instead, and how near they are to what the machine can do.
 
-    python projects/bench/bench.py                        everything, some N minutes on two CPU cores
+    python projects/bench/bench.py                        everything, a quarter of an hour on two CPU cores
     python projects/bench/bench.py --only=decode,bpe      some of it
     python projects/bench/bench.py --quick                the most important rows, in two minutes
 
