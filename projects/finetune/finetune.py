@@ -78,8 +78,6 @@ def load_tokenizer(C: CN, vocab_size: int) -> BPETokenizer:
 
 def load_windows(C: CN, tokenizer: BPETokenizer) -> tuple[TensorDataset, TensorDataset]:
     """(x, y) of block_size tokens each, one behind the other: the first 90% of the text to train on, the rest to validate on."""
-    if not C.data.path:
-        raise ValueError("which text? --data.path=FILE")
     try:
         text = Path(C.data.path).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -107,6 +105,8 @@ def main(args: list[str]) -> None:
     C = get_config()
     parse_args(C, args, __doc__)
     check_numbers(C.trainer, "eval_every", low=1, whole=True)  # the best weights are those of an evaluation
+    if not Path(C.data.path).is_file():  # before the weights are fetched
+        raise ValueError(f"--data.path={C.data.path}: which text? there is no such file")
     log_to_console()
     start, work_dir = time.time(), Path(C.system.work_dir)
     set_seed(C.system.seed)
