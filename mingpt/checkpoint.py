@@ -18,6 +18,8 @@ from typing import Any, BinaryIO, NoReturn
 import numpy as np
 import torch
 
+from mingpt import distributed
+
 
 @contextlib.contextmanager
 def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
@@ -94,7 +96,7 @@ def run_script(main: Callable[[list[str]], None]) -> NoReturn:
         sys.exit(f"error: {error}")
     except (KeyboardInterrupt, SystemExit) as stop:
         code = 128 + signal.SIGINT if isinstance(stop, KeyboardInterrupt) else stop.code
-        if code in (128 + signal.SIGINT, 128 + signal.SIGTERM) and os.environ.get("RANK", "0") == "0":
+        if code in (128 + signal.SIGINT, 128 + signal.SIGTERM) and distributed.rank() == 0:
             sys.stderr.write("\nstopped; the same command goes on from here\n")
         sys.exit(code)
 

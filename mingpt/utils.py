@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from mingpt import distributed
 from mingpt.checkpoint import atomic_write, write_text
 
 logger = logging.getLogger("mingpt")
@@ -258,7 +259,7 @@ def fetch(url: str, part: Path, sha256: str | None, size: int | None, headers: d
 def log_to_console() -> None:
     """For scripts: show what this library logs, and of other libraries only the warnings; under torchrun, in the first process."""
     logging.basicConfig(format="%(message)s")
-    logger.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)
+    logger.setLevel(logging.INFO if distributed.rank() == 0 else logging.WARNING)
 
 
 def setup_logging(config: CfgNode) -> None:
@@ -276,7 +277,7 @@ def plot_metrics(path: str | Path, panels: dict, title: str | None = None, xlabe
     """
     plt = import_extra("matplotlib.pyplot", "projects")
     plt.switch_backend("Agg")  # no window, no display needed
-    figure, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 3.6), squeeze=False)
+    figure, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 3.6), squeeze=False, layout="tight")
     for axis, (name, curves) in zip(axes[0], panels.items()):
         for label, (xs, ys) in curves.items():
             points = [(x, y) for x, y in zip(xs, ys) if y is not None and y == y]
@@ -285,7 +286,6 @@ def plot_metrics(path: str | Path, panels: dict, title: str | None = None, xlabe
         axis.grid(alpha=0.3)
         axis.legend(frameon=False)
     figure.suptitle(title)
-    figure.tight_layout()
     with atomic_write(path) as f:
         figure.savefig(f, dpi=110, format="png")
     plt.close(figure)

@@ -12,7 +12,6 @@ import sys
 import tarfile
 import time
 import unittest
-from pathlib import Path
 from unittest import mock
 
 import numpy as np

@@ -5,7 +5,6 @@ import io
 import json
 import os
 import unittest
-from pathlib import Path
 from unittest import mock
 
 import matplotlib

@@ -12,8 +12,6 @@ import time
 from collections.abc import Callable, Iterator
 from unittest import mock
 
-import torch
-
 from measure import Case, Run
 from mingpt.rlhf import PPOTrainer, RewardModel, ValueModel
 from mingpt.utils import CfgNode as CN
