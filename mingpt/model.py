@@ -1,11 +1,9 @@
 """
 GPT: a decoder-only Transformer language model, as in GPT-2.
 
-The model is three things stacked: token and position embeddings, a column of identical blocks (causal self-attention and
-an MLP, each added to the residual stream), and a linear map back to the vocabulary.
-
-Read it beside "Attention Is All You Need" (Vaswani et al. 2017) and the report on GPT-2, "Language Models are Unsupervised
-Multitask Learners" (Radford et al. 2019), which moved the LayerNorms to the front and scaled the initialisation.
+Three things stacked: token and position embeddings, a column of identical blocks (causal self-attention and an MLP, each added
+to the residual stream), and a linear map back to the vocabulary. Read it beside "Attention Is All You Need" (Vaswani et al. 2017) and
+the report on GPT-2 (Radford et al. 2019), which moved the LayerNorms to the front and scaled the initialisation.
 
 Shapes: B batch, T time, C channels (n_embd), V vocabulary, nh heads, hs = C / nh, S the keys a query may look at.
 """
@@ -16,8 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mingpt.utils import CfgNode as CN
-from mingpt.utils import adamw, check_numbers
+from mingpt.utils import CfgNode as CN, adamw, check_numbers
 from mingpt.weights import Pretrained
 
 # n_layer, n_head, n_embd. GPT-1 (2018), GPT-2 (2019), Gopher's smallest (Rae et al. 2021, table 1), and minGPT's tiny ones
@@ -155,7 +152,6 @@ class Unembed(torch.autograd.Function):
     """F.linear for a tied weight: its gradient is no view, so that autograd adds the embedding's to it without a third matrix."""
 
     generate_vmap_rule = True  # for torch.func
-
     @staticmethod
     def forward(x: Tensor, weight: Tensor) -> Tensor:
         return F.linear(x, weight)
@@ -178,7 +174,6 @@ class GPT(Pretrained, nn.Module):
     """
 
     presets = PRESETS  # for from_pretrained
-
     @staticmethod
     def get_default_config() -> CN:
         return CN(model_type=None, n_layer=None, n_head=None, n_embd=None,  # a preset, or else the three sizes
@@ -223,7 +218,7 @@ class GPT(Pretrained, nn.Module):
         if idx.size(1) < 2:
             raise ValueError(f"log_probs needs two tokens or more to predict the second; idx has shape {tuple(idx.shape)}")
         logits, _ = self(idx[:, :-1], attention_mask=None if attention_mask is None else attention_mask[:, :-1])
-        return -F.cross_entropy((logits / temperature).transpose(1, 2), idx[:, 1:], reduction="none")
+        return token_log_probs(logits, idx[:, 1:], temperature)
 
     @torch.no_grad()
     def generate(self, idx: Tensor, max_new_tokens: int, temperature: float = 1.0, do_sample: bool = False,
@@ -278,6 +273,11 @@ def init_weights(module: nn.Module) -> None:
         nn.init.normal_(module.weight, mean=0.0, std=0.02)
     if isinstance(module, nn.Linear) and module.bias is not None:
         nn.init.zeros_(module.bias)
+
+
+def token_log_probs(logits: Tensor, tokens: Tensor, temperature: float = 1.0) -> Tensor:
+    """log p(tokens) (B, T), by the logits (B, T, V) that speak of them."""
+    return -F.cross_entropy((logits / temperature).transpose(1, 2), tokens, reduction="none")
 
 
 def next_token_log_probs(logits: Tensor, temperature=1.0, top_k: int | None = None, top_p: float | None = None) -> Tensor:

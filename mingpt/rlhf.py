@@ -29,6 +29,7 @@ of the *action* idx[:, t+1], taken in the *state* idx[:, :t+1]. For one row, lef
 
 import copy
 import math
+import zlib
 from collections.abc import Callable, Iterator
 
 import torch
@@ -36,11 +37,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mingpt import distributed
-from mingpt.model import GPT, Transformer, last_real, resolve_config
+from mingpt.checkpoint import get_rng_state, set_rng_state
+from mingpt.datasets import encode_prompts, left_pad
+from mingpt.model import GPT, last_real, token_log_probs
+from mingpt.rewards import RewardError, RewardFn, TextReward, score  # noqa: F401
+from mingpt.scalar import RewardModel, ValueHead, ValueModel, needed  # noqa: F401
 from mingpt.trainer import Trainer
-from mingpt.utils import CfgNode as CN
-from mingpt.utils import adamw, check_numbers
-from mingpt.weights import Pretrained
+from mingpt.utils import CfgNode as CN, adamw, check_numbers
 
 # ---------------------------------------------------------------------------------------------------------------------
 # estimators and losses: (B, T) tensors, mask 1 on the completion's tokens; what lies off the mask never matters
@@ -151,7 +154,9 @@ def rloo_advantages(scores: Tensor, group_size: int) -> Tensor:
 def grpo_advantages(scores: Tensor, group_size: int) -> Tensor:
     """Group-relative advantages (Shao et al. 2024): scores in standard deviations (n-1) from their group's mean, (B,) -> (B,)."""
     groups = grouped(scores, group_size)
-    return ((groups - groups.mean(1, keepdim=True)) / (groups.std(1, keepdim=True) + 1e-8)).flatten()
+    advantages = (groups - groups.mean(1, keepdim=True)) / (groups.std(1, keepdim=True) + 1e-8)
+    same = groups.amax(1, keepdim=True) == groups.amin(1, keepdim=True)  # where rounding errors are all that differs
+    return advantages.masked_fill(same, 0.0).flatten()
 
 
 def grouped(scores: Tensor, group_size: int) -> Tensor:
@@ -162,63 +167,14 @@ def grouped(scores: Tensor, group_size: int) -> Tensor:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# models with a scalar head
-
-
-class ScalarModel(Pretrained, nn.Module):
-    """A GPT's trunk and a linear head to one number per position."""
-
-    presets, get_default_config = GPT.presets, staticmethod(GPT.get_default_config)
-    head_scale = 0.0
-
-    def __init__(self, config: CN):
-        super().__init__()
-        self.config = resolve_config(config)
-        self.transformer = Transformer(self.config)
-        self.head = nn.Linear(self.config.n_embd, 1)
-        nn.init.normal_(self.head.weight, std=self.head_scale * (self.config.n_embd + 1) ** -0.5)
-        nn.init.zeros_(self.head.bias)
-
-    @classmethod
-    def from_gpt(cls, gpt: GPT):
-        """A new model whose trunk starts as a copy of gpt's; the head is fresh."""
-        model = cls(gpt.config)
-        model.transformer.load_state_dict(gpt.transformer.state_dict())
-        return model.to(next(gpt.parameters()).device)
-
-    def scores(self, idx: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """The head's output at every position: (B, T) -> (B, T). ValueError where T is longer than block_size."""
-        return self.head(self.transformer(idx, attention_mask)).squeeze(-1)
-
-
-class ValueModel(ScalarModel):
-    """V(s): the return that the policy can expect from each prefix. forward(idx (B, T), attention_mask) -> (B, T).
-
-    The head starts at zero, so that an untrained value function is silent, not wrong (Huang et al. 2024).
-    """
-
-    def forward(self, idx: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        return self.scores(idx, attention_mask)
-
-
-class RewardModel(ScalarModel):
-    """One number for a whole text, read at its last real token. forward(idx (B, T), attention_mask) -> (B,).
-
-    It is a reward_fn as it stands; the completion_mask that PPOTrainer hands to reward functions is not needed. The head
-    starts as N(0, 1/(C+1)) (Stiennon et al. 2020, appendix C).
-    """
-
-    head_scale = 1.0
-
-    def forward(self, idx: Tensor, attention_mask: Tensor | None = None, completion_mask: Tensor | None = None) -> Tensor:
-        scores = self.scores(idx, attention_mask)
-        if attention_mask is None:
-            return scores[:, -1]
-        return scores.gather(1, last_real(attention_mask)[:, None])[:, 0]
+# policy and value function together
 
 
 class ActorCritic(nn.Module):
-    """Policy and value model as one module, so that one optimizer steps both and one forward pass serves the loss."""
+    """Policy and value function as one module, so that one optimizer steps both and one forward pass serves the loss.
+
+    value_model: a ValueModel (or any module with its forward), a ValueHead on the policy's trunk, or None.
+    """
 
     def __init__(self, policy: nn.Module, value_model: nn.Module | None = None):
         super().__init__()
@@ -227,36 +183,51 @@ class ActorCritic(nn.Module):
 
     def forward(self, idx: Tensor, attention_mask: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
         """(log_probs, values), both (B, T-1): of the actions idx[:, 1:], and of the states before them."""
-        log_probs = self.policy.log_probs(idx, attention_mask, temperature)
-        return log_probs, self.values(idx, attention_mask)
+        if not isinstance(self.value_model, ValueHead):
+            return self.policy.log_probs(idx, needed(idx, attention_mask), temperature), self.values(idx, attention_mask)
+        hidden = self.policy.transformer(idx[:, :-1], needed(idx[:, :-1], attention_mask[:, :-1]))  # read once for both
+        return token_log_probs(self.policy.lm_head(hidden), idx[:, 1:], temperature), self.value_model(hidden)
+
+    def values(self, idx: Tensor, attention_mask: Tensor) -> Tensor:
+        """V of each state, (B, T-1): value(idx)[:, :-1], and by causality the last token need not even be read. Without a critic, 0."""
+        if self.value_model is None:
+            return torch.zeros(idx[:, 1:].shape, device=idx.device)
+        states = idx[:, :-1], attention_mask[:, :-1]
+        if isinstance(self.value_model, ValueHead):
+            return self.value_model(self.policy.transformer(states[0], needed(*states)))
+        return self.value_model(*states)
 
     def configure_optimizers(self, train_config):
-        """AdamW over both; the value model has its own learning rate, value_lr_ratio times the policy's."""
+        """AdamW over both; the value function has its own learning rate, value_lr_ratio times the policy's."""
         optimizer = adamw(self.policy, train_config)
         if self.value_model is not None:
             for group in adamw(self.value_model, train_config).param_groups:
                 optimizer.add_param_group({**group, "lr_ratio": train_config.value_lr_ratio})
         return optimizer
 
-    def values(self, idx: Tensor, attention_mask: Tensor) -> Tensor:
-        """V of each state (B, T-1): value(idx)[:, :-1], and by causality the last token need not even be read."""
-        if self.value_model is None:
-            return torch.zeros(idx[:, 1:].shape, device=idx.device)
-        return self.value_model(idx[:, :-1], attention_mask[:, :-1])
+
+def comparison_loss(model: nn.Module, batch: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, dict]:
+    """The Trainer's loss_fn for a RewardModel on batches of `Comparisons`: (reward_loss, its accuracy)."""
+    idx, attention_mask, _ = batch
+    chosen, rejected = model(idx.flatten(0, 1), attention_mask.flatten(0, 1)).view(-1, 2).unbind(1)
+    return reward_loss(chosen, rejected), {"accuracy": (chosen > rejected).float().mean()}
 
 
-class TextReward:
-    """Makes a reward_fn of `f(completions, prompts) -> list of floats`, which sees decoded text without end-of-text."""
+class DPOLoss:
+    """The Trainer's loss_fn for DPO on batches of `Comparisons`; the model to train is ActorCritic(policy).
 
-    def __init__(self, f: Callable[[list[str], list[str]], list[float]], tokenizer):
-        self.f, self.tokenizer = f, tokenizer
+    ref_policy: where the policy starts from, or the policy itself before it is trained; a frozen copy is kept.
+    """
 
-    def __call__(self, idx: Tensor, attention_mask: Tensor, completion_mask: Tensor) -> Tensor:
-        def texts(mask):
-            return [self.tokenizer.decode([i for i in row[keep].tolist() if i != self.tokenizer.eot_token])
-                    for row, keep in zip(idx, mask.bool())]
-        rewards = self.f(texts(completion_mask), texts(attention_mask.bool() & ~completion_mask.bool()))
-        return torch.as_tensor(rewards, dtype=torch.float32, device=idx.device)
+    def __init__(self, ref_policy: nn.Module, beta: float = 0.1):
+        self.reference, self.beta = ActorCritic(copy.deepcopy(ref_policy)).eval().requires_grad_(False), beta
+
+    def __call__(self, model: nn.Module, batch: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, dict]:
+        idx, attention_mask, mask = (x.flatten(0, 1) for x in batch)
+        sums = [masked(m(idx, attention_mask)[0], mask[:, 1:]).sum(1).view(-1, 2).unbind(1) for m in (model, self.reference.to(idx.device))]
+        (chosen, rejected), (ref_chosen, ref_rejected) = sums
+        accuracy = (chosen - ref_chosen > rejected - ref_rejected).float().mean()
+        return dpo_loss(chosen, rejected, ref_chosen, ref_rejected, self.beta), {"accuracy": accuracy}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -267,25 +238,29 @@ class PPOTrainer(Trainer):
     """Teaches a policy to get reward without straying far from where it started.
 
     policy: a GPT, or any module with its `log_probs` and `generate` (which for ppo needs a value_model of its own).
-    reward_fn(idx (B, T), attention_mask (B, T), completion_mask (B, T)) -> (B,), or a RewardModel.
+    reward_fn(idx (B, T), attention_mask (B, T), completion_mask (B, T)) -> (B,), a RewardModel, or a TextReward.
     prompts: (N, T) LongTensor, a list of lists of ids, or with a tokenizer a list of strings; unlike lengths are left-padded.
     value_model: by default `ValueModel.from_gpt(policy)`. ref_policy: by default a frozen copy of policy.
 
-    One iteration of the Trainer's loop is one round of rollout, score, advantages and update, without dropout.
+    One iteration of the Trainer's loop is one round of rollout, score, advantages and update, without dropout. Where the reward
+    function fails, a RewardError names the sample, and (with one process) the checkpoint is that of the iteration's beginning.
     """
 
     @staticmethod
     def get_default_config() -> CN:
         """The Trainer's options, some with other defaults, and PPO's own."""
         C = Trainer.get_default_config()
-        C.precision = "fp32"          # of the update, as of the rollout: in bf16 the ratio would not start at 1
         C.algorithm = "ppo"           # or without a value function: rloo, grpo, and reinforce with one plain step a rollout
+        C.baseline = True             # reinforce: returns less the rollout's mean, in standard deviations; False: as they are
         C.batch_size = 64             # episodes in a rollout
         C.group_size = 4              # rloo, grpo: episodes of the same prompt
         C.minibatch_size = None       # episodes per optimizer step; None: all of them
         C.ppo_epochs = 4              # passes over a rollout
+        C.approxkl_max = None         # nats per token: no further pass where the policy is that far from the rollout's
         C.max_new_tokens = 64
         C.stop_token = None           # ends an episode; None: the tokenizer's end-of-text, if there is a tokenizer
+        C.missing_eos_penalty = 0.0   # taken off the score of an episode that did not end by itself
+        C.whiten_rewards = False      # ppo, reinforce: rewards to unit variance over the rollout's tokens, their mean kept
         C.temperature = 1.0
         C.learning_rate = 1e-4
         C.eps = 1e-5                  # Adam's, as in the PPO papers' code (Huang et al. 2024)
@@ -300,39 +275,52 @@ class PPOTrainer(Trainer):
         C.clip_range = 0.2
         C.value_clip_range = 0.2
         C.value_coef = 0.1
-        C.value_lr_ratio = 1.0        # the value model's learning rate, as a multiple of the policy's
+        C.value_lr_ratio = 1.0        # the value function's learning rate, as a multiple of the policy's
+        C.shared_trunk = False        # the value function is a head on the policy's trunk, not a model of its own
         return C
 
-    def __init__(self, config: CN, policy: nn.Module, reward_fn: Callable[[Tensor, Tensor, Tensor], Tensor], prompts,
-                 value_model: nn.Module | None = None, ref_policy: nn.Module | None = None, tokenizer=None):
+    def __init__(self, config: CN, policy: nn.Module, reward_fn: RewardFn, prompts, value_model: nn.Module | None = None,
+                 ref_policy: nn.Module | None = None, tokenizer=None):
         if config.algorithm not in ("ppo", "reinforce", "rloo", "grpo"):
             raise ValueError(f"algorithm={config.algorithm!r} must be ppo, reinforce, rloo or grpo")
+        if config.algorithm != "ppo" and (value_model is not None or config.shared_trunk):
+            raise ValueError(f"algorithm={config.algorithm!r} has no use for a value_model or shared_trunk=True: leave them out")
+        if config.shared_trunk and value_model is not None:
+            raise ValueError("shared_trunk=True does not go with a value_model, which has a trunk of its own: leave one of them out")
+        if ref_policy is policy:
+            raise ValueError("ref_policy is the policy itself, which will be trained: pass a copy of it, or nothing")
         if config.algorithm == "ppo" and value_model is None:
-            if not hasattr(policy, "transformer"):
-                raise ValueError(f"a {type(policy).__name__} is no GPT to copy a value model from: pass one as value_model, "
+            if not isinstance(policy, GPT):
+                raise ValueError(f"a {type(policy).__name__} is no GPT to make a value function from: pass one as value_model, "
                                  "with forward(idx, attention_mask) -> (B, T), or choose another algorithm")
-            value_model = ValueModel.from_gpt(policy)
+            value_model = ValueHead(policy.config.n_embd) if config.shared_trunk else ValueModel.from_gpt(policy)
         self.stop_token = config.stop_token if config.stop_token is not None else getattr(tokenizer, "eot_token", None)
         self.block_size = getattr(getattr(policy, "config", None), "block_size", math.inf)
-        self.reward_fn, self.kl_coef = reward_fn, config.kl_coef
-        super().__init__(config, ActorCritic(policy, value_model), encode_prompts(prompts, tokenizer),
-                         loss_fn=self.policy_and_value_loss, collate_fn=left_pad)
+        self.grouped = config.algorithm in ("rloo", "grpo")
+        self.reward_fn, self.tokenizer, self.kl_coef = reward_fn, tokenizer, config.kl_coef
+        super().__init__(config, ActorCritic(policy, value_model),
+                         encode_prompts(prompts, tokenizer), loss_fn=self.policy_and_value_loss, collate_fn=left_pad)
         self.policy = policy
-        self.log_prob_error = 0.0  # largest difference in a minibatch between the log-probs of the sampler and of the update
+        self.log_prob_error = 0.0  # largest difference in a minibatch between the log-probs of the rollout and of the update
         if isinstance(reward_fn, nn.Module):
             reward_fn.to(self.device).eval()  # a reward model: it, too, without dropout
         self.ref_policy = (ref_policy or copy.deepcopy(policy)).to(self.device).eval().requires_grad_(False)
+        self.ref_checksum = checksum(self.ref_policy)
 
     def check_config(self) -> None:
         super().check_config()
         C = self.config
         check_numbers(C, "ppo_epochs max_new_tokens", low=1, whole=True)
-        check_numbers(C, "minibatch_size", low=self.world_size, whole=True, optional=True)
-        check_numbers(C, "kl_coef clip_range value_clip_range value_coef value_lr_ratio")
+        check_numbers(C, "minibatch_size", low=self.world_size, high=C.batch_size, whole=True, optional=True)
+        check_numbers(C, "kl_coef clip_range value_clip_range value_coef value_lr_ratio missing_eos_penalty")
         check_numbers(C, "gamma gae_lambda", high=1)
-        check_numbers(C, "kl_target", low=1e-6, optional=True)
-        check_numbers(C, "kl_horizon", low=1)
-        if C.algorithm in ("rloo", "grpo"):
+        check_numbers(C, "kl_target approxkl_max", low=1e-6, optional=True)
+        check_numbers(C, "kl_horizon", low=C.batch_size)
+        if C.kl_target is not None and C.kl_coef == 0:
+            raise ValueError(f"kl_coef=0 can't adapt towards kl_target={C.kl_target}, for it is multiplied: begin above 0")
+        if C.missing_eos_penalty and self.stop_token is None:
+            raise ValueError(f"missing_eos_penalty={C.missing_eos_penalty} where nothing ends an episode: set stop_token, or pass a tokenizer")
+        if self.grouped:
             grouped(torch.zeros(C.batch_size // self.world_size), C.group_size)
 
     def check_data(self) -> None:
@@ -343,17 +331,22 @@ class PPOTrainer(Trainer):
         if longest + C.max_new_tokens > self.block_size + 1:  # the last token is only predicted, never read
             raise ValueError(f"prompts of up to {longest} tokens and max_new_tokens={C.max_new_tokens} do not fit into the "
                              f"policy's block_size={self.block_size}: their sum may be {self.block_size + 1}")
+        if isinstance(self.reward_fn, RewardModel) and longest + C.max_new_tokens > self.reward_fn.config.block_size:
+            raise ValueError(f"prompts of up to {longest} tokens and max_new_tokens={C.max_new_tokens} do not fit into the reward "
+                             f"model's block_size={self.reward_fn.config.block_size}")
 
     def state_dict(self) -> dict:
-        return super().state_dict() | {"kl_coef": self.kl_coef}
+        return super().state_dict() | {"kl_coef": self.kl_coef, "ref_checksum": self.ref_checksum}
 
     def load_state_dict(self, state: dict) -> None:
+        if state["ref_checksum"] != self.ref_checksum:
+            raise ValueError(f"{self.folder.path} holds a run with another reference policy: start from the same one, or choose another work_dir")
         super().load_state_dict(state)
         self.kl_coef = state["kl_coef"]
 
     def batch_indices(self) -> Iterator[list[int]]:
-        """The Trainer's; for groups, the first prompts of each batch, each of them group_size times."""
-        k = self.config.group_size if self.config.algorithm in ("rloo", "grpo") else 1
+        """The Trainer's; for groups, the first prompts of each batch, each of them group_size times: an epoch counts episodes, not prompts."""
+        k = self.config.group_size if self.grouped else 1
         return ([i for i in indices[:len(indices) // k] for _ in range(k)] for indices in super(PPOTrainer, self).batch_indices())
 
     # -- one iteration -------------------------------------------------------------------------------------------------
@@ -361,7 +354,14 @@ class PPOTrainer(Trainer):
     def train_step(self, batch: tuple) -> dict:
         """Rollout, score, advantages, update."""
         self.model.eval()  # no dropout
-        rollout = self.rollout(*batch)
+        rng = get_rng_state()
+        try:
+            rollout = self.rollout(*batch)
+        except RewardError:
+            set_rng_state(rng)  # so that the run, when it goes on, samples the same texts once more
+            if self.world_size == 1 and self.iter_num > 0:
+                self.save_checkpoint()
+            raise
         self.tokens += rollout["mask"].sum().item() * self.world_size
         metrics = distributed.mean(self.update(rollout) | self.describe(rollout))
         if self.config.kl_target is not None:
@@ -373,38 +373,50 @@ class PPOTrainer(Trainer):
     def rollout(self, prompts: Tensor, prompt_mask: Tensor) -> dict:
         """Sample an episode for each prompt, and all that the update needs to know of it: a dict of tensors, B first."""
         C = self.config
-        idx, sampled = self.policy.generate(prompts, C.max_new_tokens, temperature=C.temperature, do_sample=True,
-                                            attention_mask=prompt_mask, stop_token=self.stop_token, return_log_probs=True)
-        completion_mask = written_mask(idx, prompts.size(1), self.stop_token)
-        attention_mask = torch.cat([prompt_mask, completion_mask[:, prompts.size(1):]], dim=1)
+        log_probs = lambda model: self.in_parts(lambda i, m: model.log_probs(i, needed(i, m), C.temperature), idx, attention_mask)
+        with self.autocast():
+            idx, sampled = self.policy.generate(prompts, C.max_new_tokens, temperature=C.temperature, do_sample=True, return_log_probs=True,
+                                                attention_mask=prompt_mask, stop_token=self.stop_token)
+            completion_mask = written_mask(idx, prompts.size(1), self.stop_token)
+            attention_mask = torch.cat([prompt_mask, completion_mask[:, prompts.size(1):]], dim=1)
+            # in half precision, sampling token by token rounds otherwise than reading the whole: there the update's way of it counts
+            old_log_probs = F.pad(sampled, (prompts.size(1) - 1, 0)) if self.precision == "fp32" else log_probs(self.policy)
+            ref_log_probs, values = log_probs(self.ref_policy), self.in_parts(self.model.values, idx, attention_mask)
         mask = completion_mask[:, 1:]
-        old_log_probs = F.pad(sampled, (prompts.size(1) - 1, 0))
-        ref_log_probs = self.ref_policy.log_probs(idx, attention_mask, C.temperature)
-        scores = self.score(idx, attention_mask, completion_mask)
-        kl = masked(kl_estimate(old_log_probs, ref_log_probs), mask)
-        values = masked(self.model.values(idx, attention_mask), mask)
-        rewards = -self.kl_coef * kl
-        rewards[torch.arange(len(idx)), last_real(mask)] += scores
-        # without a value function, all values 0, λ = 1 makes the advantage the return: REINFORCE (Williams 1992)
-        advantages, returns = gae(rewards, values, mask, C.gamma, C.gae_lambda if C.algorithm == "ppo" else 1.0)
-        advantages = masked_whiten(advantages, mask)
-        if C.algorithm == "rloo":  # a whole completion is one action, the penalty a part of its score
-            advantages = rloo_advantages(rewards.sum(1), C.group_size)[:, None].expand_as(mask)
-        if C.algorithm == "grpo":  # the penalty stands in the loss instead
-            advantages = grpo_advantages(scores, C.group_size)[:, None].expand_as(mask)
-        return {"idx": idx, "attention_mask": attention_mask, "mask": mask, "old_log_probs": old_log_probs, "kl": kl, "scores": scores,
-                "ref_log_probs": ref_log_probs, "old_values": values, "returns": returns, "advantages": advantages}
+        ended = (completion_mask & (idx == (-1 if self.stop_token is None else self.stop_token))).any(1)
+        scores = score(self.reward_fn, idx, attention_mask, completion_mask, self.tokenizer) - C.missing_eos_penalty * ~ended
+        kl, values = masked(kl_estimate(old_log_probs, ref_log_probs), mask), masked(values, mask)
+        advantages, returns = self.advantages(scores, kl, values, mask)
+        return {"idx": idx, "attention_mask": attention_mask, "mask": mask, "old_log_probs": old_log_probs, "ref_log_probs": ref_log_probs,
+                "kl": kl, "scores": scores, "ended": ended, "old_values": values, "returns": returns, "advantages": advantages}
 
-    def score(self, idx: Tensor, attention_mask: Tensor, completion_mask: Tensor) -> Tensor:
-        """The rewards (B,), float32; ValueError where the reward function gave another shape, NaN or infinity."""
-        scores = self.reward_fn(idx, attention_mask, completion_mask)
-        if not torch.is_tensor(scores) or scores.shape != (len(idx),):
-            raise ValueError(f"reward_fn must return a tensor of shape ({len(idx)},), one reward an episode, not "
-                             f"{tuple(scores.shape) if torch.is_tensor(scores) else type(scores).__name__}")
-        if not torch.isfinite(scores).all():
-            row = int((~torch.isfinite(scores)).nonzero()[0])
-            raise ValueError(f"reward_fn gave {scores[row]} to sample {row}, ids {idx[row][attention_mask[row]].tolist()}")
-        return scores.float().to(idx.device)
+    def in_parts(self, f: Callable, idx: Tensor, attention_mask: Tensor) -> Tensor:
+        """f(idx, attention_mask), a micro-batch at a time, as in the update."""
+        size = self.config.micro_batch_size or len(idx)
+        return torch.cat([f(i, m) for i, m in zip(idx.split(size), attention_mask.split(size))])
+
+    def advantages(self, scores: Tensor, kl: Tensor, values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """The algorithm's (advantages, returns), both (B, T-1), from scores (B,) and the KL and values of each token (B, T-1)."""
+        C = self.config
+        if C.algorithm == "grpo":  # the penalty stands in the loss instead
+            return grpo_advantages(scores, C.group_size)[:, None].expand_as(kl), values
+        rewards = -self.kl_coef * kl
+        rewards[torch.arange(len(scores)), last_real(mask)] += scores
+        if C.algorithm == "rloo":  # a whole completion is one action, the penalty a part of its score
+            return rloo_advantages(rewards.sum(1), C.group_size)[:, None].expand_as(kl), values
+        if C.whiten_rewards:
+            rewards = self.whiten(rewards, mask, shift_mean=False)
+        # reinforce has no values: they are 0, and λ = 1 makes the advantage the return (Williams 1992)
+        advantages, returns = gae(rewards, values, mask, C.gamma, C.gae_lambda if C.algorithm == "ppo" else 1.0)
+        plain = C.algorithm == "reinforce" and not C.baseline
+        return advantages if plain else self.whiten(advantages, mask), returns
+
+    def whiten(self, x: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
+        """`masked_whiten` over the episodes of all processes."""
+        parts = distributed.gather(x[mask].cpu())
+        whole = torch.cat(parts)
+        white = masked_whiten(whole, torch.ones_like(whole), shift_mean).split([len(part) for part in parts])[self.rank]
+        return torch.zeros_like(x).masked_scatter(mask, white.to(x.device))
 
     def update(self, rollout: dict) -> dict:
         """Epochs of minibatches over the rollout; returns the mean of their metrics.
@@ -419,6 +431,8 @@ class PPOTrainer(Trainer):
                 minibatch = {name: x[index.to(self.device)] for name, x in rollout.items()}
                 self.log_prob_error = 0.0
                 rows.append(self.optimizer_step(self.micro_batches(minibatch)) | {"log_prob_error": self.log_prob_error})
+            if rows[-1]["policy/approxkl"] > (C.approxkl_max or math.inf):
+                break
         metrics = {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
         return metrics | {"log_prob_error": rows[0]["log_prob_error"]}  # before the first step the two must agree
 
@@ -434,35 +448,35 @@ class PPOTrainer(Trainer):
         C = self.config
         mask, old_log_probs = batch["mask"], batch["old_log_probs"]
         log_probs, values = model(batch["idx"], batch["attention_mask"], C.temperature)
-        log_ratio = masked(log_probs - old_log_probs, mask)
-        policy_loss, clip_fraction = ppo_policy_loss(log_probs, old_log_probs, batch["advantages"], mask, C.clip_range)
-        v_loss = value_loss(values, batch["old_values"], batch["returns"], mask, C.value_clip_range)
-        self.log_prob_error = max(self.log_prob_error, log_ratio.detach().abs().max().item())
-        with torch.no_grad():
-            metrics = {"loss/policy": policy_loss.detach(), "loss/value": v_loss.detach(), "policy/clipfrac": clip_fraction,
-                       "policy/approxkl": masked_mean(log_ratio ** 2 / 2, mask),
-                       "val/ratio": masked_mean(log_ratio.exp(), mask)}
-        loss = policy_loss + C.value_coef * v_loss
+        log_ratio = masked(log_probs - old_log_probs, mask).detach()
+        loss, clip_fraction = ppo_policy_loss(log_probs, old_log_probs, batch["advantages"], mask, C.clip_range)
+        self.log_prob_error = max(self.log_prob_error, log_ratio.abs().max().item())
+        metrics = {"loss/policy": loss.detach(), "policy/clipfrac": clip_fraction, "policy/approxkl": masked_mean(log_ratio ** 2 / 2, mask),
+                   "val/ratio": masked_mean(log_ratio.exp(), mask)}
+        if C.algorithm == "ppo":
+            v_loss = value_loss(values, batch["old_values"], batch["returns"], mask, C.value_clip_range)
+            loss, metrics["loss/value"] = loss + C.value_coef * v_loss, v_loss.detach()
         if C.algorithm == "grpo":  # k3, averaged over all tokens, where the paper averages over each completion's first
-            loss = loss + self.kl_coef * masked_mean(kl_estimate(log_probs, batch["ref_log_probs"], "k3"), mask)
+            k3 = kl_estimate(masked(log_probs, mask), masked(batch["ref_log_probs"], mask), "k3")
+            loss = loss + self.kl_coef * masked_mean(k3, mask)
         return loss, metrics
 
     def describe(self, rollout: dict) -> dict:
         """What the rollout looked like, under the field's usual names."""
         mask, returns = rollout["mask"], rollout["returns"]
-        kl = rollout["kl"].sum(1).mean()
-        residual = masked_mean((returns - rollout["old_values"]) ** 2, mask)
-        variance = masked_mean((returns - masked_mean(returns, mask)) ** 2, mask)
-        metrics = {"objective/kl": kl, "objective/scores": rollout["scores"].mean(),
-                   "objective/rlhf_reward": rollout["scores"].mean() - self.kl_coef * kl,
-                   "objective/entropy": -masked_mean(rollout["old_log_probs"], mask),
-                   "val/explained_variance": 1 - residual / variance.clamp(min=1e-8),
-                   "episode_length": mask.sum(1).float().mean(), "kl_coef": torch.tensor(self.kl_coef)}
+        kl, scores = rollout["kl"].sum(1).mean(), rollout["scores"].mean()
+        metrics = {"objective/kl": kl, "objective/scores": scores, "objective/rlhf_reward": scores - self.kl_coef * kl,
+                   "objective/entropy": -masked_mean(rollout["old_log_probs"], mask), "episode_length": mask.sum(1).float().mean(),
+                   "ended": rollout["ended"].float().mean(), "kl_coef": torch.tensor(self.kl_coef)}
+        if self.config.algorithm == "ppo":
+            residual = masked_mean((returns - rollout["old_values"]) ** 2, mask)
+            variance = masked_mean((returns - masked_mean(returns, mask)) ** 2, mask)
+            metrics["val/explained_variance"] = 1 - residual / variance.clamp(min=1e-8)
         return {name: value.item() for name, value in metrics.items()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# prompts and masks
+# masks, and which policy is which
 
 
 def written_mask(idx: Tensor, prompt_length: int, stop_token: int | None = None) -> Tensor:
@@ -475,26 +489,9 @@ def written_mask(idx: Tensor, prompt_length: int, stop_token: int | None = None)
     return mask
 
 
-def encode_prompts(prompts, tokenizer=None) -> list[Tensor]:
-    """Prompts as a list of 1-D LongTensors: from strings, lists of ids or a (N, T) tensor. ValueError for an empty one."""
-    def encode(prompt):
-        if isinstance(prompt, str):
-            if tokenizer is None:
-                raise ValueError(f"prompt {prompt!r} is text: pass the tokenizer that encodes it")
-            prompt = tokenizer.encode(prompt)
-        return torch.as_tensor(prompt, dtype=torch.long)
-
-    encoded = [encode(prompt) for prompt in prompts]
-    for prompt in encoded:
-        if prompt.dim() != 1 or len(prompt) == 0:
-            raise ValueError(f"prompt of shape {tuple(prompt.shape)}: each must be a row of one token or more "
-                             "(the end-of-text token, say, to start from nothing)")
-    return encoded
-
-
-def left_pad(prompts: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """Collate rows of unlike lengths: (idx (B, T), attention_mask (B, T)), padded on the left with id 0."""
-    T = max(len(prompt) for prompt in prompts)
-    idx = torch.stack([F.pad(prompt, (T - len(prompt), 0)) for prompt in prompts])
-    mask = torch.stack([F.pad(torch.ones_like(prompt, dtype=torch.bool), (T - len(prompt), 0)) for prompt in prompts])
-    return idx, mask
+def checksum(module: nn.Module) -> int:
+    """CRC-32 of all of a module's weights and buffers, to tell one reference policy from another."""
+    crc = 0
+    for x in module.state_dict().values():
+        crc = zlib.crc32(x.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy(), crc)
+    return crc

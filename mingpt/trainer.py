@@ -4,12 +4,10 @@ The training loop. It knows nothing of language or of GPT: a model, a dataset an
     trainer = Trainer(config, model, train_dataset)
     trainer.run()
 
-One iteration is: fetch batch i, compute the loss, step the optimizer, call back, and now and then log, evaluate and save.
-Each of these is a method, so that a subclass (PPOTrainer is one) can replace a part and keep the others.
-
-With a `work_dir` a run can be killed at any moment and continued: a checkpoint holds weights, optimizer, random states and
-position in the data, and batch i depends on (seed, i) alone, so that the same weights come out, bit for bit on the CPU. (What a
-dataset draws at random inside __getitem__ is its own affair.) Under `torchrun` many processes share each batch.
+One iteration fetches batch i, computes the loss, steps the optimizer, calls back, and now and then logs, evaluates and saves; each of
+these is a method, so that a subclass (PPOTrainer is one) can replace a part and keep the others. With a `work_dir` a run can be killed
+at any moment and continued: a checkpoint holds weights, optimizer, random states and position in the data, and batch i depends on
+(seed, i) alone, so that the same weights come out, bit for bit on the CPU. Under `torchrun` many processes share each batch.
 """
 
 import contextlib
@@ -32,8 +30,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from mingpt import distributed
 from mingpt.checkpoint import deferred_signals, get_rng_state, leave_ctrl_c_to_the_parent, raise_signal, set_rng_state
 from mingpt.run_folder import RunFolder
-from mingpt.utils import CfgNode as CN
-from mingpt.utils import adamw, check_numbers, keep_freed_memory, pick_device, pick_precision, set_seed
+from mingpt.utils import CfgNode as CN, adamw, check_numbers, keep_freed_memory, pick_device, pick_precision, set_seed
 
 logger = logging.getLogger("mingpt")
 
@@ -143,11 +140,11 @@ class Trainer:
                 now = time.time()
                 self.iter_dt, self.iter_time = now - self.iter_time, now
                 self.seconds += self.iter_dt
+                self.metrics["tokens/s"] = self.tokens / (self.seconds - self.resumed_seconds)
                 self.trigger_callbacks("on_batch_end")
                 self.iter_num += 1
                 self.after_step()
-                bar.set_postfix({"loss": self.metrics["loss"], "lr": self.metrics["lr"],
-                                 "tok/s": self.tokens / (self.seconds - self.resumed_seconds)}, refresh=False)
+                bar.set_postfix({name: self.metrics[name] for name in ("loss", "lr", "tokens/s")}, refresh=False)
                 bar.update()
                 terminate, stop = distributed.total([signals.count(signal.SIGTERM), len(signals)])  # in all processes at once
                 if stop:
@@ -209,10 +206,10 @@ class Trainer:
             yield list(itertools.islice(stream, size))
 
     def to_device(self, batch: tuple) -> tuple:
-        """The batch on the device; TypeError if it is no tuple of tensors."""
-        if not isinstance(batch, (tuple, list)) or not all(torch.is_tensor(x) for x in batch):
-            raise TypeError(f"a batch must be a tuple of tensors, not {type(batch).__name__}: have the dataset return such "
-                            "tuples, or pass a collate_fn")
+        """The batch on the device; TypeError if it is no tuple of tensors, or they are not all of the same length."""
+        if not isinstance(batch, (tuple, list)) or not all(map(torch.is_tensor, batch)) or len({len(x) for x in batch}) != 1:
+            shapes = [tuple(getattr(x, "shape", ())) for x in batch] if isinstance(batch, (tuple, list)) else ""
+            raise TypeError(f"a batch must be a tuple of equally long tensors, not {type(batch).__name__} {shapes}: pass a collate_fn")
         return tuple(x.to(self.device, non_blocking=True) for x in batch)
 
     def micro_batches(self, batch: tuple) -> Iterator[tuple]:
@@ -223,10 +220,14 @@ class Trainer:
 
     # -- the step, and evaluation -------------------------------------------------------------------------------------
 
+    def autocast(self) -> torch.autocast:
+        """The context in which matrix products have the precision that was asked for."""
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision)
+        return torch.autocast(self.device.type, dtype, enabled=dtype is not None)
+
     def compute_loss(self, model: nn.Module, batch) -> tuple[Tensor, dict]:
         """(loss, metrics) of a batch, in the precision that was asked for."""
-        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision)
-        with torch.autocast(self.device.type, dtype, enabled=dtype is not None):
+        with self.autocast():
             result = self.loss_fn(model, batch)
         return result if isinstance(result, tuple) else (result, {})
 

@@ -6,6 +6,7 @@ import ast
 import ctypes
 import difflib
 import hashlib
+import importlib
 import json
 import logging
 import math
@@ -265,9 +266,8 @@ def log_to_console() -> None:
 def setup_logging(config: CfgNode) -> None:
     """For scripts: log to the console, and keep the command line and the config in config.system.work_dir."""
     log_to_console()
-    work_dir = Path(config.system.work_dir)
-    write_text(work_dir / "args.txt", " ".join(sys.argv))
-    write_text(work_dir / "config.json", json.dumps(config.to_dict(), indent=4))
+    for name, text in (("args.txt", " ".join(sys.argv)), ("config.json", json.dumps(config.to_dict(), indent=4))):
+        write_text(Path(config.system.work_dir) / name, text)
 
 
 def plot_metrics(path: str | Path, panels: dict, title: str | None = None, xlabel: str = "iteration") -> None:
@@ -277,14 +277,15 @@ def plot_metrics(path: str | Path, panels: dict, title: str | None = None, xlabe
     """
     plt = import_extra("matplotlib.pyplot", "projects")
     plt.switch_backend("Agg")  # no window, no display needed
-    figure, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 3.6), squeeze=False, layout="tight")
+    width = 5 * len(panels) + 3 * (max(map(len, panels.values())) > 5)  # a long legend stands beside
+    figure, axes = plt.subplots(1, len(panels), figsize=(width, 3.6), squeeze=False, layout="tight")
     for axis, (name, curves) in zip(axes[0], panels.items()):
         for label, (xs, ys) in curves.items():
             points = [(x, y) for x, y in zip(xs, ys) if y is not None and y == y]
             axis.plot(*zip(*points) if points else ([], []), label=label, lw=1.5)
         axis.set(title=name, xlabel=xlabel)
         axis.grid(alpha=0.3)
-        axis.legend(frameon=False)
+        axis.legend(frameon=False, **({"loc": "upper left", "bbox_to_anchor": (1, 1)} if len(curves) > 5 else {}))
     figure.suptitle(title)
     with atomic_write(path) as f:
         figure.savefig(f, dpi=110, format="png")
@@ -293,7 +294,6 @@ def plot_metrics(path: str | Path, panels: dict, title: str | None = None, xlabe
 
 def import_extra(module: str, extra: str) -> ModuleType:
     """Import an optional dependency; where it is missing, say in one line which extra brings it."""
-    import importlib
     try:
         return importlib.import_module(module)
     except ImportError as error:

@@ -2,10 +2,10 @@
 
 import os
 import re
+import statistics
 import subprocess
 import sys
 import textwrap
-import unittest
 
 import torch
 
@@ -14,6 +14,7 @@ from tests.common import ROOT, TempDirTestCase
 
 SCRIPT = textwrap.dedent("""
     import os, sys
+    import torch
     from torch.utils.data import TensorDataset
     from mingpt.rlhf import PPOTrainer
     from tests.test_trainer import Trainer, config, tiny_gpt, tokens
@@ -28,6 +29,8 @@ SCRIPT = textwrap.dedent("""
         C.merge_from_dict({"device": "cpu", "batch_size": 8, "group_size": 2, "max_new_tokens": 6, "max_iters": 3, "work_dir": folder, "kl_target": 1.0})
         C.merge_from_args(options)
         trainer = PPOTrainer(C, tiny_gpt(), lambda idx, mask, completion: (idx == 3).sum(1).float(), [[1], [2], [1, 2]])
+        mask = torch.tensor([[True, True], [True, trainer.rank == 1]])  # unlike numbers of tokens
+        print("white", trainer.rank, *trainer.whiten(torch.tensor([[1.0, 2.0], [4.0, 8.0]]) * (1 + trainer.rank), mask)[mask].tolist(), ";")
     else:
         C = config(work_dir=folder, micro_batch_size=1, eval_every=2, max_iters=6)
         C.merge_from_args(options)
@@ -87,13 +90,14 @@ class TestTwoProcesses(TempDirTestCase):
                 run = self.start(2, "ppo", algorithm, f"--algorithm={algorithm}")
                 self.assertEqual(*self.ends(run))
                 self.assertTrue(all(row["log_prob_error"] < 1e-4 for row in self.rows(algorithm)))
+                whole = [1.0, 2.0, 4.0, 2.0, 4.0, 8.0, 16.0]  # of both processes
+                for rank, numbers in sorted(re.findall(r"white (\d) ([^;]+) ;", run.stdout)):
+                    mine = whole[:3] if rank == "0" else whole[3:]
+                    for x, white in zip(mine, map(float, numbers.split()), strict=True):
+                        self.assertAlmostEqual(white, (x - statistics.mean(whole)) / statistics.pstdev(whole), places=5)
 
     def test_when_one_dies_the_others_stop(self):
         run = self.start(2, "dies", "run")  # subprocess.run would raise TimeoutExpired
         self.assertNotEqual(run.returncode, 0)
         self.assertNotIn("end", run.stdout)
         self.assertRegex(run.stderr, r"exitcode *: 9")
-
-
-if __name__ == "__main__":
-    unittest.main()

@@ -6,7 +6,9 @@ import json
 import math
 import os
 import random
+import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import tarfile
@@ -23,6 +25,7 @@ from tests.common import ROOT, TempDirTestCase, tiny_gpt
 
 sys.path.insert(0, str(ROOT / "projects" / "happy_gpt"))
 import data  # noqa: E402
+import preferences  # noqa: E402
 import report  # noqa: E402
 
 SMALL = ["--pretrain.max_iters=24", "--pretrain.log_every=1", "--sft.max_iters=4", "--rl.max_iters=3", "--rl.batch_size=8", "--pretrain.batch_size=4",
@@ -66,8 +69,7 @@ class TestData(TempDirTestCase):
             for content in (None, b"not what it should be"):
                 if content:
                     (self.folder / "icwsm2014" / data.SDIST).write_bytes(content)
-                with self.assertRaisesRegex(data.FetchError, "(?s)python -m pip download .*and put .* into .*icwsm2014; or .*--data.path"):
-                    data.fetch()
+                self.assertRaisesRegex(data.FetchError, "(?s)python -m pip download .*and put .* into .*icwsm2014; or .*--data.path", data.fetch)
 
     def test_a_cached_file_is_used_without_pip(self):
         path = self.folder / "icwsm2014" / data.SDIST
@@ -86,10 +88,8 @@ class TestData(TempDirTestCase):
         self.assertEqual(len(data.load_jsonl(path)), 1)
         for line in ("{", '{"txt": "a"}', '{"text": 3}', '["text"]', '{"text": "a", "rating": "good"}'):
             path.write_text('{"text": "fine"}\n' + line)
-            with self.subTest(line), self.assertRaisesRegex(ValueError, "texts.jsonl, line 2"):
-                data.load_jsonl(path)
-        with self.assertRaisesRegex(ValueError, "no such file"):
-            data.load_jsonl(self.folder / "none.jsonl")
+            self.assertRaisesRegex(ValueError, "texts.jsonl(, line 2: must be|: the rating of 'a' is 'good')", data.load_jsonl, path)
+        self.assertRaisesRegex(ValueError, "no such file", data.load_jsonl, self.folder / "none.jsonl")
 
     def test_no_text_is_in_two_splits(self):
         rows = [{"text": f"text {i % 700}"} for i in range(1000)]
@@ -167,6 +167,56 @@ class TestYardstick(unittest.TestCase):
         self.assertAlmostEqual(report.held_out_loss(policy, ["abcabcabcabcabcabc", "jj"], tokenizer), np.mean(losses), places=4)
 
 
+class TestPreferences(unittest.TestCase):
+
+    def test_accuracies_are_those_of_a_loop_over_all_pairs(self):
+        generator = random.Random(0)
+        rows = [{"source": generator.choice(["tweets", "news"]), "rating": generator.choice([-1.0, -0.4, 0.0, 0.4, 2.0])} for _ in range(40)]
+        scores = [generator.choice([0.0, 1.0, 2.0]) for _ in rows]
+        right = {"tweets": [], "news": []}
+        for a, b in itertools.product(range(40), repeat=2):
+            if rows[a]["source"] == rows[b]["source"] and rows[a]["rating"] - rows[b]["rating"] > 0.5:
+                right[rows[a]["source"]].append(1.0 if scores[a] > scores[b] else 0.5 if scores[a] == scores[b] else 0.0)
+        found = preferences.accuracies(scores, rows)
+        for source, expected in {**right, "all but tweets": right["news"]}.items():
+            self.assertAlmostEqual(found[source], np.mean(expected))
+
+    def test_every_rater_against_every_rater(self):
+        rows = [{"rating": statistics.mean(ratings), "ratings": ratings} for ratings in ([0, 1, 4], [-1, 0, 1, 2], [-3], [1.4, 1.4])]
+        share, scores = preferences.agreement(rows), [0.5, 0.1, 0.7, -1.0]
+        expected, loss = np.full((4, 4), np.nan), []
+        for i, j in itertools.permutations(range(4), 2):
+            if rows[i]["rating"] - rows[j]["rating"] > 0.5:
+                expected[i, j] = p = statistics.mean((a > b) + (a == b) / 2 for a in rows[i]["ratings"] for b in rows[j]["ratings"])
+                loss.append(p * math.log(1 + math.exp(scores[j] - scores[i])) + (1 - p) * math.log(1 + math.exp(scores[i] - scores[j])))
+        np.testing.assert_allclose(share, expected, atol=1e-6)
+        found, _ = preferences.group_loss(lambda idx, attention_mask: torch.tensor(scores), (None, None, share))
+        self.assertAlmostEqual(found.item(), statistics.mean(loss), places=5)
+
+    def test_groups_and_halves(self):
+        rows = [{"source": f"s{i % 3}", "text": "ab" * (1 + i % 7), "rating": float(i)} for i in range(50)]
+        groups = preferences.Groups(rows, CharTokenizer("ab"), 8, apart=True)
+        self.assertEqual(sorted(n for group in groups for n in group[1].sum(1).tolist()), sorted(2 + len(row["text"]) for row in rows))
+        halves = [preferences.half(f"text {i}") for i in range(1000)]
+        self.assertAlmostEqual(halves.count("judge") / 1000, 0.5, delta=0.06)
+
+    def test_pairs_put_the_better_tweet_first(self):
+        tweets = report.sample(tiny_gpt(), CharTokenizer("abcdefghij"), lambda idx, attention_mask, mask: (mask & (idx == 3)).sum(1).float(), n=40, seed=4)
+        data, seen = preferences.pairs(tweets), 0
+        for first, second in zip(range(0, 40, 2), range(1, 40, 2)):
+            if tweets.rewards[first] != tweets.rewards[second]:
+                order = sorted((first, second), key=lambda i: -tweets.rewards[i])
+                idx, attention_mask, mask = data[seen]
+                self.assertTrue(torch.equal(idx, tweets.idx[order]) and torch.equal(mask[:, 1:], tweets.mask[order]))
+                self.assertTrue(attention_mask[:, 0].all() and torch.equal(attention_mask[:, 1:], mask[:, 1:]) and not mask[:, 0].any())
+                seen += 1
+        self.assertTrue(len(data) == seen > 5)
+
+    def test_best_of_each(self):
+        tweets = report.sample(tiny_gpt(), CharTokenizer("abcdefghij"), lambda idx, attention_mask, mask: mask.sum(1).float(), n=12, seed=4)
+        self.assertEqual(report.best_of_each(tweets, 3).rewards.tolist(), [max(tweets.rewards[i:i + 3].tolist()) for i in range(0, 12, 3)])
+
+
 class TestScript(TempDirTestCase):
 
     def setUp(self):
@@ -221,20 +271,43 @@ class TestScript(TempDirTestCase):
 
         # what is finished is skipped, samples follow a prompt, and other options are not mixed in
         self.assertEqual(self.run_script(name="whole").returncode, 0)
-        samples = self.run_script("--prompt=love the", name="whole")
-        self.assertEqual(len(samples.stdout.splitlines()), 10)
-        self.assertTrue(all(line.startswith("love the") for line in samples.stdout.splitlines()))
+        samples = self.run_script("--prompt=love the", name="whole").stdout.splitlines()
+        self.assertEqual([line[:8] for line in samples], ["love the"] * 10)
         self.assertEqual(len(self.run_script("--prompt=the", "--model.model_type=gpt2", name="whole").stdout.splitlines()), 10)
         self.assertIn("never seen: 1 2", self.run_script("--prompt=12", name="whole").stderr)
-        mixed = self.run_script("--system.seed=1", name="whole")
-        self.assertIn("system.seed was 3407, is 1", mixed.stderr)
+        self.assertIn("system.seed was 3407, is 1", self.run_script("--system.seed=1", name="whole").stderr)
 
-    def test_reinforce_and_half_a_stage(self):
+    def test_the_family_and_half_a_stage(self):
         self.assertNotEqual(self.run_script("--stages=pretrain", "--data.path=nowhere.jsonl").returncode, 0)  # leaves nothing behind
         result = self.run_script("--rl.algorithm=reinforce")
         self.assertEqual(result.returncode, 0, result.stderr)
         rows = read_metrics(self.folder / "out" / "rl" / "metrics.jsonl")
         self.assertTrue(all(row["val/ratio"] == 1 and row["policy/clipfrac"] == 0 for row in rows))
+
+        for name, options, kl in (("dpo", ["--rl.algorithm=dpo", "--dpo.max_iters=10", "--dpo.batch_size=2", "--dpo.pairs=60"], None),
+                                  ("best_of_n", ["--rl.algorithm=best_of_n", "--rl.group_size=4"], math.log(4) - 3 / 4),
+                                  ("human", ["--rl.reward=human", "--trunk.max_iters=2", "--trunk.vocab_size=270",
+                                             "--reward.epochs=None", "--reward.max_iters=2"], None)):
+            for stage in ("pretrain", "sft"):
+                shutil.copytree(self.folder / "out" / stage, self.folder / name / stage)
+            result = self.run_script(*options, name=name)
+            self.assertEqual(result.returncode, 0, result.stderr)
+            summary = json.loads((self.folder / name / "summary.json").read_text())
+            self.assertTrue(all(math.isfinite(value) for value in summary.values()), summary)
+            if kl:
+                self.assertAlmostEqual(summary["kl_rl"], kl)
+                self.assertGreater(summary["reward_rl"], summary["reward_sft"])
+        self.assertLess({"judge_rl", "vader_rl", "judge_sft"}, set(summary))  # human's
+        self.assertEqual(set(json.loads((self.folder / "human" / "reward" / "accuracy.json").read_text())), {"reward", "vader"})
+        looks = [row for row in read_metrics(self.folder / "human" / "rl" / "metrics.jsonl") if "eval/judge" in row]
+        self.assertTrue(looks and all(math.isfinite(row[name]) for row in looks for name in ("eval/kl", "eval/scores", "eval/vader")))
+
+        flags = " ".join([f"--data.path={self.folder / 'texts.jsonl'}", *SMALL])
+        command = [sys.executable, str(ROOT / "projects/happy_gpt/compare.py"), "family", f"--base={self.folder / 'out'}",
+                   f"--out={self.folder}", "--only=reinforce,best of 16", f"--flags={flags}"]
+        printed = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}).stdout
+        self.assertRegex(printed, r"\| reinforce \| 0\.\d+ .*\n\| best of 16 \| 0\.\d+ \| ≤ 1\.84 ")
+        self.assertTrue((self.folder / "family.png").stat().st_size > 0)
 
         path = self.folder / "out" / "pretrain" / "checkpoint.pt"
         state = torch.load(path, weights_only=True)
@@ -251,7 +324,7 @@ class TestScript(TempDirTestCase):
         self.assertIn("sft", result.stdout)
 
     def test_mistakes_are_one_line(self):
-        for args, words in (([f"--rl.kl_coeff=1"], "did you mean --rl.kl_coef?"), (["--stages=sft,ppo"], "ppo is none of pretrain,sft,rl"),
+        for args, words in ((["--rl.kl_coeff=1"], "did you mean --rl.kl_coef?"), (["--stages=sft,ppo"], "ppo is none of pretrain,sft,trunk,reward,judge,rl"),
                             (["--stages=sft"], "the stage pretrain is not finished"),
                             (["--data.path=none.jsonl"], "no such file"), (["--data.positive=99"], "lower it"),
                             (["--prompt=a", "--system.work_dir=nowhere"], "run this script without --prompt first")):
@@ -263,10 +336,5 @@ class TestScript(TempDirTestCase):
 
     def test_help(self):
         result = self.run_script("--help")
-        self.assertEqual(result.returncode, 0)
         for option in ("--rl.algorithm=ppo", "--model.block_size=64", "--data.path=", "--pretrain.learning_rate="):
             self.assertIn(option, result.stdout)
-
-
-if __name__ == "__main__":
-    unittest.main()

@@ -49,23 +49,18 @@ def next_distribution(model, idx):
 class TestForward(unittest.TestCase):
 
     def test_logits_and_loss_follow_the_equations(self):
-        model = tiny_gpt()
-        idx = torch.randint(11, (3, 9))
-        targets = torch.randint(11, (3, 9))
-        targets[0, :4] = -1
-        logits, loss = model(idx, targets)
-        expected = torch.stack([slow_logits(model, row.tolist()) for row in idx])
-        torch.testing.assert_close(logits.double(), expected, atol=1e-4, rtol=0)
-        log_p = expected.log_softmax(-1)
-        terms = [-log_p[b, t, targets[b, t]] for b in range(3) for t in range(9) if targets[b, t] >= 0]
-        self.assertAlmostEqual(loss.item(), (sum(terms) / len(terms)).item(), places=4)
-        self.assertIsNone(model(idx)[1])
-
-    def test_untied_head_is_its_own_matrix(self):
-        model = tiny_gpt(tie_weights=False)
-        self.assertIsNot(model.lm_head.weight, model.transformer.wte.weight)
-        idx = torch.randint(11, (1, 5))
-        torch.testing.assert_close(model(idx)[0][0].double(), slow_logits(model, idx[0].tolist()), atol=1e-4, rtol=0)
+        for tied in (True, False):
+            model = tiny_gpt(tie_weights=tied)
+            self.assertEqual(model.lm_head.weight is model.transformer.wte.weight, tied)
+            idx, targets = torch.randint(11, (2, 3, 9))
+            targets[0, :4] = -1
+            logits, loss = model(idx, targets)
+            expected = torch.stack([slow_logits(model, row.tolist()) for row in idx])
+            torch.testing.assert_close(logits.double(), expected, atol=1e-4, rtol=0)
+            log_p = expected.log_softmax(-1)
+            terms = [-log_p[b, t, targets[b, t]] for b in range(3) for t in range(9) if targets[b, t] >= 0]
+            self.assertAlmostEqual(loss.item(), (sum(terms) / len(terms)).item(), places=4)
+            self.assertIsNone(model(idx)[1])
 
     def test_initialisation_and_size_of_gpt2(self):
         config = GPT.get_default_config()
@@ -89,35 +84,26 @@ class TestForward(unittest.TestCase):
             logits, _ = model(idx, attention_mask=mask)
             log_probs = model.log_probs(idx, mask)
             for b, row in enumerate(rows):
-                real = slice(7 - len(row), 7) if left else slice(0, len(row))
-                torch.testing.assert_close(logits[b, real], model(row[None])[0][0], atol=1e-5, rtol=0)
+                start = 7 - len(row) if left else 0
+                torch.testing.assert_close(logits[b, start:start + len(row)], model(row[None])[0][0], atol=1e-5, rtol=0)
                 if len(row) > 1:
-                    torch.testing.assert_close(log_probs[b, real][:len(row) - 1] if not left else log_probs[b, -len(row) + 1:],
-                                               model.log_probs(row[None])[0], atol=1e-5, rtol=0)
+                    torch.testing.assert_close(log_probs[b, start:start + len(row) - 1], model.log_probs(row[None])[0], atol=1e-5, rtol=0)
             self.assertTrue(torch.isfinite(logits).all() and torch.isfinite(log_probs).all())
 
     def test_padding_gets_no_gradient(self):
         model = tiny_gpt()
         idx, mask = torch.tensor([[9, 9, 1, 2, 3]]), torch.tensor([[0, 0, 1, 1, 1]])
-        (model.log_probs(idx, mask) * mask[:, 1:] * mask[:, :-1]).sum().backward()
-        padded = {name: p.grad.clone() for name, p in model.named_parameters()}
-        model.zero_grad()
-        model.log_probs(idx[:, 2:]).sum().backward()
-        for name, p in model.named_parameters():
-            torch.testing.assert_close(padded[name], p.grad, atol=1e-5, rtol=1e-4)
+        masked = model.log_probs(idx, mask) * mask[:, 1:] * mask[:, :-1]
+        gradients = [torch.autograd.grad(x.sum(), list(model.parameters())) for x in (masked, model.log_probs(idx[:, 2:]))]
+        torch.testing.assert_close(*gradients, atol=1e-5, rtol=1e-4)
 
     def test_log_probs_are_those_of_the_softmax(self):
-        model = tiny_gpt()
-        idx = torch.randint(11, (2, 13))  # one more than block_size: the last token is only predicted
-        expected = (model(idx[:, :-1])[0] / 0.7).softmax(-1).log()
-        for b in range(2):
-            for t in range(12):
-                self.assertAlmostEqual(model.log_probs(idx, temperature=0.7)[b, t].item(),
-                                       expected[b, t, idx[b, t + 1]].item(), places=5)
+        model, idx = tiny_gpt(), torch.randint(11, (2, 13))  # one more than block_size: the last token is only predicted
+        expected = (model(idx[:, :-1])[0] / 0.7).softmax(-1).log().gather(2, idx[:, 1:, None])[:, :, 0]
+        torch.testing.assert_close(model.log_probs(idx, temperature=0.7), expected, atol=5e-6, rtol=0)
 
     def test_cache_equals_the_whole(self):
-        model = tiny_gpt()
-        idx = torch.randint(11, (2, 10))
+        model, idx = tiny_gpt(), torch.randint(11, (2, 10))
         cache = KVCache(model.config, 2, 12, like=model.lm_head.weight)
         pieces = [model(piece, cache=cache)[0] for piece in idx.split([4, 3, 1, 2], dim=1)]
         torch.testing.assert_close(torch.cat(pieces, 1), model(idx)[0], atol=1e-5, rtol=0)
@@ -126,21 +112,19 @@ class TestForward(unittest.TestCase):
 class TestGenerate(unittest.TestCase):
 
     def test_greedy_equals_recomputing_also_past_block_size(self):
-        model = tiny_gpt()
-        idx = torch.randint(11, (3, 4))
-        out = model.generate(idx, 20)
+        model, idx = tiny_gpt(), torch.randint(11, (3, 4))
         expected = idx
         for _ in range(20):
-            expected = torch.cat([expected, torch.stack([next_distribution(model, row[None])[0].argmax() for row in expected])[:, None]], 1)
-        self.assertEqual(out.tolist(), expected.tolist())
+            expected = torch.cat([expected, torch.cat([next_distribution(model, row[None]).argmax(-1, keepdim=True) for row in expected])], 1)
+        self.assertEqual(model.generate(idx, 20).tolist(), expected.tolist())
 
     def test_a_row_does_not_depend_on_its_neighbours_or_padding(self):
         model = tiny_gpt()
         rows = [torch.randint(11, (n,)) for n in (5, 2, 1)]
         for left in (True, False):
             pad = lambda x: F.pad(x, (5 - len(x), 0) if left else (0, 5 - len(x)))
-            out = model.generate(torch.stack([pad(r) for r in rows]), 7,
-                                 attention_mask=torch.stack([pad(torch.ones_like(r)) for r in rows]))
+            idx, mask = (torch.stack([pad(x) for x in batch]) for batch in (rows, map(torch.ones_like, rows)))
+            out = model.generate(idx, 7, attention_mask=mask)
             for row, new in zip(rows, out[:, 5:]):
                 self.assertEqual(new.tolist(), model.generate(row[None], 7)[0, len(row):].tolist())
 
@@ -150,8 +134,7 @@ class TestGenerate(unittest.TestCase):
         free = model.generate(idx, 10, do_sample=True, generator=torch.Generator().manual_seed(0))
         stop = free[0, 5].item()
         idx[3, 0] = stop  # in the prompt it means nothing
-        generator = torch.Generator().manual_seed(1)
-        out, log_probs = model.generate(idx, 10, do_sample=True, stop_token=stop, generator=generator, return_log_probs=True)
+        out, log_probs = model.generate(idx, 10, do_sample=True, stop_token=stop, return_log_probs=True, generator=torch.Generator().manual_seed(1))
         lengths = []
         for row, lp in zip(out[:, 2:].tolist(), log_probs):
             n = row.index(stop) + 1 if stop in row else len(row)
@@ -200,35 +183,29 @@ class TestUnembed(unittest.TestCase):
 
     def test_gradients_are_those_of_a_linear_layer(self):
         tied, idx = tiny_gpt(), torch.randint(11, (3, 9))
-        weight = tied.lm_head.weight
-
-        def plain(idx):
-            return F.cross_entropy(F.linear(tied.transformer(idx[:, :-1]), weight).flatten(0, 1), idx[:, 1:].flatten())
-
-        expected = torch.autograd.grad(plain(idx), list(tied.parameters()))
+        gradient = lambda value: torch.autograd.grad(value, list(tied.parameters()))
+        logits = F.linear(tied.transformer(idx[:, :-1]), tied.lm_head.weight)
+        expected = gradient(F.cross_entropy(logits.flatten(0, 1), idx[:, 1:].flatten()))
         loss = lambda: tied(idx[:, :-1], idx[:, 1:])[1]
         for value in (loss(), checkpoint(loss, use_reentrant=False)):
-            for ours, theirs in zip(torch.autograd.grad(value, list(tied.parameters())), expected):
-                torch.testing.assert_close(ours, theirs)
+            torch.testing.assert_close(gradient(value), expected)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             half = loss()
-        for ours, theirs in zip(torch.autograd.grad(half, list(tied.parameters())), expected):
+        for ours, theirs in zip(gradient(half), expected):
             self.assertEqual(ours.dtype, torch.float32)
             self.assertLess((ours - theirs).norm(), 0.05 * theirs.norm() + 1e-4)
         per_sample = torch.func.vmap(torch.func.grad(lambda p, row: torch.func.functional_call(tied, p, (row[None, :-1], row[None, 1:]))[1]),
                                      in_dims=(None, 0))(dict(tied.named_parameters()), idx)
-        for (name, ours), theirs in zip(per_sample.items(), expected):
-            torch.testing.assert_close(ours.mean(0), theirs, msg=name)
+        torch.testing.assert_close(tuple(ours.mean(0) for ours in per_sample.values()), expected)
 
 
 class TestBadInput(unittest.TestCase):
 
     def test_config(self):
-        for options, words in (
-            ({"model_type": "gpt-nano"}, "not both"), ({"n_embd": None}, "all the others"),
-            ({"n_embd": 15}, "not divisible"), ({"vocab_size": 0}, "vocab_size=0"), ({"attn_pdrop": 1.5}, "attn_pdrop=1.5"), ({"embd_pdrop": 1.0}, "embd_pdrop=1.0"),
-            ({"model_type": "gpt-9", "n_layer": None, "n_head": None, "n_embd": None}, "unknown"),
-        ):
+        for options, words in (({"model_type": "gpt-nano"}, "not both"), ({"n_embd": None}, "all the others"),
+                               ({"n_embd": 15}, "not divisible"), ({"vocab_size": 0}, "vocab_size=0"),
+                               ({"attn_pdrop": 1.5}, "attn_pdrop=1.5"), ({"embd_pdrop": 1.0}, "embd_pdrop=1.0"),
+                               ({"model_type": "gpt-9", "n_layer": None, "n_head": None, "n_embd": None}, "unknown")):
             with self.subTest(options), self.assertRaisesRegex(ValueError, words):
                 tiny_gpt(**options)
         self.assertIn("gpt2-xl", PRESETS)
@@ -238,28 +215,17 @@ class TestBadInput(unittest.TestCase):
         mask = torch.tensor([[0, 0, 0, 1], [0, 0, 0, 0]])
         for words, call in (
             ("longer than block_size=12", lambda: model(torch.ones(1, 13, dtype=torch.long))),
-            ("must be \\(B, T\\)", lambda: model(idx[0])),
+            ("must be \\(B, T\\)", lambda: model(idx[0])), ("must be equal", lambda: model(idx, targets=idx[:, :3])),
             ("ids from -1 to 1; the vocabulary has 0 to 10", lambda: model(torch.tensor([[1, -1]]))),
             ("must be \\(2, 4\\)", lambda: model(idx, attention_mask=mask[:, :3])),
-            ("must be equal", lambda: model(idx, targets=idx[:, :3])),
             ("the vocabulary has 0 to 10", lambda: model.generate(idx + 10, 1)),
-            ("with T >= 1", lambda: model.generate(idx[:, :0], 1)),
-            ("LongTensor", lambda: model.generate(idx.float(), 1)),
-            ("temperature=0", lambda: model.generate(idx, 1, temperature=0)),
-            ("temperature=-1", lambda: model.log_probs(idx, temperature=-1)),
-            ("top_k=0", lambda: model.generate(idx, 1, top_k=0)),
-            ("top_k=12", lambda: model.generate(idx, 1, top_k=12)),
-            ("top_p=0", lambda: model.generate(idx, 1, top_p=0)),
-            ("top_p=1.1", lambda: model.generate(idx, 1, top_p=1.1)),
-            ("stop_token=11", lambda: model.generate(idx, 1, stop_token=11)),
-            ("max_new_tokens=0", lambda: model.generate(idx, 0)),
+            ("with T >= 1", lambda: model.generate(idx[:, :0], 1)), ("LongTensor", lambda: model.generate(idx.float(), 1)),
             ("a real token in every row", lambda: model.generate(idx, 1, attention_mask=mask)),
             ("do not fit into", lambda: model.generate(idx, 10, attention_mask=mask.flip(0) | mask)),
-            ("two tokens or more", lambda: model.log_probs(idx[:, :1])),
+            ("two tokens or more", lambda: model.log_probs(idx[:, :1])), ("temperature=-1", lambda: model.log_probs(idx, temperature=-1)),
         ):
             with self.subTest(words), self.assertRaisesRegex(ValueError, words):
                 call()
-
-
-if __name__ == "__main__":
-    unittest.main()
+        for name, value in (("temperature", 0), ("top_k", 0), ("top_k", 12), ("top_p", 0), ("top_p", 1.1), ("stop_token", 11), ("max_new_tokens", 0)):
+            with self.subTest(name, value=value), self.assertRaisesRegex(ValueError, f"{name}={value}"):
+                model.generate(idx, **{"max_new_tokens": 1, name: value})

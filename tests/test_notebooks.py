@@ -4,7 +4,6 @@ import contextlib
 import io
 import json
 import os
-import unittest
 from unittest import mock
 
 import matplotlib
@@ -27,26 +26,18 @@ def run(notebook, **environment):
     return printed.getvalue()
 
 
-class TestDemo(unittest.TestCase):
+class TestNotebooks(TempDirTestCase):
 
-    def test_it_sorts_what_it_has_never_seen(self):
+    def test_demo_sorts_what_it_has_never_seen(self):
         self.assertIn("held out 100.0%", run("demo.ipynb"))
 
-
-class TestGenerate(TempDirTestCase):
-
-    def test_without_a_network_it_says_that_the_model_is_random(self):
+    def test_generate_without_a_network_says_that_the_model_is_random(self):
         printed = run("generate.ipynb", MODEL="gpt2", HF_ENDPOINT="http://127.0.0.1:9", MINGPT_HOME=str(self.folder))
-        self.assertIn("NOT A TRAINED MODEL", printed)
-        self.assertIn("token 'Hello' = id 15496", printed)
-        self.assertIn("--- top_p 0.9", printed)
+        for words in ("NOT A TRAINED MODEL", "token 'Hello' = id 15496", "--- top_p 0.9"):
+            self.assertIn(words, printed)
 
-    def test_with_a_folder_of_weights(self):
+    def test_generate_with_a_folder_of_weights(self):
         tiny_gpt(vocab_size=50257, block_size=64).save_pretrained(self.folder)
         printed = run("generate.ipynb", MODEL=str(self.folder))
         self.assertNotIn("NOT A TRAINED MODEL", printed)
         self.assertIn("largest difference to log_probs", printed)
-
-
-if __name__ == "__main__":
-    unittest.main()

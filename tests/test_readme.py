@@ -5,8 +5,9 @@ import unittest
 
 import torch
 
+from mingpt.rlhf import PPOTrainer
 from mingpt.utils import set_seed
-from tests.common import ROOT
+from tests.common import ROOT, tiny_gpt
 
 
 class TestReadme(unittest.TestCase):
@@ -21,11 +22,22 @@ class TestReadme(unittest.TestCase):
         steps = (written[:, 1:] - written[:, :-1]) % 10
         self.assertGreater(((steps == 1) | (steps == 9)).float().mean().item(), 0.9)  # and it still walks
 
+    def test_the_details_of_rlhf_name_tests_options_and_metrics_that_exist(self):
+        text = (ROOT / "RLHF.md").read_text(encoding="utf-8")
+        tests = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").glob("test_*.py"))
+        self.assertEqual(set(re.findall(r"`(test_\w+)`", text)) - set(re.findall(r"def (test_\w+)", tests)), set())
+        defaults = dict(PPOTrainer.get_default_config().leaves())
+        for name, value in re.findall(r"`(\w+)=([\w.]+)`", text.split("## The family")[0]):
+            if name in defaults:
+                self.assertEqual(str(defaults[name]), value.replace("_", ""), name)
+        config = PPOTrainer.get_default_config()
+        config.merge_from_dict({"device": "cpu", "batch_size": 2, "max_new_tokens": 4, "max_iters": 1})
+        trainer = PPOTrainer(config, tiny_gpt(), lambda idx, attention_mask, completion_mask: idx.sum(1), [[1]])
+        trainer.run()
+        explained = [name for row in re.findall(r"^\| (`[^|]+) \|", text.split("## Glossary")[1], re.MULTILINE) for name in re.findall("`([^`]+)`", row)]
+        self.assertEqual(sorted(explained), sorted(trainer.metrics))
+
     def test_paths_exist(self):
-        for readme in (ROOT / "README.md", *ROOT.glob("projects/*/readme.md")):
+        for readme in (ROOT / "README.md", ROOT / "RLHF.md", *ROOT.glob("projects/*/readme.md")):
             for path in re.findall(r"\]\((?!http)([^)#]+)\)", readme.read_text(encoding="utf-8")):
                 self.assertTrue((readme.parent / path).exists(), f"{readme}: {path}")
-
-
-if __name__ == "__main__":
-    unittest.main()

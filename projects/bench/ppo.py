@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from unittest import mock
 
 from measure import Case, Run
-from mingpt.rlhf import PPOTrainer, RewardModel, ValueModel
+from mingpt.rlhf import PPOTrainer, RewardModel
 from mingpt.utils import CfgNode as CN
 from mingpt.utils import import_extra
 from models import SIZES, our_gpt, their_config, their_gpt
@@ -41,11 +41,12 @@ class Stopwatch:
         return {"": end - start, "rollout": rollout - start, "scoring": scoring - rollout, "update": end - scoring}
 
 
-def ours(preset: str, episodes: int, length: int) -> Run:
+def ours(preset: str, episodes: int, length: int, shared_trunk: bool) -> Run:
     config = PPOTrainer.get_default_config()
-    config.merge_from_dict({"device": "cpu", "batch_size": episodes, "max_new_tokens": length, "max_iters": 1, "ppo_epochs": 4})
+    config.merge_from_dict({"device": "cpu", "batch_size": episodes, "max_new_tokens": length, "max_iters": 1, "ppo_epochs": 4,
+                            "shared_trunk": shared_trunk})
     policy, watch = our_gpt(preset), Stopwatch()
-    trainer = PPOTrainer(config, policy, RewardModel.from_gpt(our_gpt(preset)), [[1]], value_model=ValueModel.from_gpt(our_gpt(preset)))
+    trainer = PPOTrainer(config, policy, RewardModel.from_gpt(our_gpt(preset)), [[1]])
     policy.generate = watch.after("rollout", policy.generate)
     trainer.rollout = watch.after("scoring", trainer.rollout)
 
@@ -80,8 +81,9 @@ def theirs(preset: str, episodes: int, length: int) -> Run:
 
 
 def iteration(C: CN) -> Iterator[Case]:
-    """An iteration of 4 epochs of one minibatch, and how it grows with the number of episodes, their length and the model."""
-    for preset, episodes, length in (("gpt-micro", 128, 32), ("gpt-micro", 256, 32), ("gpt-micro", 128, 63), ("gpt-mini", 128, 32)):
-        yield Case(f"PPO iteration, {preset}, {episodes} episodes of {length} tokens", "iterations", 1,
-                   lambda p=preset, e=episodes, n=length: ours(p, e, n), "trl", lambda p=preset, e=episodes, n=length: theirs(p, e, n),
-                   slow=(preset, episodes, length) != ("gpt-micro", 128, 32))
+    """An iteration of 4 epochs of one minibatch, and how it grows with the number of episodes, their length and the model; trl has no shared trunk."""
+    for preset, episodes, length, shared in (("gpt-micro", 128, 32, False), ("gpt-micro", 128, 32, True), ("gpt-micro", 256, 32, False),
+                                             ("gpt-micro", 128, 63, False), ("gpt-mini", 128, 32, False)):
+        name = f"PPO iteration, {preset}, {episodes} episodes of {length} tokens{', shared trunk' * shared}"
+        yield Case(name, "iterations", 1, lambda p=preset, e=episodes, n=length, s=shared: ours(p, e, n, s), "trl",
+                   lambda p=preset, e=episodes, n=length: theirs(p, e, n), slow=(preset, episodes, length) != ("gpt-micro", 128, 32))

@@ -9,7 +9,6 @@ its mirrors, proxies and caches work, and checks its SHA-256 before anything in 
 import hashlib
 import html
 import io
-import json
 import re
 import shutil
 import statistics
@@ -22,6 +21,7 @@ from pathlib import Path
 import torch
 from torch.utils.data import Dataset
 
+from mingpt.datasets import read_jsonl
 from mingpt.utils import home
 
 SDIST = "vaderSentiment-3.3.2.tar.gz"
@@ -87,20 +87,11 @@ def load_icwsm(path):
 def load_jsonl(path):
     """The user's own texts: one JSON object a line with `text` and an optional `rating` (or `label`), a number."""
     rows = []
-    if not Path(path).is_file():
-        raise ValueError(f"--data.path={path}: there is no such file")
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8-sig").split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            text, rating = row["text"], row.get("rating", row.get("label"))
-            if not isinstance(text, str) or not isinstance(rating, (int, float, type(None))):
-                raise TypeError
-        except (json.JSONDecodeError, TypeError, KeyError, AttributeError):
-            raise ValueError(f'{path}, line {number}: must be JSON like {{"text": "so happy", "rating": 2.5}}, '
-                             f"not {line[:60]!r}") from None
-        rows.append({"text": clean(text), "source": Path(path).name, "rating": rating})
+    for row in read_jsonl(path, "text"):
+        rating = row.get("rating", row.get("label"))
+        if not isinstance(rating, (int, float, type(None))):
+            raise ValueError(f"{path}: the rating of {row['text'][:40]!r} is {rating!r}; it must be a number, or left out")
+        rows.append({"text": clean(row["text"]), "source": Path(path).name, "rating": rating})
     return rows
 
 

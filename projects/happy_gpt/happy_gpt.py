@@ -7,8 +7,10 @@ HappyGPT: a character-level GPT of 0.8M parameters learns to write, then to writ
 
     python projects/happy_gpt/happy_gpt.py                       all of it, into out/happy_gpt
     python projects/happy_gpt/happy_gpt.py --prompt="I think"    let the result go on from there
-    python projects/happy_gpt/happy_gpt.py --rl.algorithm=reinforce --system.work_dir=out/reinforce     any option below
+    python projects/happy_gpt/happy_gpt.py --rl.algorithm=grpo --system.work_dir=out/grpo       any option below
 
+--rl.algorithm is ppo, reinforce, rloo, grpo, dpo (on pairs of the sft model's tweets) or best_of_n (of group_size, without training).
+With --rl.reward=human a reward model learns before rl what people find happy, and takes VADER's place (preferences.py).
 A run that was interrupted goes on where it stopped; stages that are finished are skipped.
 """
 
@@ -18,22 +20,23 @@ import logging
 import time
 from pathlib import Path
 
-import torch
-
 import data
+import preferences
 import report
 from mingpt import distributed
 from mingpt.chars import CharTokenizer
 from mingpt.checkpoint import run_script, write_text
 from mingpt.model import GPT
-from mingpt.rlhf import PPOTrainer, TextReward
+from mingpt.rlhf import ActorCritic, DPOLoss, PPOTrainer, TextReward
 from mingpt.run_folder import RunFolder
 from mingpt.trainer import FREE_TO_CHANGE, Trainer
-from mingpt.utils import CfgNode as CN
-from mingpt.utils import import_extra, log_to_console, parse_args, pick_device, set_seed
+from mingpt.utils import CfgNode as CN, check_numbers, import_extra, log_to_console, parse_args, set_seed
+from stages import finished, load_model, model_config, start_from, trainer_config
 
 logger = logging.getLogger("mingpt.happy_gpt")
-STAGES = ("pretrain", "sft", "rl")
+STAGES = ("pretrain", "sft", "trunk", "reward", "judge", "rl")  # the middle three with --rl.reward=human
+NORMALIZED_ON = 512  # tweets of the sft model, on which learned rewards have mean 0 and variance 1
+ALGORITHMS = ("ppo", "reinforce", "rloo", "grpo", "dpo", "best_of_n")
 
 
 def get_config():
@@ -69,7 +72,10 @@ def get_config():
     C.sft.warmup_iters = 20
     C.sft.eval_every = 100
 
+    C.trunk, C.reward = preferences.get_default_configs()
+
     C.rl = PPOTrainer.get_default_config()
+    C.rl.reward = "vader"            # or human
     C.rl.max_iters = 200
     C.rl.batch_size = 128
     C.rl.ppo_epochs = 2
@@ -81,22 +87,33 @@ def get_config():
     C.rl.kl_coef = 0.15              # begins high and falls until the KL is on target: the path hugs the frontier
     C.rl.kl_target = 7.5
     C.rl.kl_horizon = 1200
+    C.rl.group_size = 16
 
-    for stage in (C.pretrain, C.sft, C.rl):
+    C.dpo = copy.deepcopy(C.sft)     # in the place of rl's, for --rl.algorithm=dpo
+    C.dpo.beta = 0.1
+    C.dpo.pairs = 12_800             # of the sft model's tweets: as many as rl samples in all
+    C.dpo.max_iters = 200
+    C.dpo.batch_size = 64            # of the pairs
+    C.dpo.lr_schedule = "linear"
+    C.dpo.learning_rate = 2.5e-4
+    C.dpo.log_every = 1
+
+    for stage in (C.pretrain, C.sft, C.trunk, C.reward, C.rl, C.dpo):
         del stage.work_dir           # these two are not for the user to choose:
     del C.model.vocab_size           # folders are named after the stages, the vocabulary follows from the texts
 
     C.report = CN()
     C.report.samples = 512           # fresh tweets of each stage, from the same seeds
     C.report.frontier_samples = 4096  # tweets of the sft model, for the best reward that a KL can buy
-    C.report.every = 20              # iterations of rl between a few sample tweets
+    C.report.every = 20              # iterations of rl between looks at fresh tweets,
+    C.report.looked_at = 256         # so many of them
     return C
 
 
 def main(args):
     config = get_config()
     parse_args(config, args, __doc__)
-    stages = check_stages(config.stages)
+    stages = check_choices(config)
     work_dir = Path(config.system.work_dir)
     log_to_console()
     if config.prompt:
@@ -107,60 +124,85 @@ def main(args):
     start = time.time()
     splits, tokenizer = load_data(config)
     claim(work_dir, config, tokenizer)
-    reward = TextReward(vader(), tokenizer)
-    for stage in STAGES:
+    for stage, run_stage in zip(STAGES, (pretrain, sft, trunk, reward, judge, rl), strict=True):
         if state := finished(work_dir, stage):
             start -= state["seconds"]  # what it took when it ran
         elif stage in stages:
-            trainer = {"pretrain": pretrain, "sft": sft, "rl": rl}[stage](config, work_dir, splits, tokenizer, reward)
+            trainer = run_stage(config, work_dir, splits, tokenizer)
             start -= trainer.resumed_seconds  # the part before it was interrupted
     if distributed.rank() > 0:
         return
-    models = {stage: load_model(config, tokenizer, state) for stage in STAGES if (state := finished(work_dir, stage))}
-    report.write(config, work_dir, models, splits, tokenizer, reward, start)
+    models = {stage: load_model(config, tokenizer, state) for stage in ("pretrain", "sft", "rl") if (state := finished(work_dir, stage))}
+    if config.rl.reward == "human" and not all(finished(work_dir, stage) for stage in ("sft", "reward", "judge")):
+        return logger.info("the report follows when sft, reward and judge are finished")
+    happiness, judges = reward_functions(config, work_dir, splits, tokenizer)
+    report.write(config, work_dir, models, splits, tokenizer, happiness, judges, start)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# the three stages: each starts from the weights of the one before, and resumes by itself
+# the stages: each starts from the weights of the one before, and resumes by itself
 
 
-def pretrain(config, work_dir, splits, tokenizer, reward):
+def pretrain(config, work_dir, splits, tokenizer):
     """A language model of all the texts, in windows of block_size characters."""
     set_seed(config.system.seed)
     model = GPT(model_config(config, tokenizer))
     return train(config.pretrain, work_dir / "pretrain", model, splits, lambda row: True, tokenizer)
 
 
-def sft(config, work_dir, splits, tokenizer, reward):
+def sft(config, work_dir, splits, tokenizer):
     """The same objective, on the positive texts alone."""
     set_seed(config.system.seed + 1)
     model = start_from(config, work_dir, "pretrain", tokenizer)
     return train(config.sft, work_dir / "sft", model, splits, is_positive(config, splits), tokenizer)
 
 
-def train(trainer_config, work_dir, model, splits, keep, tokenizer):
-    trainer_config.work_dir = str(work_dir)
+def train(section, work_dir, model, splits, keep, tokenizer):
     size = model.config.block_size
     texts = {name: [row["text"] for row in rows if keep(row)] for name, rows in splits.items()}
-    trainer = Trainer(trainer_config, model, data.Windows(texts["train"], tokenizer, size),
+    trainer = Trainer(trainer_config(section, work_dir), model, data.Windows(texts["train"], tokenizer, size),
                       data.Windows(texts["valid"], tokenizer, size, consecutive=True))
     trainer.run()
     return trainer
 
 
-def rl(config, work_dir, splits, tokenizer, reward):
-    """PPO from the sft model, held near to it by the KL penalty. Every episode starts from the end-of-text token."""
+def trunk(config, work_dir, splits, tokenizer):
+    """A language model of whole texts, for the reward models to start from."""
+    return preferences.train_trunk(config, work_dir, splits)
+
+
+def reward(config, work_dir, splits, tokenizer):
+    """A reward model from the comparisons within one half of the texts."""
+    return preferences.train_reward_model(config, work_dir, splits, "reward")
+
+
+def judge(config, work_dir, splits, tokenizer):
+    """Another one from the other half, which the policy never sees."""
+    return preferences.train_reward_model(config, work_dir, splits, "judge")
+
+
+def rl(config, work_dir, splits, tokenizer):
+    """From the sft model, held near to it by the KL penalty. Every episode starts from the end-of-text token."""
     set_seed(config.system.seed + 2)
-    config.rl.work_dir = str(work_dir / "rl")
-    policy = start_from(config, work_dir, "sft", tokenizer)
-    trainer = PPOTrainer(config.rl, policy, reward, prompts=[[tokenizer.eot_token]], tokenizer=tokenizer)
+    policy, reference = (start_from(config, work_dir, "sft", tokenizer) for _ in range(2))
+    happiness, judges = reward_functions(config, work_dir, splits, tokenizer)
+    if config.rl.algorithm == "dpo":
+        C = trainer_config(config.dpo, work_dir / "rl", "beta", "pairs")
+        tweets = report.sample(reference, tokenizer, happiness, 2 * config.dpo.pairs, config.system.seed + 7)
+        trainer = Trainer(C, ActorCritic(policy), preferences.pairs(tweets), loss_fn=DPOLoss(reference, config.dpo.beta))
+    else:
+        C = trainer_config(config.rl, work_dir / "rl", "reward")
+        trainer = PPOTrainer(C, policy, happiness, [[tokenizer.eot_token]], ref_policy=reference, tokenizer=tokenizer)
 
-    def save_samples(trainer):
+    def look(trainer):
+        """Now and then: what the policy writes, and what judges whom it does not learn from say of that."""
         if (trainer.iter_num + 1) % config.report.every == 0 and trainer.rank == 0:
-            tweets = report.sample(policy, tokenizer, None, n=10, seed=config.system.seed)
-            write_text(work_dir / "samples" / f"rl_{trainer.iter_num + 1:04}.txt", "\n".join(tweets.texts) + "\n")
+            tweets = report.sample(policy, tokenizer, happiness, config.report.looked_at, config.system.seed)
+            trainer.metrics |= {"eval/kl": report.kl_to(reference, tweets), "eval/scores": tweets.rewards.mean().item(),
+                                **{f"eval/{name}": report.judged(judge, tweets).mean().item() for name, judge in judges.items()}}
+            write_text(work_dir / "samples" / f"rl_{trainer.iter_num + 1:04}.txt", "\n".join(tweets.texts[:10]) + "\n")
 
-    trainer.add_callback("on_batch_end", save_samples)
+    trainer.add_callback("on_batch_end", look)
     trainer.run()
     return trainer
 
@@ -169,10 +211,15 @@ def rl(config, work_dir, splits, tokenizer, reward):
 # their parts
 
 
-def vader():
-    """f(completions, prompts) -> list of compound scores in [-1, 1] (Hutto & Gilbert 2014)."""
-    analyzer = import_extra("vaderSentiment.vaderSentiment", "projects").SentimentIntensityAnalyzer()
-    return lambda completions, prompts: [analyzer.polarity_scores(text)["compound"] for text in completions]
+def reward_functions(config, work_dir, splits, tokenizer):
+    """(the reward that the policy learns from, {name: a judge that it never sees})."""
+    by_vader = TextReward(preferences.vader(), tokenizer)
+    if config.rl.reward == "vader":
+        return by_vader, {}
+    reference = start_from(config, work_dir, "sft", tokenizer)
+    tweets = report.sample(reference, tokenizer, None, NORMALIZED_ON, config.system.seed + 6)
+    learned = preferences.load_rewards(config, work_dir, splits, tweets, tokenizer)
+    return learned["reward"], {"judge": learned["judge"], "vader": by_vader}
 
 
 def load_data(config):
@@ -196,52 +243,27 @@ def is_positive(config, splits):
     return keep
 
 
-def model_config(config, tokenizer):
-    config = copy.deepcopy(config.model)
-    config.vocab_size = tokenizer.vocab_size
-    return config
-
-
-def checkpoint(work_dir, stage):
-    return work_dir / stage / "checkpoint.pt"
-
-
-def finished(work_dir, stage):
-    """The state that a stage's trainer ended with, or None where it has not."""
-    path = checkpoint(work_dir, stage)
-    state = torch.load(path, map_location="cpu", weights_only=True) if path.exists() else {"finished": False}
-    return state if state["finished"] else None
-
-
-def start_from(config, work_dir, stage, tokenizer):
-    """The model that a stage ended with; ValueError if it is not finished."""
-    state = finished(work_dir, stage)
-    if state is None:
-        raise ValueError(f"the stage {stage} is not finished in {work_dir}: run it first, with --stages={stage}")
-    return load_model(config, tokenizer, state)
-
-
-def load_model(config, tokenizer, state):
-    """The model of a trainer's state, on the device it trains on."""
-    model = GPT(model_config(config, tokenizer))
-    # the state of rl holds the value model beside the policy
-    model.load_state_dict({name.removeprefix("policy."): weight for name, weight in state["model"].items()
-                           if not name.startswith("value_model.")})
-    return model.to(distributed.join(pick_device(config.rl.device))).eval()
-
-
-def check_stages(stages):
-    stages = stages.split(",")
-    if unknown := set(stages) - set(STAGES):
-        raise ValueError(f"--stages={','.join(stages)}: {', '.join(sorted(unknown))} is none of {','.join(STAGES)}")
-    return [stage for stage in STAGES if stage in stages]
+def check_choices(config):
+    """The stages to run; ValueError for any that there is not, and so for the algorithm and the reward."""
+    for name, given, known in (("stages", config.stages.split(","), STAGES), ("rl.algorithm", [config.rl.algorithm], ALGORITHMS),
+                               ("rl.reward", [config.rl.reward], ("vader", "human"))):
+        if unknown := set(given) - set(known):
+            raise ValueError(f"--{name}={','.join(given)}: {', '.join(sorted(unknown))} is none of {','.join(known)}")
+    check_numbers(config.rl, "group_size", low=1, whole=True)
+    check_numbers(config.dpo, "pairs", low=1, whole=True)
+    unneeded = {"trunk", "reward", "judge"} if config.rl.reward == "vader" else set()
+    unneeded |= {"rl"} if config.rl.algorithm == "best_of_n" else set()
+    if config.stages != ",".join(STAGES) and (idle := unneeded & set(config.stages.split(","))):
+        raise ValueError(f"--stages={config.stages}: {', '.join(sorted(idle))} has nothing to do with --rl.reward={config.rl.reward} and "
+                         f"--rl.algorithm={config.rl.algorithm}")
+    return [stage for stage in STAGES if stage in config.stages.split(",") and stage not in unneeded]
 
 
 def claim(work_dir, config, tokenizer):
     """Keep options and vocabulary in work_dir; ValueError where it holds a run with others."""
     options = dict(config.leaves()) | {"vocabulary": "".join(tokenizer.chars)}
     free = {"stages", "prompt", "system.work_dir", *(name for name in options if name.startswith("report.")),
-            *(f"{stage}.{name}" for stage in STAGES for name in FREE_TO_CHANGE)}
+            *(f"{stage}.{name}" for stage in (*STAGES, "dpo") for name in FREE_TO_CHANGE)}
     RunFolder(work_dir).claim(options, free)
     if distributed.rank() == 0:
         tokenizer.save_pretrained(work_dir)
@@ -255,7 +277,7 @@ def print_continuations(config, work_dir):
         if name.startswith("model."):
             setattr(config.model, name.removeprefix("model."), value)  # the model is what it was trained as
     tokenizer = CharTokenizer.from_pretrained(work_dir)
-    stage = next((s for s in reversed(STAGES) if finished(work_dir, s)), STAGES[0])
+    stage = next((s for s in ("rl", "sft") if finished(work_dir, s)), "pretrain")
     model = start_from(config, work_dir, stage, tokenizer)
     if strange := sorted(set(config.prompt) - tokenizer.ids.keys()):
         raise ValueError(f"--prompt has characters that the model has never seen: {' '.join(strange)}")

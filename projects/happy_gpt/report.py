@@ -12,7 +12,7 @@ import math
 import resource
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -38,15 +38,32 @@ class Tweets:
 @torch.no_grad()
 def sample(model, tokenizer, reward, n, seed, prompt=""):
     """n tweets at temperature 1, the same for the same seed. Without a reward function their rewards are 0."""
-    eot, device = tokenizer.eot_token, model.transformer.wte.weight.device
+    eot, device, T = tokenizer.eot_token, model.transformer.wte.weight.device, model.config.block_size + 1
     start = torch.tensor([[eot, *tokenizer.encode(prompt)]], device=device)
-    idx, log_probs = model.generate(start.expand(n, -1), model.config.block_size + 1 - start.size(1), do_sample=True,
-                                    stop_token=eot, generator=torch.Generator(device).manual_seed(seed), return_log_probs=True)
-    written = written_mask(idx, start.size(1), eot)
-    attention_mask = written | (torch.arange(idx.size(1), device=device) < start.size(1))
-    texts = [tokenizer.decode([i for i in row.tolist() if i != eot]) for row in idx]
-    rewards = reward(idx, attention_mask, written).cpu() if reward else torch.zeros(n)
-    return Tweets(texts, idx, written[:, 1:], F.pad(log_probs, (start.size(1) - 1, 0)), rewards)
+    generator, parts, was_training = torch.Generator(device).manual_seed(seed), [], model.training
+    model.eval()
+    for size in [512] * (n // 512) + [n % 512] * (n % 512 > 0):  # the cache of thousands at once would fill the memory
+        idx, log_probs = model.generate(start.expand(size, -1), T - start.size(1), do_sample=True, stop_token=eot,
+                                        generator=generator, return_log_probs=True)
+        parts.append((F.pad(idx, (0, T - idx.size(1)), value=eot), F.pad(log_probs, (start.size(1) - 1, T - idx.size(1)))))
+    model.train(was_training)
+    idx, log_probs = map(torch.cat, zip(*parts))
+    texts = [tokenizer.decode([i for i in row if i != eot]) for row in idx.tolist()]
+    tweets = Tweets(texts, idx, written_mask(idx, start.size(1), eot)[:, 1:], log_probs, torch.zeros(n))
+    return replace(tweets, rewards=judged(reward, tweets)) if reward else tweets
+
+
+def judged(reward, tweets):
+    """What a reward function says of each tweet, (B,)."""
+    written = F.pad(tweets.mask, (1, 0))
+    attention_mask = written | (torch.arange(tweets.idx.size(1), device=written.device) <= tweets.mask.int().argmax(1, keepdim=True))
+    return reward(tweets.idx, attention_mask, written).cpu()
+
+
+def best_of_each(tweets, n):
+    """Of every n tweets in a row the one of most reward."""
+    best = tweets.rewards.view(-1, n).argmax(1) + torch.arange(0, len(tweets.rewards), n)
+    return Tweets([tweets.texts[i] for i in best], *(x[best.to(x.device)] for x in (tweets.idx, tweets.mask, tweets.log_probs, tweets.rewards)))
 
 
 @torch.no_grad()
@@ -98,15 +115,26 @@ def best_of_n(rewards, n):
     return float(np.diff(ranks ** n) @ np.sort(rewards)), math.log(n) - (n - 1) / n
 
 
+def yardsticks(rewards):
+    """The two curves to compare with, {label: (KLs, rewards)}."""
+    tilt = [tilted(rewards, beta) for beta in np.geomspace(0.04, 10, 60)]
+    best = [best_of_n(rewards, n) for n in (1, 2, 4, 8, 16, 32, 64)]
+    return {"best possible: tilted reference": ([kl for _, kl in tilt], [r for r, _ in tilt]),
+            "best of n = 1 ... 64": ([kl for _, kl in best], [r for r, _ in best])}
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # the report
 
 
-def write(config, work_dir, models, splits, tokenizer, reward, start):
-    """Everything in work_dir that is for people; models are those of the stages that are done, by name."""
+def write(config, work_dir, models, splits, tokenizer, reward, judges, start):
+    """Everything in work_dir that is for people; models are those of the stages that are done, judges further reward functions, by name."""
     seed, n = config.system.seed, config.report.samples
     tweets = {stage: sample(model, tokenizer, reward, n, seed) for stage, model in models.items()}
     metrics = {stage: read_metrics(work_dir / stage / "metrics.jsonl") for stage in models}
+    best_of = config.rl.group_size if config.rl.algorithm == "best_of_n" and "sft" in models else None
+    if best_of:
+        tweets["rl"] = best_of_each(sample(models["sft"], tokenizer, reward, n * best_of, seed), best_of)
 
     summary = dict.fromkeys(("val_loss_pretrain", "reward_pretrain", "reward_sft", "reward_rl", "kl_rl", "kl_optimal",
                              "unique_rl", "length_sft", "length_rl"))
@@ -117,12 +145,13 @@ def write(config, work_dir, models, splits, tokenizer, reward, start):
     if "sft" in models:
         summary["length_sft"] = mean_length(tweets["sft"])
     reference_rewards = None
-    if "rl" in models:
-        chunks = -(-config.report.frontier_samples // n)
-        reference_rewards = np.concatenate([sample(models["sft"], tokenizer, reward, n, seed + 1 + i).rewards.numpy()
-                                            for i in range(chunks)])
-        summary |= {"kl_rl": kl_to(models["sft"], tweets["rl"]), "unique_rl": len(set(tweets["rl"].texts)) / n,
-                    "kl_optimal": kl_optimal(reference_rewards, summary["reward_rl"]), "length_rl": mean_length(tweets["rl"])}
+    if "rl" in tweets:
+        reference_rewards = sample(models["sft"], tokenizer, reward, config.report.frontier_samples, seed + 1).rewards.numpy()
+        summary |= {"kl_rl": best_of_n(reference_rewards, best_of)[1] if best_of else kl_to(models["sft"], tweets["rl"]),
+                    "kl_optimal": kl_optimal(reference_rewards, summary["reward_rl"]),
+                    "unique_rl": len(set(tweets["rl"].texts)) / n, "length_rl": mean_length(tweets["rl"])}
+        write_text(work_dir / "reference_rewards.json", json.dumps(reference_rewards.tolist()))
+    summary |= {f"{name}_{stage}": judged(judge, t).mean().item() for name, judge in judges.items() for stage, t in tweets.items()}
     plots(work_dir, metrics, reference_rewards)
     write_text(work_dir / "metrics.jsonl", "".join(json.dumps({"stage": stage, **row}) + "\n"
                                                    for stage, rows in metrics.items() for row in rows))
@@ -169,18 +198,18 @@ def plots(work_dir, metrics, reference_rewards):
         plot_metrics(work_dir / "losses.png", panels, "loss, nats per character")
     if "rl" not in metrics:
         return
-    rows = metrics["rl"]
-    plot_metrics(work_dir / "reward_and_kl.png", {"reward (VADER compound)": {"rollout": column(rows, "objective/scores")},
-                                                  "KL to sft, nats per tweet": {"rollout": column(rows, "objective/kl")},
-                                                  "length, characters": {"rollout": column(rows, "episode_length")}})
-    plot_metrics(work_dir / "ppo.png", {"clip fraction": {"policy/clipfrac": column(rows, "policy/clipfrac")},
-                                        "value": {"loss/value": column(rows, "loss/value")},
-                                        "ratio π / π_old": {"val/ratio": column(rows, "val/ratio")}})
-    betas = np.geomspace(0.04, 10, 60)
-    tilt = [tilted(reference_rewards, beta) for beta in betas]
-    best = [best_of_n(reference_rewards, n) for n in (1, 2, 4, 8, 16, 32, 64)]
-    five = [rows[i:i + 5] for i in range(0, len(rows), 5)]  # a rollout is a noisy estimate: show means of five
-    run = [[float(np.mean([row[name] for row in part])) for part in five] for name in ("objective/kl", "objective/scores")]
-    plot_metrics(work_dir / "frontier.png", {"reward against KL": {
-        "this run": tuple(run), "best possible: tilted reference": ([kl for _, kl in tilt], [r for r, _ in tilt]),
-        "best of n = 1 ... 64": ([kl for _, kl in best], [r for r, _ in best])}}, xlabel="KL to the sft model, nats per tweet")
+    rollouts = [row for row in metrics["rl"] if "objective/kl" in row]  # dpo has none
+    looks = [row for row in metrics["rl"] if "eval/kl" in row]
+    plot_metrics(work_dir / "reward_and_kl.png", {
+        "reward": {"rollouts": column(rollouts, "objective/scores"), "fresh tweets": column(looks, "eval/scores")},
+        "KL to sft, nats per tweet": {"rollouts": column(rollouts, "objective/kl"), "fresh tweets": column(looks, "eval/kl")},
+        "length, characters": {"rollouts": column(rollouts, "episode_length")}})
+    if rollouts:
+        plot_metrics(work_dir / "ppo.png", {"clip fraction": {"policy/clipfrac": column(rollouts, "policy/clipfrac")},
+                                            "value": {"loss/value": column(rollouts, "loss/value")},
+                                            "ratio π / π_old": {"val/ratio": column(rollouts, "val/ratio")}})
+    five = [rollouts[i:i + 5] for i in range(0, len(rollouts), 5)]  # a rollout is a noisy estimate: show means of five
+    run = [[float(np.mean([row[f"objective/{name}"] for row in part])) for part in five] or [row[f"eval/{name}"] for row in looks]
+           for name in ("kl", "scores")]
+    plot_metrics(work_dir / "frontier.png", {"reward against KL": {"this run": tuple(run), **yardsticks(reference_rewards)}},
+                 xlabel="KL to the sft model, nats per tweet")

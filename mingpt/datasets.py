@@ -1,0 +1,140 @@
+"""
+What people give to RLHF: texts, demonstrations and comparisons, from JSON lines to padded batches.
+
+    {"text": ...}                                      to pre-train on
+    {"prompt": ..., "completion": ...}                 demonstrations, for supervised fine-tuning
+    {"prompt": ..., "chosen": ..., "rejected": ...}    comparisons, for a reward model or DPO
+
+    rows = read_jsonl("comparisons.jsonl", "prompt", "chosen", "rejected")
+    Trainer(config, reward_model, Comparisons(rows, tokenizer, block_size), loss_fn=comparison_loss, collate_fn=Comparisons.collate).run()
+"""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.data import Dataset
+
+
+def read_jsonl(path: str | Path, *fields: str) -> list[dict]:
+    """The objects of a file of JSON lines; ValueError, with its number, for a line that lacks one of the fields as text."""
+    if not Path(path).is_file():
+        raise ValueError(f"{path}: there is no such file")
+    rows = []
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8-sig").split("\n"), 1):  # U+2028 ends no line of JSON
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            good = isinstance(row, dict) and all(isinstance(row.get(field), str) for field in fields)
+        except json.JSONDecodeError:
+            good = False
+        if not good:
+            example = json.dumps({field: "..." for field in fields})
+            raise ValueError(f"{path}, line {number}: must be JSON like {example}, not {line[:60]!r}")
+        rows.append(row)
+    return rows
+
+
+class Completions(Dataset):
+    """Demonstrations for `Trainer(..., collate_fn=Completions.collate, weight_fn=Completions.weight)`: the loss is the completion's.
+
+    rows: dicts with `prompt` and `completion`, or with `text`, which is a completion of the end-of-text token. An item is
+    (x, y), y = -1 on the prompt. Each completion ends with the end-of-text token. ValueError for a row that is too long.
+    """
+
+    def __init__(self, rows: Iterable[dict], tokenizer, block_size: int):
+        self.items = []
+        for i, row in enumerate(rows):
+            prompt = tokenizer.encode(row["prompt"]) if row.get("prompt") else [tokenizer.eot_token]
+            ids = [*prompt, *tokenizer.encode(row["completion"] if "completion" in row else row["text"]), tokenizer.eot_token]
+            check_length(i, ids, block_size + 1)  # the last token is only predicted
+            self.items.append((torch.tensor(ids[:-1]), torch.tensor([-1] * (len(prompt) - 1) + ids[len(prompt):])))
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
+        return self.items[i]
+
+    @staticmethod
+    def collate(items: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        """(idx, targets), both (B, T), padded on the right; causal attention never looks there."""
+        return pad([x for x, _ in items]), pad([y for _, y in items], value=-1)
+
+    @staticmethod
+    def weight(batch: tuple[Tensor, Tensor]) -> int:
+        """The number of tokens that the loss is a mean over."""
+        return int((batch[1] >= 0).sum())
+
+
+class Comparisons(Dataset):
+    """Pairs of completions of one prompt, of which people chose one, for `comparison_loss` and `DPOLoss`.
+
+    rows: dicts with `chosen`, `rejected` and, unless it is empty, `prompt`. ValueError for a row that is too long.
+    """
+
+    def __init__(self, rows: Iterable[dict], tokenizer, block_size: int):
+        self.items = []
+        for i, row in enumerate(rows):
+            prompt = tokenizer.encode(row["prompt"]) if row.get("prompt") else [tokenizer.eot_token]
+            pair = [[*prompt, *tokenizer.encode(row[name]), tokenizer.eot_token] for name in ("chosen", "rejected")]
+            for ids in pair:
+                check_length(i, ids, block_size)
+            self.items.append((*map(torch.tensor, pair), len(prompt)))
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, i: int) -> tuple[Tensor, Tensor, int]:
+        return self.items[i]
+
+    @staticmethod
+    def collate(items: list[tuple[Tensor, Tensor, int]]) -> tuple[Tensor, Tensor, Tensor]:
+        """(idx, attention_mask, completion_mask), all (B, 2, T), the chosen one first, padded on the right."""
+        rows = [ids for chosen, rejected, _ in items for ids in (chosen, rejected)]
+        idx, attention_mask = pad_and_mask(rows)
+        starts = torch.tensor([start for _, _, start in items]).repeat_interleave(2)
+        completion_mask = attention_mask & (torch.arange(attention_mask.size(1)) >= starts[:, None])
+        return tuple(x.view(len(items), 2, -1) for x in (idx, attention_mask, completion_mask))
+
+
+def check_length(row: int, ids: list[int], most: int) -> None:
+    if len(ids) > most:
+        raise ValueError(f"row {row} has {len(ids)} tokens, prompt and ends included; the model takes {most}: shorten it or leave it out")
+
+
+def encode_prompts(prompts, tokenizer=None) -> list[Tensor]:
+    """Prompts as a list of 1-D LongTensors: from strings, lists of ids or a (N, T) tensor. ValueError for an empty one."""
+    def encode(prompt):
+        if isinstance(prompt, str):
+            if tokenizer is None:
+                raise ValueError(f"prompt {prompt!r} is text: pass the tokenizer that encodes it")
+            prompt = tokenizer.encode(prompt)
+        return torch.as_tensor(prompt, dtype=torch.long)
+
+    encoded = [encode(prompt) for prompt in prompts]
+    for prompt in encoded:
+        if prompt.dim() != 1 or len(prompt) == 0:
+            raise ValueError(f"prompt of shape {tuple(prompt.shape)}: each must be a row of one token or more "
+                             "(the end-of-text token, say, to start from nothing)")
+    return encoded
+
+
+def pad(rows: list[Tensor], value: int = 0, left: bool = False) -> Tensor:
+    """Stack rows of unlike lengths: (B, T), filled up with value on the right, or on the left."""
+    T = max(map(len, rows))
+    return torch.stack([F.pad(row, (T - len(row), 0) if left else (0, T - len(row)), value=value) for row in rows])
+
+
+def pad_and_mask(rows: list[Tensor], left: bool = False) -> tuple[Tensor, Tensor]:
+    """(idx (B, T), attention_mask (B, T)) of rows of unlike lengths."""
+    return pad(rows, left=left), pad([torch.ones_like(row, dtype=torch.bool) for row in rows], left=left)
+
+
+def left_pad(prompts: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Collate prompts of unlike lengths, to be continued: (idx (B, T), attention_mask (B, T)), padded on the left."""
+    return pad_and_mask(prompts, left=True)
