@@ -10,6 +10,7 @@ there is one process, of rank 0, and nothing here has anything to do.
 
 import atexit
 import os
+import time
 from typing import Any
 
 import torch
@@ -34,8 +35,17 @@ def join(device: torch.device) -> torch.device:
         return device
     if not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-        atexit.register(dist.destroy_process_group)
+        atexit.register(leave)
     return device
+
+
+def leave() -> None:
+    """At exit: leave the group, and give gloo's threads the time to let go of the tensors of the last exchange.
+
+    One that does so when the interpreter is already shutting down aborts the process (pytorch/pytorch#179291).
+    """
+    dist.destroy_process_group()
+    time.sleep(0.5)
 
 
 def rank() -> int:
