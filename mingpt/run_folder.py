@@ -95,6 +95,13 @@ class RunFolder:
         return state
 
 
+def finished(folder: str | Path) -> dict | None:
+    """The state that a trainer with this work_dir ended with; None where it has not."""
+    path = Path(folder) / "checkpoint.pt"
+    state = torch.load(path, map_location="cpu", weights_only=True) if path.exists() else {"finished": False}
+    return state if state["finished"] else None
+
+
 def read_metrics(path: str | Path) -> list[dict]:
     """The rows of a metrics.jsonl as a list of dicts; a line that a crash cut off is left out."""
     rows = []

@@ -28,10 +28,10 @@ from mingpt.chars import CharTokenizer
 from mingpt.checkpoint import run_script, write_text
 from mingpt.model import GPT
 from mingpt.rlhf import ActorCritic, DPOLoss, PPOTrainer, TextReward
-from mingpt.run_folder import RunFolder
+from mingpt.run_folder import RunFolder, finished
 from mingpt.trainer import FREE_TO_CHANGE, Trainer
 from mingpt.utils import CfgNode as CN, check_numbers, import_extra, log_to_console, parse_args, set_seed
-from stages import finished, load_model, model_config, start_from, trainer_config
+from stages import load_model, model_config, start_from, trainer_config
 
 logger = logging.getLogger("mingpt.happy_gpt")
 STAGES = ("pretrain", "sft", "trunk", "reward", "judge", "rl")  # the middle three with --rl.reward=human
@@ -125,15 +125,15 @@ def main(args):
     splits, tokenizer = load_data(config)
     claim(work_dir, config, tokenizer)
     for stage, run_stage in zip(STAGES, (pretrain, sft, trunk, reward, judge, rl), strict=True):
-        if state := finished(work_dir, stage):
+        if state := finished(work_dir / stage):
             start -= state["seconds"]  # what it took when it ran
         elif stage in stages:
             trainer = run_stage(config, work_dir, splits, tokenizer)
             start -= trainer.resumed_seconds  # the part before it was interrupted
     if distributed.rank() > 0:
         return
-    models = {stage: load_model(config, tokenizer, state) for stage in ("pretrain", "sft", "rl") if (state := finished(work_dir, stage))}
-    if config.rl.reward == "human" and not all(finished(work_dir, stage) for stage in ("sft", "reward", "judge")):
+    models = {stage: load_model(config, tokenizer, state) for stage in ("pretrain", "sft", "rl") if (state := finished(work_dir / stage))}
+    if config.rl.reward == "human" and not all(finished(work_dir / stage) for stage in ("sft", "reward", "judge")):
         return logger.info("the report follows when sft, reward and judge are finished")
     happiness, judges = reward_functions(config, work_dir, splits, tokenizer)
     report.write(config, work_dir, models, splits, tokenizer, happiness, judges, start)
@@ -277,7 +277,7 @@ def print_continuations(config, work_dir):
         if name.startswith("model."):
             setattr(config.model, name.removeprefix("model."), value)  # the model is what it was trained as
     tokenizer = CharTokenizer.from_pretrained(work_dir)
-    stage = next((s for s in ("rl", "sft") if finished(work_dir, s)), "pretrain")
+    stage = next((s for s in ("rl", "sft") if finished(work_dir / s)), "pretrain")
     model = start_from(config, work_dir, stage, tokenizer)
     if strange := sorted(set(config.prompt) - tokenizer.ids.keys()):
         raise ValueError(f"--prompt has characters that the model has never seen: {' '.join(strange)}")

@@ -2,23 +2,15 @@
 What a stage leaves behind in the run's folder, and how the next one takes it up.
 """
 
-import torch
-
 from mingpt import distributed
 from mingpt.model import GPT
+from mingpt.run_folder import finished
 from mingpt.utils import CfgNode as CN, pick_device
 
 
-def finished(work_dir, stage):
-    """The state that a stage's trainer ended with, or None where it has not."""
-    path = work_dir / stage / "checkpoint.pt"
-    state = torch.load(path, map_location="cpu", weights_only=True) if path.exists() else {"finished": False}
-    return state if state["finished"] else None
-
-
 def require(work_dir, stage):
-    """The same; ValueError if the stage is not finished."""
-    if (state := finished(work_dir, stage)) is None:
+    """The state that a stage's trainer ended with; ValueError if it is not finished."""
+    if (state := finished(work_dir / stage)) is None:
         raise ValueError(f"the stage {stage} is not finished in {work_dir}: run it first, with --stages={stage}")
     return state
 
