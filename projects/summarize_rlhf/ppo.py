@@ -4,8 +4,8 @@ Stage 3, PPO: the sft model learns to write summaries that the reward model like
     python projects/summarize_rlhf/ppo.py                   after sft.py and reward.py, with the same options
 """
 
+import evaluation
 import pipeline
-import report
 import reward
 from mingpt.checkpoint import run_script
 from mingpt.rlhf import PPOTrainer, ValueModel
@@ -15,7 +15,7 @@ from mingpt.utils import set_seed
 def run(config, corpus):
     """PPO, and what came of it."""
     pipeline.run_stage(config, "ppo", lambda: ppo(config, corpus))
-    report.write(config, corpus)
+    evaluation.write(config, corpus)
 
 
 def ppo(config, corpus):

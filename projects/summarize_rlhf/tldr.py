@@ -14,21 +14,21 @@ POST_FIELDS = ("subreddit", "title", "post")
 SPLITS = {"train": "train", "valid1": "valid", "valid2": "test"}  # the comparisons' names, and ours
 
 
-def load(bucket=None):
+def load():
     """({split: rows}, {split: comparisons}) of head, body and marker of the query, and completion, or chosen, rejected and kind."""
-    rows = {split: [demonstration(line) for line in lines(f"datasets/tldr_3_filtered/{split}.jsonl", bucket)]
+    rows = {split: [demonstration(line) for line in lines(f"datasets/tldr_3_filtered/{split}.jsonl")]
             for split in ("train", "valid", "test")}
     comparisons = {split: [] for split in SPLITS.values()}
     for number in BATCHES:
-        for line in lines(f"dataset/comparisons/batch{number}.json", bucket):
+        for line in lines(f"dataset/comparisons/batch{number}.json"):
             if line.get("info", {}).get("post"):  # in some batches news articles stand among the posts
                 comparisons[SPLITS[line["split"]]].append(comparison(line))
     return rows, comparisons
 
 
-def lines(name, bucket=None):
+def lines(name):
     """The objects of one of the bucket's files, fetched into the cache; ValueError for a damaged one, which is removed."""
-    path = download(f"{bucket or BUCKET}/{name}", home() / "summarize-from-feedback" / name)
+    path = download(f"{BUCKET}/{name}", home() / "summarize-from-feedback" / name)
     try:
         return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
     except ValueError as error:
