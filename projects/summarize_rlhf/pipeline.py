@@ -100,7 +100,7 @@ def tldr_defaults(C):
     C.sft.merge_from_dict({"epochs": 1, "batch_size": 128, "micro_batch_size": 16, "learning_rate": 3e-5})
     C.reward.merge_from_dict({"batch_size": 64, "micro_batch_size": 16, "learning_rate": 1e-5})
     C.ppo.merge_from_dict({"batch_size": 512, "micro_batch_size": 32, "minibatch_size": 128, "max_iters": 500, "learning_rate": 3e-6,
-                           "ppo_epochs": 4, "temperature": 0.7, "gae_lambda": 0.95})
+                           "ppo_epochs": 4, "temperature": 0.7, "gae_lambda": 0.95, "shared_trunk": False})
     return C
 
 
