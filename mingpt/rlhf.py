@@ -171,22 +171,24 @@ def grouped(scores: Tensor, group_size: int) -> Tensor:
 
 
 class ActorCritic(nn.Module):
-    """Policy and value function as one module, so that one optimizer steps both and one forward pass serves the loss.
-
-    value_model: a ValueModel (or any module with its forward), a ValueHead on the policy's trunk, or None.
-    """
+    """Policy and value function (a ValueModel, any module with its forward, a ValueHead on the policy's trunk, or None) as one module."""
 
     def __init__(self, policy: nn.Module, value_model: nn.Module | None = None):
         super().__init__()
         self.policy = policy
         self.value_model = value_model
 
-    def forward(self, idx: Tensor, attention_mask: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-        """(log_probs, values), both (B, T-1): of the actions idx[:, 1:], and of the states before them."""
-        if not isinstance(self.value_model, ValueHead):
+    def forward(self, idx: Tensor, attention_mask: Tensor, temperature: float = 1.0, start: int = 0) -> tuple[Tensor, Tensor]:
+        """(log_probs, values), both (B, T-1): of the actions idx[:, 1:], and of the states before them.
+
+        Of a GPT the log-probs before column start are 0: its prompts need not go through the vocabulary's large matrix.
+        """
+        if not isinstance(self.policy, GPT):
             return self.policy.log_probs(idx, needed(idx, attention_mask), temperature), self.values(idx, attention_mask)
-        hidden = self.policy.transformer(idx[:, :-1], needed(idx[:, :-1], attention_mask[:, :-1]))  # read once for both
-        return token_log_probs(self.policy.lm_head(hidden), idx[:, 1:], temperature), self.value_model(hidden)
+        hidden = self.policy.transformer(idx[:, :-1], needed(idx[:, :-1], attention_mask[:, :-1]))
+        log_probs = token_log_probs(self.policy.lm_head(hidden[:, start:]), idx[:, start + 1:], temperature)
+        shared = isinstance(self.value_model, ValueHead)
+        return F.pad(log_probs, (start, 0)), self.value_model(hidden) if shared else self.values(idx, attention_mask)
 
     def values(self, idx: Tensor, attention_mask: Tensor) -> Tensor:
         """V of each state, (B, T-1): value(idx)[:, :-1], and by causality the last token need not even be read. Without a critic, 0."""
@@ -373,14 +375,15 @@ class PPOTrainer(Trainer):
     def rollout(self, prompts: Tensor, prompt_mask: Tensor) -> dict:
         """Sample an episode for each prompt, and all that the update needs to know of it: a dict of tensors, B first."""
         C = self.config
-        log_probs = lambda model: self.in_parts(lambda i, m: model.log_probs(i, needed(i, m), C.temperature), idx, attention_mask)
+        self.start = prompts.size(1) - 1  # the column of the first action
+        log_probs = lambda policy: self.in_parts(lambda i, m: ActorCritic(policy)(i, m, C.temperature, self.start)[0], idx, attention_mask)
         with self.autocast():
             idx, sampled = self.policy.generate(prompts, C.max_new_tokens, temperature=C.temperature, do_sample=True, return_log_probs=True,
                                                 attention_mask=prompt_mask, stop_token=self.stop_token)
             completion_mask = written_mask(idx, prompts.size(1), self.stop_token)
             attention_mask = torch.cat([prompt_mask, completion_mask[:, prompts.size(1):]], dim=1)
             # in half precision, sampling token by token rounds otherwise than reading the whole: there the update's way of it counts
-            old_log_probs = F.pad(sampled, (prompts.size(1) - 1, 0)) if self.precision == "fp32" else log_probs(self.policy)
+            old_log_probs = F.pad(sampled, (self.start, 0)) if self.precision == "fp32" else log_probs(self.policy)
             ref_log_probs, values = log_probs(self.ref_policy), self.in_parts(self.model.values, idx, attention_mask)
         mask = completion_mask[:, 1:]
         ended = (completion_mask & (idx == (-1 if self.stop_token is None else self.stop_token))).any(1)
@@ -447,7 +450,7 @@ class PPOTrainer(Trainer):
         """The loss of a micro-batch, and its metrics."""
         C = self.config
         mask, old_log_probs = batch["mask"], batch["old_log_probs"]
-        log_probs, values = model(batch["idx"], batch["attention_mask"], C.temperature)
+        log_probs, values = model(batch["idx"], batch["attention_mask"], C.temperature, self.start)
         log_ratio = masked(log_probs - old_log_probs, mask).detach()
         loss, clip_fraction = ppo_policy_loss(log_probs, old_log_probs, batch["advantages"], mask, C.clip_range)
         self.log_prob_error = max(self.log_prob_error, log_ratio.abs().max().item())
