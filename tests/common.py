@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from mingpt.model import GPT
+from mingpt.run_folder import read_metrics
 from mingpt.utils import set_seed
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -36,6 +37,11 @@ def tiny_gpt(seed=0, **options):
         for p in model.parameters():
             p.mul_(8) if p.dim() == 2 else p.add_(0.1 * torch.randn_like(p))
     return model.eval()
+
+
+def timeless(folder):
+    """The metrics of a run without what differs from run to run."""
+    return [{k: v for k, v in row.items() if k not in ("seconds", "tokens/s")} for row in read_metrics(folder / "metrics.jsonl")]
 
 
 class TempDirTestCase(unittest.TestCase):
