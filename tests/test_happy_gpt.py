@@ -1,6 +1,5 @@
 """HappyGPT: its data, its yardstick, and the whole script in miniature, run as a user would."""
 
-import io
 import itertools
 import json
 import math
@@ -28,27 +27,23 @@ import data  # noqa: E402
 import preferences  # noqa: E402
 import report  # noqa: E402
 
-SMALL = ["--pretrain.max_iters=24", "--pretrain.log_every=1", "--sft.max_iters=4", "--rl.max_iters=3", "--rl.batch_size=8", "--pretrain.batch_size=4",
-         "--sft.batch_size=4", "--pretrain.eval_every=4", "--sft.eval_every=4", "--report.samples=16",
-         "--report.frontier_samples=32", "--report.every=2", "--pretrain.log_every=1",
-         "--pretrain.checkpoint_every=2", "--rl.checkpoint_every=1", "--model.model_type=gpt-nano"]
+SMALL = ["--pretrain.max_iters=24", "--pretrain.batch_size=4", "--pretrain.log_every=1", "--pretrain.eval_every=4",
+         "--pretrain.checkpoint_every=2", "--sft.max_iters=4", "--sft.batch_size=4", "--sft.eval_every=4", "--rl.max_iters=3",
+         "--rl.batch_size=8", "--rl.checkpoint_every=1", "--report.samples=16", "--report.frontier_samples=32", "--report.every=2",
+         "--model.model_type=gpt-nano"]
 
 
-def sdist(path, damage=None):
+def sdist(path):
     """A source distribution in the layout of the real one, with two rated texts a source."""
-    inner, outer = io.BytesIO(), io.BytesIO()
-    with tarfile.open(fileobj=inner, mode="w:gz") as tar:
-        for name in data.SOURCES.values():
-            for kind, content in (("GroundTruth", f"1\t0.5\tI &lt;3  {name} &amp; you\n2\t-1.0\tcaf\u00e9, no\n"),
-                                  ("anonDataRatings", "\ufeff1\t0.5\t0.1\t[2, 3, -1]\n2\t-1.0\t0.1\t[-1, -1, -3, \n")):
-                info = tarfile.TarInfo(f"hutto_ICWSM_2014/{name}_{kind}.txt")
-                info.size = len(content.encode())
-                tar.addfile(info, io.BytesIO(content.encode()))
-    with tarfile.open(fileobj=outer, mode="w:gz") as tar:
-        info = tarfile.TarInfo("vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz")
-        info.size = len(inner.getvalue())
-        tar.addfile(info, io.BytesIO(inner.getvalue()))
-    path.write_bytes(outer.getvalue())
+    corpora, inner = path.parent / "hutto_ICWSM_2014", path.parent / "hutto_ICWSM_2014.tar.gz"
+    corpora.mkdir()
+    for name in data.SOURCES.values():
+        for kind, content in (("GroundTruth", f"1\t0.5\tI &lt;3  {name} &amp; you\n2\t-1.0\tcaf\u00e9, no\n"),
+                              ("anonDataRatings", "\ufeff1\t0.5\t0.1\t[2, 3, -1]\n2\t-1.0\t0.1\t[-1, -1, -3, \n")):
+            (corpora / f"{name}_{kind}.txt").write_text(content, encoding="utf-8")
+    for archive, content, folder in ((inner, corpora, ""), (path, inner, "vaderSentiment-3.3.2/additional_resources/")):
+        with tarfile.open(archive, "w:gz") as tar:
+            tar.add(content, folder + content.name)
 
 
 class TestData(TempDirTestCase):
@@ -56,20 +51,18 @@ class TestData(TempDirTestCase):
     def test_reads_the_corpora(self):
         sdist(self.folder / data.SDIST)
         rows = data.load_icwsm(self.folder / data.SDIST)
-        self.assertEqual(len(rows), 8)
-        self.assertEqual(rows[0]["text"], "I <3 tweets & you")
-        self.assertEqual(rows[1]["text"], "café, no")
+        self.assertEqual((len(rows), rows[0]["text"], rows[1]["text"]), (8, "I <3 tweets & you", "café, no"))
         self.assertEqual(rows[1]["ratings"], [-1, -1, -3])  # the list is cut off in the file
         self.assertAlmostEqual(rows[1]["rating"], -5 / 3)
         self.assertEqual({row["source"] for row in rows}, set(data.SOURCES))
 
     def test_no_network_no_cache_and_a_corrupt_cache(self):
         offline = {"MINGPT_HOME": str(self.folder), "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": "", "PIP_CONFIG_FILE": os.devnull}
+        advice = "(?s)python -m pip download .*and put .* into .*icwsm2014; or .*--data.path"
         with mock.patch.dict(os.environ, offline):
-            for content in (None, b"not what it should be"):
-                if content:
-                    (self.folder / "icwsm2014" / data.SDIST).write_bytes(content)
-                self.assertRaisesRegex(data.FetchError, "(?s)python -m pip download .*and put .* into .*icwsm2014; or .*--data.path", data.fetch)
+            self.assertRaisesRegex(data.FetchError, advice, data.fetch)
+            (self.folder / "icwsm2014" / data.SDIST).write_bytes(b"not what it should be")
+            self.assertRaisesRegex(data.FetchError, advice, data.fetch)
 
     def test_a_cached_file_is_used_without_pip(self):
         path = self.folder / "icwsm2014" / data.SDIST
@@ -82,8 +75,7 @@ class TestData(TempDirTestCase):
     def test_own_texts(self):
         path = self.folder / "texts.jsonl"
         path.write_text('{"text": "so  happy"}\n\n{"text": "sad", "label": -1}\n{"text": "ok", "rating": 0.5}\n')
-        self.assertEqual([(row["text"], row["rating"]) for row in data.load_jsonl(path)],
-                         [("so happy", None), ("sad", -1), ("ok", 0.5)])
+        self.assertEqual([(row["text"], row["rating"]) for row in data.load_jsonl(path)], [("so happy", None), ("sad", -1), ("ok", 0.5)])
         path.write_text('{"text": "one\u2028line"}\n', encoding="utf-8")
         self.assertEqual(len(data.load_jsonl(path)), 1)
         for line in ("{", '{"txt": "a"}', '{"text": 3}', '["text"]', '{"text": "a", "rating": "good"}'):
@@ -109,17 +101,12 @@ class TestData(TempDirTestCase):
         targets = [y[y >= 0].tolist() for _, y in (windows[i] for i in range(len(windows)))]
         # every character and every end is predicted exactly once
         self.assertEqual(sum(targets, []), sum(([*tokenizer.encode(t), 8] for t in texts), []))
-        x, y = windows[0]
-        self.assertEqual((x.tolist(), y.tolist()), ([8, 0, 1, 2, 8, 8, 8, 8], [0, 1, 2, 8, -1, -1, -1, -1]))
+        self.assertEqual([part.tolist() for part in windows[0]], [[8, 0, 1, 2, 8, 8, 8, 8], [0, 1, 2, 8, -1, -1, -1, -1]])
 
-        random_windows, starts = data.Windows(texts, tokenizer, 8), set()
+        random_windows, whole = data.Windows(texts, tokenizer, 8), [8, *tokenizer.encode(texts[2]), 8]
         self.assertEqual(len(random_windows), len(windows))
-        whole = [8, *tokenizer.encode(texts[2]), 8]
-        for _ in range(200):
-            x, y = random_windows[len(windows) - 1]
-            start = next(s for s in range(len(whole) - 8) if whole[s:s + 8] == x.tolist() and whole[s + 1:s + 9] == y.tolist())
-            starts.add(start)
-        self.assertEqual(starts, set(range(len(whole) - 8)))
+        found = {(tuple(x.tolist()), tuple(y.tolist())) for x, y in (random_windows[len(windows) - 1] for _ in range(200))}
+        self.assertEqual(found, {(tuple(whole[s:s + 8]), tuple(whole[s + 1:s + 9])) for s in range(len(whole) - 8)})
 
 
 class TestYardstick(unittest.TestCase):
@@ -130,9 +117,7 @@ class TestYardstick(unittest.TestCase):
         for beta in (0.2, 0.5, 1.0, 3.0):
             p = 1 / (1 + math.exp(-1 / beta))
             kl = math.log(2) + p * math.log(p) + (1 - p) * math.log(1 - p)
-            reward, found = report.tilted(rewards, beta)
-            self.assertAlmostEqual(reward, p)
-            self.assertAlmostEqual(found, kl)
+            np.testing.assert_allclose(report.tilted(rewards, beta), (p, kl), atol=5e-8, rtol=0)
             self.assertAlmostEqual(report.kl_optimal(rewards, p), kl, places=6)
         self.assertEqual(report.kl_optimal(rewards, 0.4), 0.0)
         self.assertIsNone(report.kl_optimal(rewards, 1.0))
@@ -141,9 +126,7 @@ class TestYardstick(unittest.TestCase):
         rewards = np.array([0.3, -0.5, 0.9, 0.1])
         for n in (1, 2, 3):
             expected = np.mean([max(draw) for draw in itertools.product(rewards, repeat=n)])
-            reward, kl = report.best_of_n(rewards, n)
-            self.assertAlmostEqual(reward, expected)
-            self.assertAlmostEqual(kl, math.log(n) - (n - 1) / n)
+            np.testing.assert_allclose(report.best_of_n(rewards, n), (expected, math.log(n) - (n - 1) / n), atol=5e-8, rtol=0)
 
     def test_samples_kl_and_loss(self):
         tokenizer, policy, reference = CharTokenizer("abcdefghij"), tiny_gpt(1), tiny_gpt(2)
@@ -171,8 +154,8 @@ class TestPreferences(unittest.TestCase):
 
     def test_accuracies_are_those_of_a_loop_over_all_pairs(self):
         generator = random.Random(0)
-        rows = [{"source": generator.choice(["tweets", "news"]), "rating": generator.choice([-1.0, -0.4, 0.0, 0.4, 2.0])} for _ in range(40)]
-        scores = [generator.choice([0.0, 1.0, 2.0]) for _ in rows]
+        ratings, scores = (generator.choices(values, k=40) for values in ([-1.0, -0.4, 0.0, 0.4, 2.0], [0.0, 1.0, 2.0]))
+        rows = [{"source": generator.choice(["tweets", "news"]), "rating": rating} for rating in ratings]
         right = {"tweets": [], "news": []}
         for a, b in itertools.product(range(40), repeat=2):
             if rows[a]["source"] == rows[b]["source"] and rows[a]["rating"] - rows[b]["rating"] > 0.5:
@@ -201,7 +184,8 @@ class TestPreferences(unittest.TestCase):
         self.assertAlmostEqual(halves.count("judge") / 1000, 0.5, delta=0.06)
 
     def test_pairs_put_the_better_tweet_first(self):
-        tweets = report.sample(tiny_gpt(), CharTokenizer("abcdefghij"), lambda idx, attention_mask, mask: (mask & (idx == 3)).sum(1).float(), n=40, seed=4)
+        reward = lambda idx, attention_mask, mask: (mask & (idx == 3)).sum(1).float()
+        tweets = report.sample(tiny_gpt(), CharTokenizer("abcdefghij"), reward, n=40, seed=4)
         data, seen = preferences.pairs(tweets), 0
         for first, second in zip(range(0, 40, 2), range(1, 40, 2)):
             if tweets.rewards[first] != tweets.rewards[second]:
@@ -222,25 +206,27 @@ class TestScript(TempDirTestCase):
     def setUp(self):
         super().setUp()
         words, generator = ["good", "bad", "happy", "sad", "love", "hate", "the", "movie", ":)"], random.Random(0)
-        with (self.folder / "texts.jsonl").open("w") as f:
-            for _ in range(300):
-                text = " ".join(generator.choices(words, k=generator.randint(2, 20)))
-                f.write(json.dumps({"text": text, "rating": text.count("love") - text.count("hate")}) + "\n")
+        texts = [" ".join(generator.choices(words, k=generator.randint(2, 20))) for _ in range(300)]
+        rows = [{"text": text, "rating": text.count("love") - text.count("hate")} for text in texts]
+        (self.folder / "texts.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        self.options = [f"--data.path={self.folder / 'texts.jsonl'}", *SMALL]
 
-    def script(self, *args, name="out"):
-        return [sys.executable, str(ROOT / "projects/happy_gpt/happy_gpt.py"), f"--system.work_dir={self.folder / name}",
-                f"--data.path={self.folder / 'texts.jsonl'}", *SMALL, *args]
+    def start(self, script, *args):
+        return subprocess.Popen([sys.executable, str(ROOT / "projects" / "happy_gpt" / script), *args], cwd=self.folder, text=True,
+                                env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
-    def run_script(self, *args, name="out"):
-        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-        return subprocess.run(self.script(*args, name=name), capture_output=True, text=True, env=environment, cwd=self.folder)
+    def run_script(self, *args, name="out", code=0):
+        """What happy_gpt.py printed, (stdout, stderr), before it ended with this exit status."""
+        process = self.start("happy_gpt.py", f"--system.work_dir={self.folder / name}", *self.options, *args)
+        printed = process.communicate()
+        self.assertEqual(process.returncode, code, printed)
+        return printed
 
     def test_the_whole_job_interrupted_and_continued(self):
-        whole = self.run_script(name="whole")
-        self.assertEqual(whole.returncode, 0, whole.stderr)
+        self.run_script(name="whole")
         summary = json.loads((self.folder / "whole" / "summary.json").read_text())
-        self.assertEqual(set(summary), {"seconds", "peak_rss_mb", "val_loss_pretrain", "reward_pretrain", "reward_sft", "reward_rl", "kl_rl",
-                                        "kl_optimal", "unique_rl", "length_sft", "length_rl", "seed"})
+        self.assertEqual(set(summary), {"seconds", "peak_rss_mb", "val_loss_pretrain", "reward_pretrain", "reward_sft", "reward_rl",
+                                        "kl_rl", "kl_optimal", "unique_rl", "length_sft", "length_rl", "seed"})
         self.assertTrue(all(math.isfinite(value) for value in summary.values()), summary)
         for name in ("losses.png", "reward_and_kl.png", "ppo.png", "frontier.png", "samples.md", "samples/rl_0002.txt"):
             self.assertTrue((self.folder / "whole" / name).stat().st_size > 0, name)
@@ -252,8 +238,7 @@ class TestScript(TempDirTestCase):
         metrics = self.folder / "parts" / "pretrain" / "metrics.jsonl"
         for number, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, -9)):
             seen = len(read_metrics(metrics))
-            process = subprocess.Popen(self.script("--stages=pretrain", name="parts"), env={**os.environ, "PYTHONPATH": str(ROOT)},
-                                       stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+            process = self.start("happy_gpt.py", f"--system.work_dir={self.folder / 'parts'}", *self.options, "--stages=pretrain")
             while process.poll() is None and len(read_metrics(metrics)) <= seen:
                 time.sleep(0.001)
             process.send_signal(number)
@@ -261,26 +246,24 @@ class TestScript(TempDirTestCase):
             self.assertEqual(process.returncode, code)
             self.assertEqual("the same command goes on from here" in stderr, number != signal.SIGKILL)
         for stages in ("pretrain", "sft,rl"):
-            self.assertEqual(self.run_script(f"--stages={stages}", name="parts").returncode, 0)
+            self.run_script(f"--stages={stages}", name="parts")
         for stage in ("pretrain", "sft", "rl"):
             a, b = (torch.load(self.folder / name / stage / "checkpoint.pt", weights_only=True)["model"] for name in ("whole", "parts"))
-            self.assertTrue(all(torch.equal(a[key], b[key]) for key in a), stage)
+            torch.testing.assert_close(a, b, atol=0, rtol=0)
         again = json.loads((self.folder / "parts" / "summary.json").read_text())
-        for key in set(summary) - {"seconds", "peak_rss_mb"}:
-            self.assertEqual(summary[key], again[key], key)
+        self.assertEqual({**again, "seconds": 0, "peak_rss_mb": 0}, {**summary, "seconds": 0, "peak_rss_mb": 0})
 
         # what is finished is skipped, samples follow a prompt, and other options are not mixed in
-        self.assertEqual(self.run_script(name="whole").returncode, 0)
-        samples = self.run_script("--prompt=love the", name="whole").stdout.splitlines()
-        self.assertEqual([line[:8] for line in samples], ["love the"] * 10)
-        self.assertEqual(len(self.run_script("--prompt=the", "--model.model_type=gpt2", name="whole").stdout.splitlines()), 10)
-        self.assertIn("never seen: 1 2", self.run_script("--prompt=12", name="whole").stderr)
-        self.assertIn("system.seed was 3407, is 1", self.run_script("--system.seed=1", name="whole").stderr)
+        self.run_script(name="whole")
+        samples, _ = self.run_script("--prompt=love the", name="whole")
+        self.assertEqual([line[:8] for line in samples.splitlines()], ["love the"] * 10)
+        self.assertEqual(len(self.run_script("--prompt=the", "--model.model_type=gpt2", name="whole")[0].splitlines()), 10)
+        for option, words in (("--prompt=12", "never seen: 1 2"), ("--system.seed=1", "system.seed was 3407, is 1")):
+            self.assertIn(words, self.run_script(option, name="whole", code=1)[1])
 
     def test_the_family_and_half_a_stage(self):
-        self.assertNotEqual(self.run_script("--stages=pretrain", "--data.path=nowhere.jsonl").returncode, 0)  # leaves nothing behind
-        result = self.run_script("--rl.algorithm=reinforce")
-        self.assertEqual(result.returncode, 0, result.stderr)
+        self.run_script("--stages=pretrain", "--data.path=nowhere.jsonl", code=1)  # leaves nothing behind
+        self.run_script("--rl.algorithm=reinforce")
         rows = read_metrics(self.folder / "out" / "rl" / "metrics.jsonl")
         self.assertTrue(all(row["val/ratio"] == 1 and row["policy/clipfrac"] == 0 for row in rows))
 
@@ -290,8 +273,7 @@ class TestScript(TempDirTestCase):
                                              "--reward.epochs=None", "--reward.max_iters=2"], None)):
             for stage in ("pretrain", "sft"):
                 shutil.copytree(self.folder / "out" / stage, self.folder / name / stage)
-            result = self.run_script(*options, name=name)
-            self.assertEqual(result.returncode, 0, result.stderr)
+            self.run_script(*options, name=name)
             summary = json.loads((self.folder / name / "summary.json").read_text())
             self.assertTrue(all(math.isfinite(value) for value in summary.values()), summary)
             if kl:
@@ -302,10 +284,8 @@ class TestScript(TempDirTestCase):
         looks = [row for row in read_metrics(self.folder / "human" / "rl" / "metrics.jsonl") if "eval/judge" in row]
         self.assertTrue(looks and all(math.isfinite(row[name]) for row in looks for name in ("eval/kl", "eval/scores", "eval/vader")))
 
-        flags = " ".join([f"--data.path={self.folder / 'texts.jsonl'}", *SMALL])
-        command = [sys.executable, str(ROOT / "projects/happy_gpt/compare.py"), "family", f"--base={self.folder / 'out'}",
-                   f"--out={self.folder}", "--only=reinforce,best of 16", f"--flags={flags}"]
-        printed = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}).stdout
+        printed, _ = self.start("compare.py", "family", f"--base={self.folder / 'out'}", f"--out={self.folder}",
+                                "--only=reinforce,best of 16", f"--flags={' '.join(self.options)}").communicate()
         self.assertRegex(printed, r"\| reinforce \| 0\.\d+ .*\n\| best of 16 \| 0\.\d+ \| ≤ 1\.84 ")
         self.assertTrue((self.folder / "family.png").stat().st_size > 0)
 
@@ -314,27 +294,22 @@ class TestScript(TempDirTestCase):
         torch.save({**state, "iter_num": 4, "finished": False}, path)
         for stage in ("sft", "rl"):  # as after Ctrl-C in pretrain: neither has begun
             (self.folder / "out" / stage / "checkpoint.pt").unlink()
-        half = self.run_script("--rl.algorithm=reinforce", "--stages=rl,sft")
-        self.assertIn("the stage pretrain is not finished", half.stderr)
+        self.assertIn("the stage pretrain is not finished", self.run_script("--rl.algorithm=reinforce", "--stages=rl,sft", code=1)[1])
 
     def test_a_stage_may_end_by_epochs(self):
-        self.assertEqual(self.run_script("--stages=pretrain", "--pretrain.max_iters=None", "--pretrain.epochs=0.1").returncode, 0)
-        result = self.run_script("--stages=sft", "--pretrain.max_iters=None", "--pretrain.epochs=0.1")
-        self.assertEqual(result.returncode, 0, result.stderr)
-        self.assertIn("sft", result.stdout)
+        for stage in ("pretrain", "sft"):
+            printed, _ = self.run_script(f"--stages={stage}", "--pretrain.max_iters=None", "--pretrain.epochs=0.1")
+        self.assertIn("sft", printed)
 
-    def test_mistakes_are_one_line(self):
-        for args, words in ((["--rl.kl_coeff=1"], "did you mean --rl.kl_coef?"), (["--stages=sft,ppo"], "ppo is none of pretrain,sft,trunk,reward,judge,rl"),
-                            (["--stages=sft"], "the stage pretrain is not finished"),
+    def test_help_and_mistakes_of_one_line(self):
+        printed, _ = self.run_script("--help")
+        for option in ("--rl.algorithm=ppo", "--model.block_size=64", "--data.path=", "--pretrain.learning_rate="):
+            self.assertIn(option, printed)
+        for args, words in ((["--rl.kl_coeff=1"], "did you mean --rl.kl_coef?"), (["--stages=sft"], "the stage pretrain is not finished"),
+                            (["--stages=sft,ppo"], "ppo is none of pretrain,sft,trunk,reward,judge,rl"),
                             (["--data.path=none.jsonl"], "no such file"), (["--data.positive=99"], "lower it"),
                             (["--prompt=a", "--system.work_dir=nowhere"], "run this script without --prompt first")):
-            result = self.run_script(*args, name=words[:5].strip())
             with self.subTest(args):
-                self.assertEqual(result.returncode, 1)
-                self.assertIn(words, result.stderr)
-                self.assertNotIn("Traceback", result.stderr)
-
-    def test_help(self):
-        result = self.run_script("--help")
-        for option in ("--rl.algorithm=ppo", "--model.block_size=64", "--data.path=", "--pretrain.learning_rate="):
-            self.assertIn(option, result.stdout)
+                _, complaint = self.run_script(*args, name=words[:5].strip(), code=1)
+                self.assertIn(words, complaint)
+                self.assertNotIn("Traceback", complaint)
