@@ -7,6 +7,7 @@ import torch
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from mingpt.datasets import pad, pad_and_mask
 from mingpt.model import GPT, PRESETS, KVCache, next_token_log_probs
 from tests.common import tiny_gpt
 
@@ -66,11 +67,9 @@ class TestForward(unittest.TestCase):
         config = GPT.get_default_config()
         config.merge_from_dict({"model_type": "gpt2", "vocab_size": 50257, "block_size": 1024})
         with torch.device("meta"):
-            model = GPT(config)
-        self.assertEqual(sum(p.numel() for p in model.parameters()), 124_439_808)  # GPT-2 small, as published
+            self.assertEqual(sum(p.numel() for p in GPT(config).parameters()), 124_439_808)  # GPT-2 small, as published
         config.merge_from_dict({"model_type": "gpt-micro", "vocab_size": 96, "block_size": 64})
-        model = GPT(config)
-        std = dict((name, p.std().item()) for name, p in model.named_parameters())
+        std = {name: p.std().item() for name, p in GPT(config).named_parameters()}
         self.assertAlmostEqual(std["transformer.h.0.attn.c_attn.weight"], 0.02, delta=0.001)
         self.assertAlmostEqual(std["transformer.h.3.mlp.c_proj.weight"], 0.02 / math.sqrt(8), delta=0.0005)
 
@@ -78,9 +77,7 @@ class TestForward(unittest.TestCase):
         model = tiny_gpt()
         rows = [torch.randint(11, (n,)) for n in (7, 3, 1, 5)]
         for left in (True, False):
-            pad = lambda x, value: F.pad(x, (7 - len(x), 0) if left else (0, 7 - len(x)), value=value)
-            idx = torch.stack([pad(row, 5) for row in rows])
-            mask = torch.stack([pad(torch.ones_like(row), 0) for row in rows])
+            idx, mask = pad(rows, 5, left), pad([torch.ones_like(row) for row in rows], 0, left)
             logits, _ = model(idx, attention_mask=mask)
             log_probs = model.log_probs(idx, mask)
             for b, row in enumerate(rows):
@@ -115,15 +112,15 @@ class TestGenerate(unittest.TestCase):
         model, idx = tiny_gpt(), torch.randint(11, (3, 4))
         expected = idx
         for _ in range(20):
-            expected = torch.cat([expected, torch.cat([next_distribution(model, row[None]).argmax(-1, keepdim=True) for row in expected])], 1)
+            best = [next_distribution(model, row[None]).argmax(-1, keepdim=True) for row in expected]
+            expected = torch.cat([expected, torch.cat(best)], 1)
         self.assertEqual(model.generate(idx, 20).tolist(), expected.tolist())
 
     def test_a_row_does_not_depend_on_its_neighbours_or_padding(self):
         model = tiny_gpt()
         rows = [torch.randint(11, (n,)) for n in (5, 2, 1)]
         for left in (True, False):
-            pad = lambda x: F.pad(x, (5 - len(x), 0) if left else (0, 5 - len(x)))
-            idx, mask = (torch.stack([pad(x) for x in batch]) for batch in (rows, map(torch.ones_like, rows)))
+            idx, mask = pad_and_mask(rows, left)
             out = model.generate(idx, 7, attention_mask=mask)
             for row, new in zip(rows, out[:, 5:]):
                 self.assertEqual(new.tolist(), model.generate(row[None], 7)[0, len(row):].tolist())
@@ -159,12 +156,10 @@ class TestGenerate(unittest.TestCase):
             out, log_probs = model.generate(start.expand(4000, -1), 1, do_sample=True, return_log_probs=True, **options,
                                             generator=torch.Generator().manual_seed(0))
             q = p ** (1 / options.get("temperature", 1))
-            order = q.argsort(descending=True).tolist()
-            if "top_k" in options:
-                keep = order[:3]
-            else:  # the shortest prefix that reaches top_p
-                keep = next(order[:k] for k in range(1, 12) if k == 11 or p[order[:k]].sum() >= options.get("top_p", 1.0))
-            q = torch.tensor([q[i].item() if i in keep else 0.0 for i in range(11)])
+            order = q.argsort(descending=True)
+            # the shortest prefix that reaches top_p
+            n = options.get("top_k") or next(k for k in range(1, 12) if k == 11 or p[order[:k]].sum() >= options.get("top_p", 1.0))
+            q[order[n:]] = 0
             q /= q.sum()
             counts = torch.bincount(out[:, 3], minlength=11)
             self.assertTrue((counts[q == 0] == 0).all())

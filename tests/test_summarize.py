@@ -79,7 +79,7 @@ class TestCorpus(TempDirTestCase):
         self.assertEqual(len({row["prompt"] for rows in found.rows.values() for row in rows}), 300)  # none in two splits
         for split, rows in found.comparisons.items():
             self.assertEqual([(row["prompt"], row["chosen"]) for row in rows], [(row["prompt"], row["completion"]) for row in found.rows[split]])
-            self.assertEqual({row["half"] for row in rows}, {"reward", "judge"})
+            self.assertEqual({row["part"] for row in rows}, {"reward", "judge"})
         (self.folder / "own.jsonl").unlink()
         self.assertEqual(corpus.load(C, self.folder / "data").rows, found.rows)  # kept
         C.data.vocab_size = 258
