@@ -25,25 +25,22 @@ class TestData(TempDirTestCase):
         packed = io.BytesIO()
         with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
             archive.writestr("enwik8", wiki)
-        with Server({"/input.txt": plain, "/enwik8.zip": packed.getvalue()}) as server, mock.patch("time.sleep"), \
+        server = self.enterContext(Server({"/tinyshakespeare.txt": plain, "/enwik8.zip": packed.getvalue()}))
+        corpora = {path[1:-4]: (server.url + path, hashlib.sha256(body).hexdigest()) for path, body in server.files.items()}
+        server.moods = ["cut", 500]
+        with mock.patch.dict(chargpt.CORPORA, corpora), mock.patch("time.sleep"), \
                 mock.patch.dict(os.environ, {"MINGPT_HOME": str(self.folder)}):
-            server.moods = ["cut", 500]
-            corpora = {name: (server.url + path, hashlib.sha256(server.files[path]).hexdigest())
-                       for name, path in (("tinyshakespeare", "/input.txt"), ("enwik8", "/enwik8.zip"))}
-            with mock.patch.dict(chargpt.CORPORA, corpora):
-                self.assertEqual(chargpt.load_text("tinyshakespeare"), plain.decode())
-                for _ in range(2):  # the second time from the cache
-                    self.assertEqual(chargpt.load_text("enwik8").encode("latin-1"), wiki)
-            self.assertEqual(len(server.seen), 4)
+            self.assertEqual(chargpt.load_text("tinyshakespeare"), plain.decode())
+            for _ in range(2):  # the second time from the cache
+                self.assertEqual(chargpt.load_text("enwik8").encode("latin-1"), wiki)
+        self.assertEqual(len(server.seen), 4)
 
-    def test_splits(self):
+    def test_splits_and_ids(self):
         text = "".join(chr(97 + i % 26) for i in range(1000))
         parts = chargpt.split("text8", text)
         self.assertEqual([len(part) for part in parts.values()], [900, 50, 50])
         self.assertEqual("".join(parts.values()), text)
         self.assertEqual({name: len(part) for name, part in chargpt.split("book.txt", text).items()}, {"train": 900, "valid": 100})
-
-    def test_ids_are_those_of_the_tokenizer(self):
         tokenizer, text = CharTokenizer.train(["so schön 🙂\n"]), "schön? 🙂🙃\n"
         self.assertEqual(chargpt.encode(text, tokenizer).tolist(), tokenizer.encode(text))
 

@@ -21,13 +21,11 @@ class TestCfgNode(unittest.TestCase):
         self.C = CfgNode(seed=1, name="x", rate=0.5, flag=False, betas=(0.9, 0.95), free=None, model={"n_layer": 2})
 
     def test_command_line(self):
-        self.C.merge_from_args(["--seed=7", "--name=12", "--rate=1", "--flag=True", "--betas=(0.5, 0.6)", "--free=out/a=b", "--model.n_layer=3"])
-        self.assertEqual(self.C.to_dict(), {"seed": 7, "name": "12", "rate": 1.0, "flag": True, "betas": (0.5, 0.6), "free": "out/a=b",
-                                            "model": {"n_layer": 3}})
+        self.C.merge_from_args([*"--seed=7 --name=12 --rate=1 --flag=True --free=out/a=b --model.n_layer=3".split(), "--betas=(0.5, 0.6)"])
+        self.assertEqual(self.C, CfgNode(seed=7, name="12", rate=1.0, flag=True, betas=(0.5, 0.6), free="out/a=b", model={"n_layer": 3}))
         self.assertIsInstance(self.C.rate, float)
-
-    def test_values_behind_a_space_and_bare_flags(self):
-        self.C.merge_from_args(["--seed", "7", "--flag", "--free", "85+50"])
+        self.C.merge_from_dict({"seed": 1, "flag": False})
+        self.C.merge_from_args(["--seed", "7", "--flag", "--free", "85+50"])  # values behind a space, and a bare flag
         self.assertEqual((self.C.seed, self.C.flag, self.C.free), (7, True, "85+50"))
 
     def test_mistakes_are_named(self):
@@ -47,7 +45,7 @@ class TestCfgNode(unittest.TestCase):
         self.assertEqual(self.C.new, 3)
 
 
-class TestSeeds(unittest.TestCase):
+class TestHelpers(TempDirTestCase):
 
     def test_state_of_all_generators_comes_back(self):
         draw = lambda: (random.random(), np.random.rand(), torch.rand(()).item())
@@ -60,13 +58,14 @@ class TestSeeds(unittest.TestCase):
         utils.set_seed(3)
         self.assertEqual(draw(), first)
 
-    def test_precision_and_device(self):
+    def test_precision_device_home_and_a_missing_extra(self):
         self.assertEqual(utils.pick_precision("auto", torch.device("cpu")), "fp32")
         self.assertEqual(utils.pick_device("cpu").type, "cpu")
         self.assertRaisesRegex(ValueError, "precision='int4'", utils.pick_precision, "int4", torch.device("cpu"))
-
-
-class TestFiles(TempDirTestCase):
+        with mock.patch.dict(os.environ, {"MINGPT_HOME": str(self.folder)}):
+            self.assertEqual(utils.home(), self.folder)
+        words = r"no_such_module is not installed; it comes with: pip install -e '.\[projects\]'"
+        self.assertRaisesRegex(ImportError, words, utils.import_extra, "no_such_module", "projects")
 
     def test_a_write_is_whole_or_not_at_all(self):
         path = self.folder / "deep" / "file"
@@ -88,18 +87,7 @@ class TestFiles(TempDirTestCase):
         utils.plot_metrics(path, {"a": {"x": ([1, 2, 3], [0.5, None, 0.1]), "empty": ([], [])}, "b": {"y": ([1], [2])}})
         self.assertEqual(path.read_bytes()[:8], b"\x89PNG\r\n\x1a\n")
 
-    def test_home_follows_the_environment(self):
-        with mock.patch.dict(os.environ, {"MINGPT_HOME": str(self.folder)}):
-            self.assertEqual(utils.home(), self.folder)
-
-    def test_missing_extra(self):
-        words = r"no_such_module is not installed; it comes with: pip install -e '.\[projects\]'"
-        self.assertRaisesRegex(ImportError, words, utils.import_extra, "no_such_module", "projects")
-
-
-class TestCharTokenizer(TempDirTestCase):
-
-    def test_round_trip(self):
+    def test_characters_there_and_back(self):
         texts = ["hello wörld", "¡hola! 😀", "e\u0301"]
         tokenizer = CharTokenizer.train(texts)
         for text in texts:

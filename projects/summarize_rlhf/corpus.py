@@ -24,8 +24,8 @@ SPLITS = ("train", "valid", "test")
 
 @dataclass
 class Corpus:
-    """rows: {split: dicts of prompt, completion, half and, to pre-train on, text}. comparisons: {split: dicts of prompt, chosen,
-    rejected, kind and half} of people, or None. half: 'reward' or 'judge', whose training the row is for."""
+    """rows: {split: dicts of prompt, completion, text to pre-train on, and part}. comparisons: {split: dicts of prompt, chosen, rejected,
+    kind and part} of people, or None. part: whose training the row is for, that of the sft model, the reward model or the judge."""
     tokenizer: BPETokenizer
     rows: dict
     comparisons: dict | None
@@ -79,7 +79,7 @@ def from_docstrings(packages):
     rows = {split: [] for split in SPLITS}
     for pair in docstrings.read_docstrings(packages):
         rows[docstrings.split_of(pair["module"])].append({
-            "head": "", "body": pair["body"], "marker": "\nTL;DR:", "completion": " " + pair["summary"], "of": pair["module"]})
+            "head": "", "body": pair["body"], "marker": "\nTL;DR:", "completion": " " + pair["summary"]})
     return rows
 
 
@@ -110,16 +110,17 @@ def whole(row):
 def fitted(row, tokenizer, sizes):
     """A row as it is written into the folder: its body cut to what body_tokens leave beside the head; None where a summary is too long.
 
-    half says whose training the row is for, the reward model's or the judge's.
+    A summary belongs to one part: a reward model whose trunk has seen the authors' lines before knows them by heart, and learns little else.
     """
     count = lambda text: len(tokenizer.encode(text))
     summaries = {name: row[name] for name in ("completion", "chosen", "rejected") if name in row}
     body = shorten(row["body"], lambda text: count(row["head"] + text) <= sizes.body_tokens)
     if not body or any(count(summary) >= sizes.summary_tokens for summary in summaries.values()):
         return None
-    text = {"text": whole(row)} if "completion" in row else {"kind": row["kind"]}
-    half = ("reward", "judge")[digest("half of " + row.get("of", row["body"])) % 2]
-    return {"prompt": row["head"] + body + row["marker"], **summaries, **text, "half": half}
+    parts = ("reward", "judge") if "chosen" in row else ("reward", "judge", "sft")
+    part = parts[digest("part of " + row["body"]) % len(parts)]
+    extra = {"kind": row["kind"]} if "chosen" in row else {"text": whole(row) if part == "sft" else row["head"] + row["body"]}
+    return {"prompt": row["head"] + body + row["marker"], **summaries, **extra, "part": part}
 
 
 def shorten(text, fits):

@@ -16,7 +16,7 @@ from mingpt.utils import import_extra, plot_metrics
 
 
 def write(config, corpus):
-    """summary.json, samples.md and the plots, in the work_dir; the figures to the console."""
+    """summary.json, samples.md, the plots and the finished model, in the work_dir; the figures to the console."""
     work_dir, seed = Path(config.system.work_dir), config.system.seed
     rows = random.Random(seed).sample(corpus.rows["test"], min(config.report.samples, len(corpus.rows["test"])))
     models = {stage: pipeline.load_model(config, corpus.tokenizer, stage) for stage in ("sft", "ppo")}
@@ -37,6 +37,8 @@ def write(config, corpus):
                 "peak_rss_mb": peak_memory(work_dir / "summary.json"), "seed": seed}
     write_text(work_dir / "samples.md", side_by_side(rows, authors, written, scores))
     plots(work_dir)
+    for thing in (models["ppo"], corpus.tokenizer):
+        thing.save_pretrained(work_dir / "model")
     pipeline.write_json(work_dir / "summary.json", summary)
     print(table(summary, work_dir))
 

@@ -48,7 +48,7 @@ def get_config(data="docstrings"):
     del C.model.vocab_size, C.model.model_type
 
     C.pretrain = Trainer.get_default_config()
-    C.pretrain.max_iters = 2500
+    C.pretrain.max_iters = 1800
     C.pretrain.batch_size = 16
     C.pretrain.learning_rate = 3e-3
     C.pretrain.lr_schedule = "cosine"
@@ -66,13 +66,13 @@ def get_config(data="docstrings"):
     C.reward = Trainer.get_default_config()  # the judge's, too
     C.reward.epochs = 1
     C.reward.batch_size = 32                 # comparisons
-    C.reward.learning_rate = 5e-4
+    C.reward.learning_rate = 7e-4
     C.reward.lr_schedule = "cosine"
     C.reward.warmup_iters = 50
     C.reward.eval_every = 200
 
     C.ppo = PPOTrainer.get_default_config()
-    C.ppo.max_iters = 150
+    C.ppo.max_iters = 60
     C.ppo.batch_size = 128
     C.ppo.ppo_epochs = 2
     C.ppo.learning_rate = 2e-4
@@ -80,7 +80,7 @@ def get_config(data="docstrings"):
     C.ppo.shared_trunk = True
     C.ppo.gae_lambda = 1.0
     C.ppo.kl_coef = 0.05
-    C.ppo.missing_eos_penalty = 1.0
+    C.ppo.missing_eos_penalty = 5.0
     del C.ppo.max_new_tokens         # it is data.summary_tokens
 
     C.report = CN()

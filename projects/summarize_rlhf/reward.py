@@ -4,7 +4,7 @@ Stage 2, the reward model: from pairs of summaries of one text, the better one k
     python projects/summarize_rlhf/reward.py                after sft.py, with the same options
 
 For TL;DR people made the comparisons. For docstrings the author's line counts as the better one: against what the sft model
-wrote for the same text, and against another text's line. Two models learn from disjoint halves of the training texts: the reward
+wrote for the same text, and against another text's line. Two models learn from disjoint parts of the training texts: the reward
 model, which PPO climbs, and the judge, which it never sees.
 """
 
@@ -39,6 +39,7 @@ def from_sft_model(config, corpus):
     if not path.exists():
         model, found = pipeline.load_model(config, corpus.tokenizer, "sft"), []
         for i, (split, rows) in enumerate(corpus.rows.items()):
+            rows = [row for row in rows if split != "train" or row["part"] != "sft"]
             written = pipeline.summarize(config, model, corpus.tokenizer, [row["prompt"] for row in rows], config.system.seed + 10 + i)
             others = torch.randperm(len(rows), generator=torch.Generator().manual_seed(config.system.seed + i)).tolist()
             for row, text, other in zip(rows, written.texts, others):
@@ -46,17 +47,17 @@ def from_sft_model(config, corpus):
                     short = len(corpus.tokenizer.encode(rejected)) <= config.data.summary_tokens  # decoded junk may be longer, encoded again
                     if short and rejected != row["completion"]:
                         found.append({"prompt": row["prompt"], "chosen": row["completion"], "rejected": rejected,
-                                      "kind": f"author against {kind}", "half": row["half"], "split": split})
+                                      "kind": f"author against {kind}", "part": row["part"], "split": split})
         write_text(path, "".join(json.dumps(row) + "\n" for row in found))
-    rows = read_jsonl(path, "prompt", "chosen", "rejected", "kind", "half", "split")
+    rows = read_jsonl(path, "prompt", "chosen", "rejected", "kind", "part", "split")
     return {split: [row for row in rows if row["split"] == split] for split in corpus.rows}
 
 
 def reward(config, corpus, rows, stage):
-    """A reward model from the comparisons of one half of the training texts; it starts from the sft model."""
+    """A reward model from the comparisons of its part of the training texts; it starts from the sft model."""
     set_seed(config.system.seed + {"reward": 2, "judge": 3}[stage])
     model = RewardModel.from_gpt(pipeline.load_model(config, corpus.tokenizer, "sft"))
-    parts = {"train": [row for row in rows["train"] if row["half"] == stage], "valid": rows["valid"]}
+    parts = {"train": [row for row in rows["train"] if row["part"] == stage], "valid": rows["valid"]}
     data = {split: Comparisons(part, corpus.tokenizer, config.model.block_size) for split, part in parts.items()}
     return Trainer(pipeline.trainer_config(config, stage), model, data["train"], data["valid"], comparison_loss, Comparisons.collate)
 

@@ -43,10 +43,11 @@ def windows(rows, tokenizer, size):
 
 
 def sft(config, corpus):
-    """From the pre-trained model, on prompts and completions."""
+    """From the pre-trained model, on prompts and completions: all of them where people made the comparisons, else on its part."""
     set_seed(config.system.seed + 1)
     model = pipeline.base_model(config, corpus.tokenizer)
-    data = {split: Completions(rows, corpus.tokenizer, config.model.block_size) for split, rows in corpus.rows.items()}
+    mine = corpus.rows | {"train": [row for row in corpus.rows["train"] if corpus.comparisons or row["part"] == "sft"]}
+    data = {split: Completions(rows, corpus.tokenizer, config.model.block_size) for split, rows in mine.items()}
     return Trainer(pipeline.trainer_config(config, "sft"), model, data["train"], data["valid"], collate_fn=Completions.collate,
                    weight_fn=Completions.weight)
 
