@@ -38,15 +38,12 @@ class TestFinetune(TempDirTestCase):
         self.assertEqual(transformers.AutoTokenizer.from_pretrained(out / "model")("6 green bottles").input_ids, idx[0].tolist())
         with torch.no_grad():
             torch.testing.assert_close(ours(idx)[0], theirs(idx).logits, atol=1e-4, rtol=0)
-        self.assertIn(279, finetune.load_windows(self.config(), BPETokenizer.from_pretrained(self.folder / "tiny"))[0].tensors[0])
+        C = finetune.get_config()
+        C.merge_from_args(self.options)
+        self.assertIn(279, finetune.load_windows(C, BPETokenizer.from_pretrained(self.folder / "tiny"))[0].tensors[0])
 
         finetune.main(self.options)  # again: all is done, and nothing changes
         self.assertEqual({**json.loads((out / "summary.json").read_text()), "seconds": 0}, {**summary, "seconds": 0})
-
-    def config(self):
-        C = finetune.get_config()
-        C.merge_from_args(self.options)
-        return C
 
     def test_mistakes(self):
         (self.folder / "short.txt").write_text("too short")
@@ -56,8 +53,8 @@ class TestFinetune(TempDirTestCase):
                            (f"--data.path={self.folder / 'bytes.txt'}", "not UTF-8"), ("--trainer.eval_every=None", "eval_every=None")):
             with self.subTest(arg), self.assertRaisesRegex(ValueError, words):
                 finetune.main([*self.options, arg])
-        C = self.config()
-        C.model.name = "someone/gpt2-german"
+        C = finetune.get_config()
+        C.merge_from_args([*self.options, "--model.name=someone/gpt2-german"])
         self.assertRaisesRegex(ValueError, "which vocabulary", finetune.load_tokenizer, C, 50257)
         for file in ("vocab.json", "merges.txt"):
             (self.folder / "tiny" / file).unlink()

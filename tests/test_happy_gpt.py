@@ -56,19 +56,16 @@ class TestData(TempDirTestCase):
         self.assertAlmostEqual(rows[1]["rating"], -5 / 3)
         self.assertEqual({row["source"] for row in rows}, set(data.SOURCES))
 
-    def test_no_network_no_cache_and_a_corrupt_cache(self):
+    def test_no_network_no_cache_a_corrupt_cache_and_a_good_one(self):
         offline = {"MINGPT_HOME": str(self.folder), "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": "", "PIP_CONFIG_FILE": os.devnull}
-        advice = "(?s)python -m pip download .*and put .* into .*icwsm2014; or .*--data.path"
-        with mock.patch.dict(os.environ, offline):
-            self.assertRaisesRegex(data.FetchError, advice, data.fetch)
-            (self.folder / "icwsm2014" / data.SDIST).write_bytes(b"not what it should be")
-            self.assertRaisesRegex(data.FetchError, advice, data.fetch)
-
-    def test_a_cached_file_is_used_without_pip(self):
+        self.enterContext(mock.patch.dict(os.environ, offline))
         path = self.folder / "icwsm2014" / data.SDIST
-        path.parent.mkdir()
+        for _ in range(2):
+            with self.assertRaisesRegex(data.FetchError, "(?s)python -m pip download .*and put .* into .*icwsm2014; or .*--data.path"):
+                data.fetch()
+            path.write_bytes(b"not what it should be")
         sdist(path)
-        with mock.patch.dict(os.environ, {"MINGPT_HOME": str(self.folder)}), mock.patch.object(data, "SHA256", data.sha256(path)), \
+        with mock.patch.object(data, "SHA256", data.sha256(path)), \
                 mock.patch.object(data.subprocess, "run", side_effect=AssertionError("no need to download")):
             self.assertEqual(data.fetch(), path)
 
@@ -140,14 +137,15 @@ class TestYardstick(unittest.TestCase):
                 p, q = (m(torch.tensor([ids[:t]]))[0][0, -1].log_softmax(0)[ids[t]].item() for m in (policy, reference))
                 total += p - q
         self.assertAlmostEqual(report.kl_to(reference, tweets), total / 50, places=3)
+        best = [max(tweets.rewards[i:i + 5].tolist()) for i in range(0, 50, 5)]
+        self.assertEqual(report.best_of_each(tweets, 5).rewards.tolist(), best)
 
-        losses = []
-        for text in ("abcabcabcabcabcabc", "jj"):
-            ids = [10, *tokenizer.encode(text), 10]
+        losses, texts = [], ["abcabcabcabcabcabc", "jj"]
+        for ids in ([10, *tokenizer.encode(text), 10] for text in texts):
             for t in range(1, len(ids)):
                 context = ids[(t - 1) // 12 * 12:t]  # windows of block_size = 12, from its own beginning
                 losses.append(-policy(torch.tensor([context]))[0][0, -1].log_softmax(0)[ids[t]].item())
-        self.assertAlmostEqual(report.held_out_loss(policy, ["abcabcabcabcabcabc", "jj"], tokenizer), np.mean(losses), places=4)
+        self.assertAlmostEqual(report.held_out_loss(policy, texts, tokenizer), np.mean(losses), places=4)
 
 
 class TestPreferences(unittest.TestCase):
@@ -195,10 +193,6 @@ class TestPreferences(unittest.TestCase):
                 self.assertTrue(attention_mask[:, 0].all() and torch.equal(attention_mask[:, 1:], mask[:, 1:]) and not mask[:, 0].any())
                 seen += 1
         self.assertTrue(len(data) == seen > 5)
-
-    def test_best_of_each(self):
-        tweets = report.sample(tiny_gpt(), CharTokenizer("abcdefghij"), lambda idx, attention_mask, mask: mask.sum(1).float(), n=12, seed=4)
-        self.assertEqual(report.best_of_each(tweets, 3).rewards.tolist(), [max(tweets.rewards[i:i + 3].tolist()) for i in range(0, 12, 3)])
 
 
 class TestScript(TempDirTestCase):

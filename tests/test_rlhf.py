@@ -377,24 +377,28 @@ class TestPPOTrainer(TempDirTestCase):
                 trainer.run()
         self.assertRaisesRegex(ValueError, "another reference policy", trainer.run)
 
-    def test_a_reward_function_that_fails_loses_nothing(self):
-        failing = []
+    def test_rewards_of_text_and_one_that_fails_loses_nothing(self):
+        failing, seen = [], []
 
         def reward(completions, prompts):
             if failing and any(len(completion) > 3 for completion in completions):
                 raise KeyError("no network")
+            seen.extend(zip(prompts, completions))
             return [len(completion) / 8 for completion in completions]
 
         def train(name, fail_after=None):
             set_seed(5)
             config = ppo_config(stop_token=None, max_iters=4, work_dir=str(self.folder / name))
-            trainer = PPOTrainer(config, tiny_gpt(), TextReward(reward, TOKENIZER), ["ab", "cd"], tokenizer=TOKENIZER)
+            trainer = PPOTrainer(config, tiny_gpt(), TextReward(reward, TOKENIZER), ["ab", "cde"], tokenizer=TOKENIZER)
             trainer.add_callback("on_batch_end", lambda trainer: trainer.iter_num == fail_after and failing.append(True))
             trainer.run()
+            self.assertEqual(trainer.stop_token, 10)
             return trainer.model.state_dict()
 
         whole = train("whole")
-        with self.assertRaisesRegex(RewardError, r"KeyError: 'no network' -- for sample \d+, text '(ab|cd)\w{4,}") as raised:
+        self.assertEqual({prompt for prompt, _ in seen}, {"ab", "cde"})
+        self.assertTrue(all(set(completion) <= set("abcdefghij") for _, completion in seen))
+        with self.assertRaisesRegex(RewardError, r"KeyError: 'no network' -- for sample \d+, text '(ab|cde)\w{4,}") as raised:
             train("parts", fail_after=1)
         self.assertIsInstance(raised.exception.__cause__, KeyError)
         failing.clear()
@@ -497,16 +501,6 @@ class TestPPOTrainer(TempDirTestCase):
             parts, logged_in_parts = train(self.folder / "parts", until)
         torch.testing.assert_close(parts, whole, atol=0, rtol=0)
         self.assertEqual(logged_in_parts, logged)
-
-    def test_text_reward_and_text_prompts(self):
-        seen = []
-        reward = lambda completions, prompts: seen.extend(zip(prompts, completions)) or [float(len(c)) for c in completions]
-        config = ppo_config(stop_token=None, max_iters=1, batch_size=4)
-        trainer = PPOTrainer(config, tiny_gpt(), TextReward(reward, TOKENIZER), ["ab", "cde"], tokenizer=TOKENIZER)
-        trainer.run()
-        self.assertEqual(trainer.stop_token, 10)
-        self.assertEqual({prompt for prompt, _ in seen}, {"ab", "cde"})
-        self.assertTrue(all(set(completion) <= set("abcdefghij") for _, completion in seen))
 
     def test_bad_rewards_and_prompts(self):
         for words, reward in (("shape \\(16,\\)", lambda *_: torch.zeros(3)), ("not list", lambda *_: [0.0] * 16),

@@ -16,8 +16,7 @@ from torch.utils.data import TensorDataset
 from mingpt.model import GPT
 from mingpt.run_folder import read_metrics
 from mingpt.trainer import Trainer
-from mingpt.utils import CfgNode as CN
-from mingpt.utils import set_seed, setup_logging
+from mingpt.utils import CfgNode as CN, set_seed, setup_logging
 from tests.common import ROOT, TempDirTestCase, timeless, tiny_gpt
 
 
@@ -159,15 +158,11 @@ class TestLoop(TempDirTestCase):
             self.assertEqual([event.step for event in events.Scalars(name)], [1, 2, 3, 4, 5, 6])
             torch.testing.assert_close({event.step: event.value for event in events.Scalars(name)}, rows, atol=1e-6, rtol=1e-6)
 
-
-class TestMinGPTScripts(TempDirTestCase):
-
     def test_the_interface_that_adder_and_chargpt_use(self):
         C = CN()
         C.system = CN(seed=3407, work_dir=str(self.folder / "out"))
-        C.model = GPT.get_default_config()
+        C.model, C.trainer = GPT.get_default_config(), Trainer.get_default_config()
         C.model.model_type, C.model.vocab_size, C.model.block_size = "gpt-nano", 11, 5
-        C.trainer = Trainer.get_default_config()
         C.trainer.learning_rate = 5e-4
         C.merge_from_args(["--trainer.max_iters=3", "--trainer.batch_size=4", "--trainer.device=cpu"])
         with mock.patch("mingpt.utils.log_to_console"):  # not for the other tests as well
