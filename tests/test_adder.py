@@ -14,14 +14,12 @@ adder = load_script(ROOT / "projects" / "adder" / "adder.py")
 
 class TestAdder(TempDirTestCase):
 
-    def test_examples_are_written_as_the_docstring_says(self):
+    def test_examples_are_written_as_the_docstring_says_and_no_problem_is_in_both_splits(self):
         problems = torch.tensor([[85, 50], [0, 7], [99, 99]])
         for (a, b), (x, y) in zip(problems.tolist(), adder.examples(problems, 2)):
             text = f"{a:02}{b:02}" + f"{a + b:03}"[::-1]
             self.assertEqual("".join(map(str, x.tolist())), text[:-1])
             self.assertEqual(y.tolist(), [-1] * 3 + [int(digit) for digit in text[4:]])
-
-    def test_no_problem_is_in_both_splits(self):
         train, test = adder.split(adder.get_config())
         self.assertEqual(len({tuple(p) for p in train.tolist()} | {tuple(p) for p in test.tolist()}), 10_000)
         self.assertEqual(len(test), 500)

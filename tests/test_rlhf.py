@@ -75,8 +75,7 @@ class TestEstimators(unittest.TestCase):
 
     def test_value_loss_token_by_token(self):
         mask, new = example()
-        values, old, returns = new(), new(), new()
-        terms = []
+        values, old, returns, terms = new(), new(), new(), []
         for v, v0, r in zip(values[mask].tolist(), old[mask].tolist(), returns[mask].tolist()):
             bounded = min(max(v, v0 - 0.2), v0 + 0.2)
             terms.append(0.5 * max((v - r) ** 2, (bounded - r) ** 2))
@@ -114,10 +113,8 @@ class TestEstimators(unittest.TestCase):
 
     def test_dpo_loss_is_bradley_terry_of_implicit_rewards(self):
         chosen, rejected, ref_chosen, ref_rejected = inputs = [torch.randn(6, dtype=torch.double) * 5 for _ in range(4)]
-        expected = 0.0
-        for c, r, rc, rr in zip(*(x.tolist() for x in inputs)):
-            expected -= math.log(1 / (1 + math.exp(-0.3 * ((c - rc) - (r - rr))))) / 6
-        self.assertAlmostEqual(rlhf.dpo_loss(*inputs, beta=0.3).item(), expected, places=9)
+        terms = [math.log(1 + math.exp(-0.3 * ((c - rc) - (r - rr)))) for c, r, rc, rr in zip(*(x.tolist() for x in inputs))]
+        self.assertAlmostEqual(rlhf.dpo_loss(*inputs, beta=0.3).item(), statistics.mean(terms), places=9)
         self.assertAlmostEqual(rlhf.dpo_loss(chosen, rejected, chosen, rejected).item(), math.log(2), places=9)
         check_gradient(lambda c, r: rlhf.dpo_loss(c, r, ref_chosen, ref_rejected, beta=0.3), chosen, rejected)
 

@@ -5,7 +5,6 @@ import math
 import os
 import subprocess
 import sys
-import textwrap
 from unittest import mock
 
 import torch
@@ -55,8 +54,7 @@ class TestDocstrings(TempDirTestCase):
         with mock.patch("sysconfig.get_paths", return_value=dict.fromkeys(("purelib", "platlib", "stdlib"), str(self.folder))):
             self.assertEqual([row["module"] for row in docstrings.read_docstrings()], ["p.a", "p.sub.b", "q.d"])
             self.assertEqual([row["module"] for row in docstrings.read_docstrings("q")], ["q.d"])
-            with self.assertRaisesRegex(ValueError, "none is not installed"):
-                docstrings.read_docstrings("q,none")
+            self.assertRaisesRegex(ValueError, "none is not installed", docstrings.read_docstrings, "q,none")
         self.assertEqual(len({docstrings.split_of(f"torch.nn.{name}") for name in ("a", "b.c", "d", "e", "f", "g")}), 1)
 
 
@@ -85,8 +83,7 @@ class TestCorpus(TempDirTestCase):
         C.data.vocab_size = 258
         for text, words in (('{"prompt": "a"}', "line 1: must be JSON like"), ('{"prompt": "a", "completion": "b"}', "too few for")):
             (self.folder / "own.jsonl").write_text(text)
-            with self.assertRaisesRegex(ValueError, words):
-                corpus.load(C, self.folder / words[:4])
+            self.assertRaisesRegex(ValueError, words, corpus.load, C, self.folder / words[:4])
 
     def test_tldr(self):
         def jsonl(*rows):
@@ -106,16 +103,14 @@ class TestCorpus(TempDirTestCase):
             self.assertEqual(len(server.seen), asked)  # all cached
             path = self.folder / "summarize-from-feedback" / "dataset" / "comparisons" / "batch3.json"
             path.write_text(path.read_text()[:-9])
-            with self.assertRaisesRegex(ValueError, "batch3.json was damaged .* run the same command again"):
-                tldr.load()
+            self.assertRaisesRegex(ValueError, "batch3.json was damaged .* run the same command again", tldr.load)
             self.assertEqual(len(tldr.load()[1]["valid"]), 18)
             path.unlink()
             server.moods = [404]
-            with self.assertRaisesRegex(ValueError, "Not Found"):
-                tldr.load()
-        with mock.patch.multiple(tldr, BUCKET=server.url), mock.patch("time.sleep"), mock.patch.dict(os.environ, MINGPT_HOME=str(self.folder / "new")):
-            with self.assertRaisesRegex(ConnectionError, "train.jsonl failed 5 times"):  # no network
-                tldr.load()
+            self.assertRaisesRegex(ValueError, "Not Found", tldr.load)
+            os.environ["MINGPT_HOME"] = str(self.folder / "new")
+            with mock.patch.multiple(tldr, BUCKET="http://127.0.0.1:9"):  # no network
+                self.assertRaisesRegex(ConnectionError, "train.jsonl failed 5 times", tldr.load)
         self.assertEqual(found.rows["train"][0]["prompt"], f"SUBREDDIT: r/tifu\n\nTITLE: train\n\nPOST: {POST['post']}\n\nTL;DR:")
         self.assertEqual(found.rows["train"][0]["completion"], " I fell down the stairs.")
         tokens = len(BPETokenizer().encode(found.rows["valid"][0]["prompt"].removesuffix("\n\nTL;DR:")))
