@@ -73,7 +73,7 @@ class TestForward(unittest.TestCase):
         self.assertAlmostEqual(std["transformer.h.0.attn.c_attn.weight"], 0.02, delta=0.001)
         self.assertAlmostEqual(std["transformer.h.3.mlp.c_proj.weight"], 0.02 / math.sqrt(8), delta=0.0005)
 
-    def test_padding_on_either_side_changes_no_row(self):
+    def test_padding_on_either_side_changes_no_row_and_gets_no_gradient(self):
         model = tiny_gpt()
         rows = [torch.randint(11, (n,)) for n in (7, 3, 1, 5)]
         for left in (True, False):
@@ -86,9 +86,6 @@ class TestForward(unittest.TestCase):
                 if len(row) > 1:
                     torch.testing.assert_close(log_probs[b, start:start + len(row) - 1], model.log_probs(row[None])[0], atol=1e-5, rtol=0)
             self.assertTrue(torch.isfinite(logits).all() and torch.isfinite(log_probs).all())
-
-    def test_padding_gets_no_gradient(self):
-        model = tiny_gpt()
         idx, mask = torch.tensor([[9, 9, 1, 2, 3]]), torch.tensor([[0, 0, 1, 1, 1]])
         masked = model.log_probs(idx, mask) * mask[:, 1:] * mask[:, :-1]
         gradients = [torch.autograd.grad(x.sum(), list(model.parameters())) for x in (masked, model.log_probs(idx[:, 2:]))]
@@ -126,8 +123,7 @@ class TestGenerate(unittest.TestCase):
                 self.assertEqual(new.tolist(), model.generate(row[None], 7)[0, len(row):].tolist())
 
     def test_rows_stop_one_by_one_and_only_at_generated_stops(self):
-        model = tiny_gpt(1)
-        idx = torch.randint(11, (40, 2))
+        model, idx = tiny_gpt(1), torch.randint(11, (40, 2))
         free = model.generate(idx, 10, do_sample=True, generator=torch.Generator().manual_seed(0))
         stop = free[0, 5].item()
         idx[3, 0] = stop  # in the prompt it means nothing
@@ -141,16 +137,14 @@ class TestGenerate(unittest.TestCase):
         self.assertGreater(len(lengths), 3)
 
     def test_recorded_log_probs_equal_recomputed_ones(self):
-        model = tiny_gpt()
+        model, idx = tiny_gpt(), torch.randint(11, (3, 3))
         mask = torch.tensor([[0, 0, 1], [0, 1, 1], [1, 1, 1]])
-        idx = torch.randint(11, (3, 3))
         out, log_probs = model.generate(idx, 9, temperature=1.3, do_sample=True, attention_mask=mask, return_log_probs=True)
         recomputed = model.log_probs(out, F.pad(mask, (0, 9), value=1), temperature=1.3)[:, 2:]
         torch.testing.assert_close(log_probs, recomputed, atol=1e-5, rtol=0)
 
     def test_samples_have_the_distribution_they_claim(self):
-        model = tiny_gpt()
-        start = torch.tensor([[3, 1, 4]])
+        model, start = tiny_gpt(), torch.tensor([[3, 1, 4]])
         p = next_distribution(model, start)[0]
         for options in ({}, {"top_k": 3}, {"top_p": 0.6}, {"temperature": 2.0}):
             out, log_probs = model.generate(start.expand(4000, -1), 1, do_sample=True, return_log_probs=True, **options,

@@ -31,12 +31,10 @@ class TestNotebooks(TempDirTestCase):
     def test_demo_sorts_what_it_has_never_seen(self):
         self.assertIn("held out 100.0%", run("demo.ipynb"))
 
-    def test_generate_without_a_network_says_that_the_model_is_random(self):
+    def test_generate_says_whether_the_model_is_random(self):
         printed = run("generate.ipynb", MODEL="gpt2", HF_ENDPOINT="http://127.0.0.1:9", MINGPT_HOME=str(self.folder))
         for words in ("NOT A TRAINED MODEL", "token 'Hello' = id 15496", "--- top_p 0.9"):
             self.assertIn(words, printed)
-
-    def test_generate_with_a_folder_of_weights(self):
         tiny_gpt(vocab_size=50257, block_size=64).save_pretrained(self.folder)
         printed = run("generate.ipynb", MODEL=str(self.folder))
         self.assertNotIn("NOT A TRAINED MODEL", printed)

@@ -76,13 +76,11 @@ class TestHelpers(TempDirTestCase):
         self.assertEqual(path.read_text(), "old")
         self.assertEqual(os.listdir(path.parent), ["file"])
 
-    def test_metrics_with_a_torn_last_line(self):
+    def test_metrics_with_a_torn_last_line_and_their_plot(self):
         path = self.folder / "metrics.jsonl"
         path.write_text('{"iter": 1}\n{"iter": 2}\n{"iter": 3, "lo')
         self.assertEqual(read_metrics(path), [{"iter": 1}, {"iter": 2}])
         self.assertEqual(read_metrics(self.folder / "none"), [])
-
-    def test_plot_is_a_png(self):
         path = self.folder / "plot.png"
         utils.plot_metrics(path, {"a": {"x": ([1, 2, 3], [0.5, None, 0.1]), "empty": ([], [])}, "b": {"y": ([1], [2])}})
         self.assertEqual(path.read_bytes()[:8], b"\x89PNG\r\n\x1a\n")
