@@ -13,7 +13,6 @@ adder = load_script(ROOT / "projects" / "adder" / "adder.py")
 
 
 class TestAdder(TempDirTestCase):
-
     def test_examples_are_written_as_the_docstring_says_and_no_problem_is_in_both_splits(self):
         problems = torch.tensor([[85, 50], [0, 7], [99, 99]])
         for (a, b), (x, y) in zip(problems.tolist(), adder.examples(problems, 2)):

@@ -32,7 +32,6 @@ TEXTS = st.lists(st.one_of(st.text(ASSIGNED), st.sampled_from(HARD)), max_size=1
 
 
 class TestGPT2(unittest.TestCase):
-
     def check(self, text):
         ids = GPT2.encode(text)
         self.assertEqual(ids, TIKTOKEN.encode_ordinary(text))
@@ -98,7 +97,6 @@ class TestGPT2(unittest.TestCase):
 
 
 class TestTraining(TempDirTestCase):
-
     TEXT = Path(bpe.__file__).read_text(encoding="utf-8") + "naïve café 你好 你好吗 " * 20
 
     def test_equals_the_tokenizers_library(self):

@@ -19,7 +19,6 @@ chargpt = load_script(ROOT / "projects" / "chargpt" / "chargpt.py")
 
 
 class TestData(TempDirTestCase):
-
     def test_corpora_are_fetched_checked_and_unpacked(self):
         plain, wiki = b"First Citizen:\n", bytes(range(256)) * 40
         packed = io.BytesIO()
@@ -56,7 +55,6 @@ class TestData(TempDirTestCase):
 
 
 class TestScript(TempDirTestCase):
-
     def test_from_text_to_samples(self):
         (self.folder / "abc.txt").write_text("abcdefghij" * 200)
         out = f"--system.work_dir={self.folder / 'out'}"

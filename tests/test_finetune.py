@@ -13,7 +13,6 @@ finetune = load_script(ROOT / "projects" / "finetune" / "finetune.py")
 
 
 class TestFinetune(TempDirTestCase):
-
     def setUp(self):
         super().setUp()
         text = "".join(f"{i % 7} green bottles hanging on the wall<|endoftext|>" for i in range(400))

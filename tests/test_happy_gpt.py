@@ -47,7 +47,6 @@ def sdist(path):
 
 
 class TestData(TempDirTestCase):
-
     def test_reads_the_corpora(self):
         sdist(self.folder / data.SDIST)
         rows = data.load_icwsm(self.folder / data.SDIST)
@@ -105,7 +104,6 @@ class TestData(TempDirTestCase):
 
 
 class TestYardstick(unittest.TestCase):
-
     def test_tilted_frontier_and_best_of_n_of_known_distributions(self):
         # rewards 0 and 1, half each: tilting gives p = e^(1/β) / (1 + e^(1/β)) and KL = log 2 - H(p)
         rewards = np.array([0.0, 1.0] * 50)
@@ -145,7 +143,6 @@ class TestYardstick(unittest.TestCase):
 
 
 class TestPreferences(unittest.TestCase):
-
     def test_accuracies_are_those_of_a_loop_over_all_pairs(self):
         generator = random.Random(0)
         ratings, scores = (generator.choices(values, k=40) for values in ([-1.0, -0.4, 0.0, 0.4, 2.0], [0.0, 1.0, 2.0]))
@@ -191,7 +188,6 @@ class TestPreferences(unittest.TestCase):
 
 
 class TestScript(TempDirTestCase):
-
     def setUp(self):
         super().setUp()
         words, generator = ["good", "bad", "happy", "sad", "love", "hate", "the", "movie", ":)"], random.Random(0)

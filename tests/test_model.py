@@ -48,7 +48,6 @@ def next_distribution(model, idx):
 
 
 class TestForward(unittest.TestCase):
-
     def test_logits_and_loss_follow_the_equations(self):
         for tied in (True, False):
             model = tiny_gpt(tie_weights=tied)
@@ -104,7 +103,6 @@ class TestForward(unittest.TestCase):
 
 
 class TestGenerate(unittest.TestCase):
-
     def test_greedy_equals_recomputing_also_past_block_size(self):
         model, idx = tiny_gpt(), torch.randint(11, (3, 4))
         expected = idx
@@ -186,7 +184,6 @@ class TestGenerate(unittest.TestCase):
 
 
 class TestBadInput(unittest.TestCase):
-
     def test_config(self):
         for options, words in (({"model_type": "gpt-nano"}, "not both"), ({"n_embd": None}, "all the others"),
                                ({"n_embd": 15}, "not divisible"), ({"vocab_size": 0}, "vocab_size=0"),

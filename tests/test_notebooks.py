@@ -27,7 +27,6 @@ def run(notebook, **environment):
 
 
 class TestNotebooks(TempDirTestCase):
-
     def test_demo_sorts_what_it_has_never_seen(self):
         self.assertIn("held out 100.0%", run("demo.ipynb"))
 

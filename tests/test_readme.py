@@ -11,7 +11,6 @@ from tests.common import ROOT, tiny_gpt
 
 
 class TestReadme(unittest.TestCase):
-
     def test_library_example(self):
         set_seed(0)
         code, = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)

@@ -33,7 +33,6 @@ def check_gradient(f, *inputs):
 
 
 class TestEstimators(unittest.TestCase):
-
     def test_gae_equals_the_sum_it_is_defined_as(self):
         mask, new = example()
         rewards, values = new(), new()
@@ -148,7 +147,6 @@ class TestEstimators(unittest.TestCase):
 
 
 class TestModels(unittest.TestCase):
-
     def test_reward_is_read_at_the_last_real_token(self):
         model = RewardModel.from_gpt(tiny_gpt())
         rows = [torch.randint(11, (n,)) for n in (6, 2, 4)]
@@ -264,7 +262,6 @@ def train(policy, prompts=([1],), **options):
 
 
 class TestPPOTrainer(TempDirTestCase):
-
     def rollout(self, prompts=([1], [4, 2, 5]), reward=count_token(3), policy=None, ref_policy=None, **options):
         set_seed(0)
         trainer = PPOTrainer(ppo_config(**options), policy or tiny_gpt(), reward, prompts, ref_policy=ref_policy)

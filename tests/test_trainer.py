@@ -45,7 +45,6 @@ def weights(model):
 
 
 class TestLoop(TempDirTestCase):
-
     def test_every_pass_sees_each_example_once_and_batches_depend_on_seed_and_number_alone(self):
         def batches(seed, start, n):
             trainer = Trainer(config(), tiny_gpt(seed), tokens(10))
@@ -185,7 +184,6 @@ class TestLoop(TempDirTestCase):
 
 
 class TestResume(TempDirTestCase):
-
     def train(self, name, max_iters, **options):
         model = tiny_gpt(3, embd_pdrop=0.2, resid_pdrop=0.2, attn_pdrop=0.2)  # dropout: random states matter
         train(model, valid=tokens(5), work_dir=str(self.folder / name), max_iters=max_iters, eval_every=3, **options)
@@ -256,7 +254,6 @@ class TestResume(TempDirTestCase):
 
 
 class TestRefusals(TempDirTestCase):
-
     def test_nan_loss_stops_before_the_weights_are_touched(self):
         model, good = tiny_gpt(), {}
         trainer = Trainer(config(work_dir=str(self.folder), checkpoint_every=2), model, tokens(),

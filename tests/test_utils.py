@@ -16,7 +16,6 @@ from tests.common import TempDirTestCase
 
 
 class TestCfgNode(unittest.TestCase):
-
     def setUp(self):
         self.C = CfgNode(seed=1, name="x", rate=0.5, flag=False, betas=(0.9, 0.95), free=None, model={"n_layer": 2})
 
@@ -46,7 +45,6 @@ class TestCfgNode(unittest.TestCase):
 
 
 class TestHelpers(TempDirTestCase):
-
     def test_state_of_all_generators_comes_back(self):
         draw = lambda: (random.random(), np.random.rand(), torch.rand(()).item())
         utils.set_seed(3)

@@ -42,7 +42,6 @@ def assert_loads(expected, path, **options):
 
 
 class TestAgainstTransformers(TempDirTestCase):
-
     def test_every_preset_there_and_back(self):
         for name, (n_layer, n_head, n_embd) in PRESETS.items():
             theirs = hugging_face(n_layer=min(n_layer, 3), n_head=n_head, n_embd=n_embd, vocab_size=400, n_positions=64)
@@ -95,7 +94,6 @@ class Exploit:
 
 
 class TestOtherFiles(TempDirTestCase):
-
     def test_min_gpt_and_nano_gpt(self):
         sizes = {"n_layer": 3, "n_head": 3, "n_embd": 48}  # gpt-nano
         model = tiny_gpt(tie_weights=False, **sizes)
@@ -182,7 +180,6 @@ class TestOtherFiles(TempDirTestCase):
 
 @mock.patch("time.sleep", mock.Mock())  # between tries
 class TestDownload(TempDirTestCase):
-
     def setUp(self):
         super().setUp()
         self.path = self.folder / "deep" / "file.bin"
@@ -231,7 +228,6 @@ class TestDownload(TempDirTestCase):
 
 
 class TestHub(TempDirTestCase):
-
     def setUp(self):
         super().setUp()
         self.theirs = hugging_face()
