@@ -117,7 +117,7 @@ def fitted(row, tokenizer, sizes):
     body = shorten(row["body"], lambda text: count(row["head"] + text) <= sizes.body_tokens)
     if not body or any(count(summary) >= sizes.summary_tokens for summary in summaries.values()):
         return None
-    parts = ("reward", "judge") if "chosen" in row else ("reward", "judge", "sft")
+    parts = ("reward", "judge") if "chosen" in row else ("sft", "reward", "reward", "judge")
     part = parts[digest("part of " + row["body"]) % len(parts)]
     extra = {"kind": row["kind"]} if "chosen" in row else {"text": whole(row) if part == "sft" else row["head"] + row["body"]}
     return {"prompt": row["head"] + body + row["marker"], **summaries, **extra, "part": part}

@@ -82,6 +82,6 @@ def split_docstring(text: str) -> dict | None:
 
 
 def split_of(module: str) -> str:
-    """train, valid or test, by a hash of the subpackage (torch.nn, json): what its modules share does not leak."""
-    bucket = hashlib.sha256(".".join(module.split(".")[:2]).encode()).digest()[0] % 20
-    return {0: "test", 1: "test", 2: "valid"}.get(bucket, "train")
+    """train, valid or test, by a hash of the module: its docstrings are alike, and are not torn apart."""
+    bucket = hashlib.sha256(module.encode()).digest()[0] % 20
+    return {0: "test", 1: "valid"}.get(bucket, "train")

@@ -48,7 +48,7 @@ def get_config(data="docstrings"):
     del C.model.vocab_size, C.model.model_type
 
     C.pretrain = Trainer.get_default_config()
-    C.pretrain.max_iters = 1800
+    C.pretrain.max_iters = 1500
     C.pretrain.batch_size = 16
     C.pretrain.learning_rate = 3e-3
     C.pretrain.lr_schedule = "cosine"
@@ -66,7 +66,7 @@ def get_config(data="docstrings"):
     C.reward = Trainer.get_default_config()  # the judge's, too
     C.reward.epochs = 1
     C.reward.batch_size = 32                 # comparisons
-    C.reward.learning_rate = 7e-4
+    C.reward.learning_rate = 5e-4
     C.reward.lr_schedule = "cosine"
     C.reward.warmup_iters = 50
     C.reward.eval_every = 200

@@ -22,6 +22,7 @@ from mingpt.trainer import Trainer
 from mingpt.utils import plot_metrics, set_seed
 
 logger = logging.getLogger("mingpt.summarize_rlhf")
+SAMPLES = 2  # of the sft model for each text, for the comparisons
 NORMALIZED_ON = 500  # summaries by the sft model, whose scores a reward model gives mean 0 and variance 1
 
 
@@ -34,20 +35,21 @@ def run(config, corpus):
 
 
 def from_sft_model(config, corpus):
-    """{split: comparisons} of the authors' lines with the sft model's and with each other, kept in comparisons.jsonl."""
+    """{split: comparisons} of the authors' lines with the sft model's, SAMPLES a text, and with each other's; kept in comparisons.jsonl."""
     path = Path(config.system.work_dir) / "comparisons.jsonl"
     if not path.exists():
-        model, found = pipeline.load_model(config, corpus.tokenizer, "sft"), []
+        model, tokenizer, found = pipeline.load_model(config, corpus.tokenizer, "sft"), corpus.tokenizer, []
         for i, (split, rows) in enumerate(corpus.rows.items()):
             rows = [row for row in rows if split != "train" or row["part"] != "sft"]
-            written = pipeline.summarize(config, model, corpus.tokenizer, [row["prompt"] for row in rows], config.system.seed + 10 + i)
-            others = torch.randperm(len(rows), generator=torch.Generator().manual_seed(config.system.seed + i)).tolist()
-            for row, text, other in zip(rows, written.texts, others):
-                for kind, rejected in (("a sample", " " + text), ("another's", rows[other]["completion"])):
-                    short = len(corpus.tokenizer.encode(rejected)) <= config.data.summary_tokens  # decoded junk may be longer, encoded again
-                    if short and rejected != row["completion"]:
-                        found.append({"prompt": row["prompt"], "chosen": row["completion"], "rejected": rejected,
-                                      "kind": f"author against {kind}", "part": row["part"], "split": split})
+            prompts, seed = [row["prompt"] for row in rows], config.system.seed + 100 * i
+            rivals = [("author against a sample", [" " + text for text in pipeline.summarize(config, model, tokenizer, prompts, seed + k).texts])
+                      for k in range(SAMPLES)]
+            others = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
+            rivals.append(("author against another's", [rows[other]["completion"] for other in others]))
+            found += [{"prompt": row["prompt"], "chosen": row["completion"], "rejected": text, "kind": kind, "part": row["part"], "split": split}
+                      for kind, texts in rivals for row, text in zip(rows, texts)
+                      # a sample may be the author's line by chance, and junk, decoded and encoded again, become longer
+                      if text != row["completion"] and len(tokenizer.encode(text)) <= config.data.summary_tokens]
         write_text(path, "".join(json.dumps(row) + "\n" for row in found))
     rows = read_jsonl(path, "prompt", "chosen", "rejected", "kind", "part", "split")
     return {split: [row for row in rows if row["split"] == split] for split in corpus.rows}
