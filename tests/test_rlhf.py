@@ -171,6 +171,12 @@ class TestModels(unittest.TestCase):
         model.normalize(model(idx), unit_variance=True)
         torch.testing.assert_close(model(idx), (before - before.mean()) / before.std(unbiased=False), atol=1e-4, rtol=0)
 
+    def test_prompts_need_not_go_through_the_vocabulary(self):
+        policy, idx, mask = tiny_gpt(), torch.randint(11, (3, 8)), torch.ones(3, 8, dtype=torch.bool)
+        log_probs, _ = ActorCritic(policy)(idx, mask, 0.7, start=5)
+        self.assertEqual(log_probs[:, :5].abs().sum(), 0)
+        torch.testing.assert_close(log_probs[:, 5:], policy.log_probs(idx, temperature=0.7)[:, 5:], rtol=0, atol=1e-5)
+
     def test_value_head_reads_the_trunk_of_the_policy(self):
         policy, head = tiny_gpt(), ValueHead(16)
         torch.nn.init.normal_(head.weight)

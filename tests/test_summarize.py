@@ -23,7 +23,7 @@ import pipeline  # noqa: E402
 import reward  # noqa: E402
 import tldr  # noqa: E402
 
-POST = {"id": "t3_1", "subreddit": "tifu", "title": "I fell", "post": "First line.\nSecond line, a long one.", "summary": "I fell down the stairs."}
+POST = {"id": "t3_1", "subreddit": "tifu", "title": "I fell", "post": "First line.\nSecond line.", "summary": "I fell down the stairs."}
 PAIR = {"info": POST, "split": "valid1", "choice": 1, "worker": "w", "batch": "b", "extra": {},
         "summaries": [{"text": " bad", "policy": "sup2", "note": None}, {"text": " good", "policy": "ref", "note": None}]}
 SMALL = ["--data.packages=asyncio,email,http,json,logging,unittest", "--data.vocab_size=400", "--data.body_tokens=48", "--data.summary_tokens=32",
@@ -160,11 +160,10 @@ class TestStages(TempDirTestCase):
                               capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
 
     def test_all_three_in_miniature(self):
-        for script, missing in (("reward", "sft"), ("ppo", "reward"), ("ppo", None)):
-            if missing:  # a stage does not begin before the one that it needs
-                self.assertRegex(self.run_script(script=script).stderr, rf"^(?s:.*)error: the stage sft is not finished in .*: run sft.py first")
-            if script == "reward":
-                self.assertEqual(self.run_script(script="sft").returncode, 0)
+        for script, error in (("reward", "the stage sft is not finished in .*: run sft.py first"), ("sft", "^$"),
+                              ("ppo", "the stage reward is not finished in .*: run reward.py first")):
+            result = self.run_script(script=script)
+            self.assertRegex(result.stderr.splitlines()[-1] if result.returncode else "", error)
         whole = self.run_script()
         self.assertEqual(whole.returncode, 0, whole.stderr)
         self.assertRegex(whole.stdout, r"the judge prefers PPO's summary for \d+")
@@ -176,14 +175,14 @@ class TestStages(TempDirTestCase):
         self.assertEqual((out / "samples.md").read_text().count("\n"), 6 + 12)
         self.assertEqual({path.name for path in (out / "plots").iterdir()}, {"calibration.png", "training.png", "ppo.png"})
         rows = [json.loads(line) for line in (out / "comparisons.jsonl").read_text().splitlines()]
-        lines = {json.loads(line)["prompt"]: json.loads(line) for split in corpus.SPLITS
-                 for line in (out / "data" / f"rows_{split}.jsonl").read_text().splitlines()}
+        texts = "".join((out / "data" / f"rows_{split}.jsonl").read_text() for split in corpus.SPLITS)
+        lines = {row["prompt"]: row for row in map(json.loads, texts.splitlines())}
         completions = {line["completion"] for line in lines.values()}
         for row in rows:
             self.assertEqual(row["chosen"], lines[row["prompt"]]["completion"])
             self.assertNotEqual(row["rejected"], row["chosen"])
-            if row["kind"] == "author against another's":
-                self.assertIn(row["rejected"], completions)
+            self.assertTrue(row["rejected"] in completions or row["kind"] == "author against a sample")
+            self.assertFalse(row["split"] == "train" and lines[row["prompt"]]["part"] == "sft")
         self.assertTrue(all({"eval/reward", "eval/judge", "eval/kl"} <= set(row) for row in read_metrics(out / "ppo" / "metrics.jsonl")))
 
         weights = [(out / stage / "checkpoint.pt").stat().st_mtime_ns for stage in pipeline.STAGES]

@@ -108,7 +108,7 @@ def whole(row):
 
 
 def fitted(row, tokenizer, sizes):
-    """A row as it is written into the folder: its body cut to what body_tokens leave beside the head; None where a summary is too long.
+    """A row as it is written into the folder, its body cut to what body_tokens leave beside the head; None where a summary is too long.
 
     A summary belongs to one part: a reward model whose trunk has seen the authors' lines before knows them by heart, and learns little else.
     """
@@ -124,7 +124,7 @@ def fitted(row, tokenizer, sizes):
 
 
 def shorten(text, fits):
-    """The longest beginning of text that fits and ends before a newline (Stiennon et al. 2020, appendix B); if none does, before a space."""
+    """The longest beginning of text that fits and ends before a newline (as Stiennon et al. 2020 do); if none, before a space."""
     if fits(text):
         return text
     for gap in (r"\n", r"\s"):

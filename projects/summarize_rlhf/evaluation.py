@@ -20,7 +20,8 @@ def write(config, corpus):
     work_dir, seed = Path(config.system.work_dir), config.system.seed
     rows = random.Random(seed).sample(corpus.rows["test"], min(config.report.samples, len(corpus.rows["test"])))
     models = {stage: pipeline.load_model(config, corpus.tokenizer, stage) for stage in ("sft", "ppo")}
-    written = {stage: pipeline.summarize(config, model, corpus.tokenizer, [row["prompt"] for row in rows], seed) for stage, model in models.items()}
+    prompts = [row["prompt"] for row in rows]
+    written = {stage: pipeline.summarize(config, model, corpus.tokenizer, prompts, seed) for stage, model in models.items()}
     judges = {stage: reward.load(config, corpus, stage) for stage in ("reward", "judge")}
     scores = {stage: {name: pipeline.judged(judge, texts) for name, judge in judges.items()} for stage, texts in written.items()}
     authors = [row["completion"].strip() for row in rows]
@@ -61,7 +62,8 @@ def side_by_side(rows, authors, written, scores):
     lines = ["# Held-out texts, chosen at random", "", "(reward model, judge) in standard deviations of the sft model's summaries.", ""]
     lines += ["| text | author | sft | ppo |", "| --- | --- | --- | --- |"]
     for i, row in enumerate(rows):
-        mine = [f"{cell(texts.texts[i])} ({scores[stage]['reward'][i]:+.1f}, {scores[stage]['judge'][i]:+.1f})" for stage, texts in written.items()]
+        mine = [f"{cell(texts.texts[i])} ({scores[stage]['reward'][i]:+.1f}, {scores[stage]['judge'][i]:+.1f})"
+                for stage, texts in written.items()]
         lines.append(f"| {cell(row['prompt'])} | {cell(authors[i])} | {' | '.join(mine)} |")
     return "\n".join(lines) + "\n"
 
@@ -75,7 +77,8 @@ def table(summary, work_dir):
                      f"{figure('length'):8.1f}{figure('distinct'):10.1%}")
     lines += ["", f"Of {summary['texts']} held-out texts the judge prefers PPO's summary for {summary['judge_prefers_ppo']:.1%}, at a KL of "
               f"{summary['kl_ppo']:.2f} nats. Authors' have {summary['length_authors']:.1f} tokens.",
-              f"{sum(summary['seconds'].values())} s in the stages, {summary['peak_rss_mb']} MB; samples.md, summary.json and plots are in {work_dir}"]
+              f"{sum(summary['seconds'].values())} s in the stages, {summary['peak_rss_mb']} MB; "
+              f"samples.md, summary.json, the plots and the model are in {work_dir}"]
     return "\n".join(lines)
 
 
@@ -89,6 +92,7 @@ def plots(work_dir):
         "comparisons: loss": {"reward model": column("reward", "valid_loss"), "judge": column("judge", "valid_loss")},
         "comparisons: accuracy": {"reward model": column("reward", "valid_accuracy"), "judge": column("judge", "valid_accuracy")}})
     plot_metrics(work_dir / "plots" / "ppo.png", {
-        "reward": {"rollouts": column("ppo", "objective/scores"), "held-out": column("ppo", "eval/reward"), "judge": column("ppo", "eval/judge")},
+        "reward": {"rollouts": column("ppo", "objective/scores"), "held-out": column("ppo", "eval/reward"),
+                   "held-out, by the judge": column("ppo", "eval/judge")},
         "KL to sft, nats per summary": {"rollouts": column("ppo", "objective/kl"), "held-out": column("ppo", "eval/kl")},
         "length, tokens": {"rollouts": column("ppo", "episode_length")}, "ended": {"rollouts": column("ppo", "ended")}})

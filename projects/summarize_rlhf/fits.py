@@ -32,7 +32,8 @@ def main(args):
             torch.cuda.reset_peak_memory_stats(device)
         trainer = make_trainer(config)
         trainer.run()
-        memory = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        of_process = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        memory = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else of_process
         print(f"{name:8}{trainer.iter_dt:10.2f} s{memory / 2**30:10.1f} GiB   a step of {trainer.config.batch_size} on {device}", flush=True)
         del trainer
 

@@ -72,15 +72,15 @@ def get_config(data="docstrings"):
     C.reward.eval_every = 200
 
     C.ppo = PPOTrainer.get_default_config()
-    C.ppo.max_iters = 60
+    C.ppo.max_iters = 80
     C.ppo.batch_size = 128
+    C.ppo.minibatch_size = 64
     C.ppo.ppo_epochs = 2
-    C.ppo.learning_rate = 2e-4
+    C.ppo.learning_rate = 5e-4
     C.ppo.lr_schedule = "linear"
-    C.ppo.shared_trunk = True
-    C.ppo.gae_lambda = 1.0
-    C.ppo.kl_coef = 0.05
-    C.ppo.missing_eos_penalty = 5.0
+    C.ppo.warmup_iters = 5
+    C.ppo.kl_coef = 0.03
+    C.ppo.missing_eos_penalty = 5.0  # in standard deviations of the reward: a reward model has not learnt from texts that do not end
     del C.ppo.max_new_tokens         # it is data.summary_tokens
 
     C.report = CN()
@@ -100,7 +100,7 @@ def tldr_defaults(C):
     C.sft.merge_from_dict({"epochs": 1, "batch_size": 128, "micro_batch_size": 16, "learning_rate": 3e-5})
     C.reward.merge_from_dict({"batch_size": 64, "micro_batch_size": 16, "learning_rate": 1e-5})
     C.ppo.merge_from_dict({"batch_size": 512, "micro_batch_size": 32, "minibatch_size": 128, "max_iters": 500, "learning_rate": 3e-6,
-                           "ppo_epochs": 4, "temperature": 0.7, "gae_lambda": 0.95, "shared_trunk": False})
+                           "warmup_iters": 0, "ppo_epochs": 4, "temperature": 0.7, "kl_coef": 0.05, "missing_eos_penalty": 1.0})
     return C
 
 

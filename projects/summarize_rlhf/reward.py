@@ -42,12 +42,12 @@ def from_sft_model(config, corpus):
         for i, (split, rows) in enumerate(corpus.rows.items()):
             rows = [row for row in rows if split != "train" or row["part"] != "sft"]
             prompts, seed = [row["prompt"] for row in rows], config.system.seed + 100 * i
-            rivals = [("author against a sample", [" " + text for text in pipeline.summarize(config, model, tokenizer, prompts, seed + k).texts])
-                      for k in range(SAMPLES)]
+            samples = [pipeline.summarize(config, model, tokenizer, prompts, seed + k).texts for k in range(SAMPLES)]
+            rivals = [("author against a sample", [" " + text for text in texts]) for texts in samples]
             others = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
             rivals.append(("author against another's", [rows[other]["completion"] for other in others]))
-            found += [{"prompt": row["prompt"], "chosen": row["completion"], "rejected": text, "kind": kind, "part": row["part"], "split": split}
-                      for kind, texts in rivals for row, text in zip(rows, texts)
+            found += [{"prompt": row["prompt"], "chosen": row["completion"], "rejected": text,
+                       "kind": kind, "part": row["part"], "split": split} for kind, texts in rivals for row, text in zip(rows, texts)
                       # a sample may be the author's line by chance, and junk, decoded and encoded again, become longer
                       if text != row["completion"] and len(tokenizer.encode(text)) <= config.data.summary_tokens]
         write_text(path, "".join(json.dumps(row) + "\n" for row in found))
@@ -68,7 +68,8 @@ def load(config, corpus, stage):
     """A reward model whose scores of the sft model's summaries have mean 0 and variance 1."""
     model = pipeline.load_model(config, corpus.tokenizer, stage)
     prompts = [row["prompt"] for row in corpus.rows["valid"]][:NORMALIZED_ON]
-    written = pipeline.summarize(config, pipeline.load_model(config, corpus.tokenizer, "sft"), corpus.tokenizer, prompts, config.system.seed + 20)
+    sft = pipeline.load_model(config, corpus.tokenizer, "sft")
+    written = pipeline.summarize(config, sft, corpus.tokenizer, prompts, config.system.seed + 20)
     model.normalize(pipeline.judged(model, written).to(model.head.weight.device), unit_variance=True)
     return model
 

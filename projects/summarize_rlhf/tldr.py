@@ -37,7 +37,7 @@ def lines(name):
 
 
 def query(post):
-    """The post in the paper's format (its table 3); only the body may be cut."""
+    """The post in the paper's format; only the body may be cut."""
     return {"head": f"SUBREDDIT: r/{post['subreddit']}\n\nTITLE: {post['title']}\n\nPOST: ", "body": post["post"], "marker": "\n\nTL;DR:"}
 
 
