@@ -4,6 +4,7 @@ What the stages share: the options, the folder each leaves behind, and sampling.
 
 import json
 import logging
+import random
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,14 +73,14 @@ def get_config(data="docstrings"):
     C.reward.eval_every = 200
 
     C.ppo = PPOTrainer.get_default_config()
-    C.ppo.max_iters = 80
+    C.ppo.max_iters = 110
     C.ppo.batch_size = 128
     C.ppo.minibatch_size = 64
-    C.ppo.ppo_epochs = 2
-    C.ppo.learning_rate = 5e-4
+    C.ppo.ppo_epochs = 1
+    C.ppo.learning_rate = 3e-4
     C.ppo.lr_schedule = "linear"
     C.ppo.warmup_iters = 5
-    C.ppo.kl_coef = 0.03
+    C.ppo.kl_coef = 0.05
     C.ppo.missing_eos_penalty = 5.0  # in standard deviations of the reward: a reward model has not learnt from texts that do not end
     del C.ppo.max_new_tokens         # it is data.summary_tokens
 
@@ -160,6 +161,11 @@ def load_model(config, tokenizer, stage):
 def model_config(config, tokenizer):
     options = {name: value for name, value in config.model.to_dict().items() if name != "name"}
     return CN(**options, model_type=None, vocab_size=tokenizer.vocab_size)
+
+
+def some(config, rows, n):
+    """The prompts of n rows, or of all if there are fewer, drawn at random: neighbours are of one package."""
+    return [row["prompt"] for row in random.Random(config.system.seed).sample(rows, min(n, len(rows)))]
 
 
 def base_model(config, tokenizer):

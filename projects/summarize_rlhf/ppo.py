@@ -27,7 +27,7 @@ def ppo(config, corpus):
     trainer = PPOTrainer(C, policy, reward_model, [row["prompt"] for row in corpus.rows["train"]], ref_policy=reference,
                          value_model=None if C.shared_trunk or C.algorithm != "ppo" else ValueModel.from_gpt(reward_model),
                          tokenizer=corpus.tokenizer)
-    held_out = [row["prompt"] for row in corpus.rows["valid"]][:config.report.looked_at]
+    held_out = pipeline.some(config, corpus.rows["valid"], config.report.looked_at)
 
     def look(trainer):
         """Now and then: what reward model and judge say of held-out texts' summaries."""

@@ -67,7 +67,7 @@ def reward(config, corpus, rows, stage):
 def load(config, corpus, stage):
     """A reward model whose scores of the sft model's summaries have mean 0 and variance 1."""
     model = pipeline.load_model(config, corpus.tokenizer, stage)
-    prompts = [row["prompt"] for row in corpus.rows["valid"]][:NORMALIZED_ON]
+    prompts = pipeline.some(config, corpus.rows["valid"], NORMALIZED_ON)
     sft = pipeline.load_model(config, corpus.tokenizer, "sft")
     written = pipeline.summarize(config, sft, corpus.tokenizer, prompts, config.system.seed + 20)
     model.normalize(pipeline.judged(model, written).to(model.head.weight.device), unit_variance=True)
