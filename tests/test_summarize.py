@@ -28,8 +28,8 @@ PAIR = {"info": POST, "split": "valid1", "choice": 1, "worker": "w", "batch": "b
         "summaries": [{"text": " bad", "policy": "sup2", "note": None}, {"text": " good", "policy": "ref", "note": None}]}
 SMALL = ["--data.packages=asyncio,email,http,json,logging,unittest", "--data.vocab_size=400", "--data.body_tokens=48", "--data.summary_tokens=32",
          "--model.n_layer=1", "--model.n_head=2", "--model.n_embd=32", "--pretrain.max_iters=6", "--sft.epochs=None", "--sft.max_iters=6",
-         "--reward.epochs=None", "--reward.max_iters=6", "--ppo.max_iters=3", "--ppo.batch_size=8", "--report.samples=12", "--report.every=1",
-         "--report.looked_at=4"]
+         "--reward.epochs=None", "--reward.max_iters=6", "--ppo.max_iters=3", "--ppo.batch_size=8", "--ppo.minibatch_size=4",
+         "--report.samples=12", "--report.every=1", "--report.looked_at=4"]
 
 
 class TestDocstrings(TempDirTestCase):
@@ -55,7 +55,8 @@ class TestDocstrings(TempDirTestCase):
             self.assertEqual([row["module"] for row in docstrings.read_docstrings()], ["p.a", "p.sub.b", "q.d"])
             self.assertEqual([row["module"] for row in docstrings.read_docstrings("q")], ["q.d"])
             self.assertRaisesRegex(ValueError, "none is not installed", docstrings.read_docstrings, "q,none")
-        self.assertEqual(len({docstrings.split_of(f"torch.nn.{name}") for name in ("a", "b.c", "d", "e", "f", "g")}), 1)
+        splits = [docstrings.split_of(f"package.module{i}") for i in range(2000)]
+        self.assertTrue(all(70 < splits.count(split) < 130 for split in ("valid", "test")), "about 5% each")
 
 
 class TestCorpus(TempDirTestCase):
@@ -172,17 +173,16 @@ class TestStages(TempDirTestCase):
         for stage in ("reward", "judge"):
             self.assertEqual(set(summary["accuracy"][stage]), {"author against a sample", "author against another's", "all"})
         self.assertTrue(all(math.isfinite(value) for value in summary.values() if not isinstance(value, dict)))
-        self.assertEqual((out / "samples.md").read_text().count("\n"), 6 + 12)
+        self.assertEqual((out / "samples.md").read_text().count("\n"), 6 + summary["texts"])
         self.assertEqual({path.name for path in (out / "plots").iterdir()}, {"calibration.png", "training.png", "ppo.png"})
         rows = [json.loads(line) for line in (out / "comparisons.jsonl").read_text().splitlines()]
         texts = "".join((out / "data" / f"rows_{split}.jsonl").read_text() for split in corpus.SPLITS)
-        lines = {row["prompt"]: row for row in map(json.loads, texts.splitlines())}
-        completions = {line["completion"] for line in lines.values()}
+        parts = {(row["prompt"], row["completion"]): row["part"] for row in map(json.loads, texts.splitlines())}
+        completions = {completion for _, completion in parts}
         for row in rows:
-            self.assertEqual(row["chosen"], lines[row["prompt"]]["completion"])
             self.assertNotEqual(row["rejected"], row["chosen"])
             self.assertTrue(row["rejected"] in completions or row["kind"] == "author against a sample")
-            self.assertFalse(row["split"] == "train" and lines[row["prompt"]]["part"] == "sft")
+            self.assertFalse(row["split"] == "train" and parts[row["prompt"], row["chosen"]] == "sft")
         self.assertTrue(all({"eval/reward", "eval/judge", "eval/kl"} <= set(row) for row in read_metrics(out / "ppo" / "metrics.jsonl")))
 
         weights = [(out / stage / "checkpoint.pt").stat().st_mtime_ns for stage in pipeline.STAGES]
@@ -192,9 +192,9 @@ class TestStages(TempDirTestCase):
         for options, words in ((["--system.seed=1"], "system.seed was 3407, is 1"), (["--data=reddit"], "--data=reddit must be docstrings or tldr"),
                                (["--ppo.kl_coeff=1"], "did you mean --ppo.kl_coef?"), (["--data.packages=none"], "data.packages was")):
             refused = self.run_script(*options)
-            self.assertEqual((refused.returncode, refused.stderr.count("\n")), (1, 2), refused.stderr)
-            self.assertIn(words, refused.stderr)
-        BPETokenizer.train(["another vocabulary"], 300).save_pretrained(out / "data")
+            self.assertEqual((refused.returncode, "Traceback" in refused.stderr), (1, False), refused.stderr)
+            self.assertIn(words, refused.stderr.splitlines()[-1])
+        BPETokenizer.train(["another vocabulary"], 260).save_pretrained(out / "data")
         self.assertIn("vocabulary was", self.run_script().stderr)
         (out / "config.json").unlink()
         (out / "summary.json").unlink()

@@ -115,7 +115,7 @@ def fitted(row, tokenizer, sizes):
     count = lambda text: len(tokenizer.encode(text))
     summaries = {name: row[name] for name in ("completion", "chosen", "rejected") if name in row}
     body = shorten(row["body"], lambda text: count(row["head"] + text) <= sizes.body_tokens)
-    if not body or any(count(summary) >= sizes.summary_tokens for summary in summaries.values()):
+    if not body.strip() or any(count(summary) >= sizes.summary_tokens for summary in summaries.values()):
         return None
     parts = ("reward", "judge") if "chosen" in row else ("sft", "reward", "reward", "judge")
     part = parts[digest("part of " + row["body"]) % len(parts)]
@@ -128,7 +128,7 @@ def shorten(text, fits):
     if fits(text):
         return text
     for gap in (r"\n", r"\s"):
-        ends = [match.start() for match in re.finditer(gap, text)]
+        ends = [match.start() for match in re.finditer(gap, text) if match.start()]
         if last := bisect_left(ends, True, key=lambda end: not fits(text[:end])):
             return text[:ends[last - 1]]
     return ""
