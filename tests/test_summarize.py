@@ -33,7 +33,6 @@ SMALL = ["--data.packages=asyncio,email,http,json,logging,unittest", "--data.voc
 
 
 class TestDocstrings(TempDirTestCase):
-
     def test_a_summary_an_empty_line_and_details(self):
         body = "Some details of it that go on\n    for a while, and then a little further.\n\n    Notes\n    -----\n    More of them."
         found = docstrings.split_docstring(f"Does what it is for.\n\n    {body}\n    ")
@@ -60,7 +59,6 @@ class TestDocstrings(TempDirTestCase):
 
 
 class TestCorpus(TempDirTestCase):
-
     @given(st.text("ab \n", max_size=40), st.integers(0, 40))
     def test_shorten(self, text, n):
         fits = lambda part: len(part) <= n
@@ -97,8 +95,7 @@ class TestCorpus(TempDirTestCase):
         with Server(files) as server, mock.patch.multiple(tldr, BUCKET=server.url), mock.patch("time.sleep"), \
                 mock.patch.dict(os.environ, MINGPT_HOME=str(self.folder)):
             server.moods = [500, "cut", "slow"]  # and each time it goes on
-            C = pipeline.get_config("tldr")
-            found = corpus.load(C, self.folder / "data")
+            found = corpus.load(pipeline.get_config("tldr"), self.folder / "data")
             asked = len(server.seen)
             tldr.load()
             self.assertEqual(len(server.seen), asked)  # all cached
@@ -118,12 +115,10 @@ class TestCorpus(TempDirTestCase):
         self.assertTrue(found.rows["valid"][0]["prompt"].endswith("word\n\nTL;DR:") and 511 <= tokens <= 512)
         self.assertTrue(found.rows["test"][0]["prompt"].endswith("A line. \n\nTL;DR:"))  # cut at the last newline
         self.assertEqual({split: len(rows) for split, rows in found.comparisons.items()}, {"train": 1, "valid": 18, "test": 1})
-        pairs = [(rows[0]["chosen"], rows[0]["rejected"], rows[0]["kind"]) for rows in found.comparisons.values()]
-        self.assertEqual(pairs, [(" good", " bad", "with the author's")] * 2 + [(" bad", " good", "with the author's")])
+        self.assertEqual([rows[0]["chosen"] for rows in found.comparisons.values()], [" good", " good", " bad"])
 
 
 class TestParts(TempDirTestCase):
-
     def test_summaries_are_what_the_model_says_of_them(self):
         tokenizer = BPETokenizer.train(["a bc a bc"], 258)
         model, reference = tiny_gpt(0, vocab_size=258, block_size=20), tiny_gpt(1, vocab_size=258, block_size=20)
@@ -155,7 +150,6 @@ class TestParts(TempDirTestCase):
 
 
 class TestStages(TempDirTestCase):
-
     def run_script(self, *args, script="summarize_rlhf", name="out"):
         return subprocess.run([sys.executable, str(PROJECT / f"{script}.py"), *SMALL, f"--system.work_dir={self.folder / name}", *args],
                               capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
@@ -197,5 +191,11 @@ class TestStages(TempDirTestCase):
         BPETokenizer.train(["another vocabulary"], 260).save_pretrained(out / "data")
         self.assertIn("vocabulary was", self.run_script().stderr)
         (out / "config.json").unlink()
-        (out / "summary.json").unlink()
         self.assertIn("has a vocabulary of 400 tokens, the tokenizer in", self.run_script(script="ppo").stderr)
+
+    def test_weights_of_others(self):
+        tiny_gpt(vocab_size=50257, block_size=64).save_pretrained(self.folder / "tiny")
+        rows = [{"prompt": f"text {i}: ", "chosen": f"good {i}", "rejected": "bad"} for i in range(200)]
+        (self.folder / "own.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        result = self.run_script(f"--data.path={self.folder / 'own.jsonl'}", f"--model.name={self.folder / 'tiny'}", "--model.block_size=64")
+        self.assertEqual(result.returncode, 0, result.stderr)

@@ -153,7 +153,9 @@ def load_model(config, tokenizer, stage):
     if rows != tokenizer.vocab_size:
         raise ValueError(f"the model in {folder} has a vocabulary of {rows} tokens, the tokenizer in {folder.parent / 'data'} "
                          f"one of {tokenizer.vocab_size}: they are of two runs; choose another work_dir")
-    model = (RewardModel if "head.weight" in weights else GPT)(model_config(config, tokenizer))
+    sizes = folder.parent / "model.json"  # the sft stage's, which may have begun with weights of others
+    model_options = CN(**json.loads(sizes.read_text(encoding="utf-8"))) if sizes.exists() else model_config(config, tokenizer)
+    model = (RewardModel if "head.weight" in weights else GPT)(model_options)
     model.load_state_dict(weights)
     return model.to(distributed.join(pick_device(config.ppo.device))).eval()
 

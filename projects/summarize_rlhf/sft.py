@@ -7,6 +7,8 @@ Stage 1, supervised fine-tuning: a GPT learns to write the summary that the text
 The loss is that of the summary's tokens alone (Stiennon et al. 2020, section 3.4).
 """
 
+from pathlib import Path
+
 import torch
 from torch.utils.data import TensorDataset
 
@@ -46,6 +48,7 @@ def sft(config, corpus):
     """From the pre-trained model, on prompts and completions: all of them where people made the comparisons, else on its part."""
     set_seed(config.system.seed + 1)
     model = pipeline.base_model(config, corpus.tokenizer)
+    pipeline.write_json(Path(config.system.work_dir) / "model.json", model.config.to_dict())
     mine = corpus.rows | {"train": [row for row in corpus.rows["train"] if corpus.comparisons or row["part"] == "sft"]}
     data = {split: Completions(rows, corpus.tokenizer, config.model.block_size) for split, rows in mine.items()}
     return Trainer(pipeline.trainer_config(config, "sft"), model, data["train"], data["valid"], collate_fn=Completions.collate,
