@@ -3,7 +3,6 @@ What came of it: held-out texts, summarized by the sft model and by PPO's, side 
 """
 
 import json
-import random
 import resource
 import sys
 from pathlib import Path
@@ -18,11 +17,11 @@ from mingpt.utils import import_extra, plot_metrics
 def write(config, corpus):
     """summary.json, samples.md, the plots and the finished model, in the work_dir; the figures to the console."""
     work_dir, seed = Path(config.system.work_dir), config.system.seed
-    rows = random.Random(seed).sample(corpus.rows["test"], min(config.report.samples, len(corpus.rows["test"])))
+    rows = pipeline.some(config, corpus.rows["test"], config.report.samples)
     models = {stage: pipeline.load_model(config, corpus.tokenizer, stage) for stage in ("sft", "ppo")}
     prompts = [row["prompt"] for row in rows]
     written = {stage: pipeline.summarize(config, model, corpus.tokenizer, prompts, seed) for stage, model in models.items()}
-    judges = {stage: reward.load(config, corpus, stage) for stage in ("reward", "judge")}
+    judges = reward.load(config, corpus)
     scores = {stage: {name: pipeline.judged(judge, texts) for name, judge in judges.items()} for stage, texts in written.items()}
     authors = [row["completion"].strip() for row in rows]
     summary = {"accuracy": json.loads((work_dir / "accuracy.json").read_text(encoding="utf-8")), "texts": len(rows),

@@ -108,9 +108,8 @@ def tldr_defaults(C):
 def prepare(args, doc):
     """(config, corpus) of a command line: the options are checked and kept in the work_dir, and so is the corpus."""
     args = [re.sub(r"^--data(?==|$)", "--data.name", arg) for arg in args]
-    name = next((value for arg, value in zip(args, [*args[1:], ""]) if arg == "--data.name"), "")
-    name = next((arg.partition("=")[2] for arg in args if arg.startswith("--data.name=")), name)
-    config = get_config(name or "docstrings")
+    name = re.search(r"--data\.name[= ](\S+)", " ".join(args))  # first, since other defaults depend on it
+    config = get_config(name[1] if name else "docstrings")
     parse_args(config, args, doc)
     if config.data.name not in ("docstrings", "tldr"):
         raise ValueError(f"--data={config.data.name} must be docstrings or tldr; texts of your own go with --data.path=FILE")
@@ -166,8 +165,8 @@ def model_config(config, tokenizer):
 
 
 def some(config, rows, n):
-    """The prompts of n rows, or of all if there are fewer, drawn at random: neighbours are of one package."""
-    return [row["prompt"] for row in random.Random(config.system.seed).sample(rows, min(n, len(rows)))]
+    """n rows, or all if there are fewer, drawn at random: neighbours are of one package."""
+    return random.Random(config.system.seed).sample(rows, min(n, len(rows)))
 
 
 def base_model(config, tokenizer):

@@ -22,12 +22,12 @@ def ppo(config, corpus):
     """From the sft model. Episodes begin with the training texts; the value function's trunk is the reward model's, or the policy's own."""
     set_seed(config.system.seed + 4)
     policy, reference = (pipeline.load_model(config, corpus.tokenizer, "sft") for _ in range(2))
-    reward_model, judge = (reward.load(config, corpus, stage) for stage in ("reward", "judge"))
+    reward_model, judge = reward.load(config, corpus).values()
     C = pipeline.trainer_config(config, "ppo", max_new_tokens=config.data.summary_tokens)
     trainer = PPOTrainer(C, policy, reward_model, [row["prompt"] for row in corpus.rows["train"]], ref_policy=reference,
                          value_model=None if C.shared_trunk or C.algorithm != "ppo" else ValueModel.from_gpt(reward_model),
                          tokenizer=corpus.tokenizer)
-    held_out = pipeline.some(config, corpus.rows["valid"], config.report.looked_at)
+    held_out = [row["prompt"] for row in pipeline.some(config, corpus.rows["valid"], config.report.looked_at)]
 
     def look(trainer):
         """Now and then: what reward model and judge say of held-out texts' summaries."""

@@ -64,14 +64,14 @@ def reward(config, corpus, rows, stage):
     return Trainer(pipeline.trainer_config(config, stage), model, data["train"], data["valid"], comparison_loss, Comparisons.collate)
 
 
-def load(config, corpus, stage):
-    """A reward model whose scores of the sft model's summaries have mean 0 and variance 1."""
-    model = pipeline.load_model(config, corpus.tokenizer, stage)
-    prompts = pipeline.some(config, corpus.rows["valid"], NORMALIZED_ON)
-    sft = pipeline.load_model(config, corpus.tokenizer, "sft")
-    written = pipeline.summarize(config, sft, corpus.tokenizer, prompts, config.system.seed + 20)
-    model.normalize(pipeline.judged(model, written).to(model.head.weight.device), unit_variance=True)
-    return model
+def load(config, corpus):
+    """{stage: its model} of reward and judge, whose scores of the sft model's summaries have mean 0 and variance 1."""
+    prompts = [row["prompt"] for row in pipeline.some(config, corpus.rows["valid"], NORMALIZED_ON)]
+    models = {stage: pipeline.load_model(config, corpus.tokenizer, stage) for stage in ("sft", "reward", "judge")}
+    written = pipeline.summarize(config, models.pop("sft"), corpus.tokenizer, prompts, config.system.seed + 20)
+    for model in models.values():
+        model.normalize(pipeline.judged(model, written).to(model.head.weight.device), unit_variance=True)
+    return models
 
 
 # ---------------------------------------------------------------------------------------------------------------------
