@@ -72,34 +72,41 @@ class Completions(Dataset):
 
 
 class Comparisons(Dataset):
-    """Pairs of completions of one prompt, of which people chose one, for `comparison_loss` and `DPOLoss`.
+    """Completions of one prompt, of which people chose one, for `comparison_loss` and `DPOLoss`.
 
-    rows: dicts with `chosen`, `rejected` and, unless it is empty, `prompt`. ValueError for a row that is too long.
+    rows: dicts with `chosen`, `rejected` and, unless it is empty, `prompt`; `rejected` may be a list, as long in every row. It is
+    then the chosen one against each, in one item: in items of their own a model would learn the chosen by heart (Ouyang et al.
+    2022, section 3.5). ValueError for a row that is too long.
     """
 
     def __init__(self, rows: Iterable[dict], tokenizer, block_size: int):
         self.items = []
         for i, row in enumerate(rows):
             prompt = tokenizer.encode(row["prompt"]) if row.get("prompt") else [tokenizer.eot_token]
-            pair = [[*prompt, *tokenizer.encode(row[name]), tokenizer.eot_token] for name in ("chosen", "rejected")]
-            for ids in pair:
-                check_length(i, ids, block_size)
-            self.items.append((*map(torch.tensor, pair), len(prompt)))
+            rejected = [row["rejected"]] if isinstance(row["rejected"], str) else row["rejected"]
+            completions = [[*tokenizer.encode(text), tokenizer.eot_token] for text in (row["chosen"], *rejected)]
+            check_length(i, [*prompt, *max(completions, key=len)], block_size)
+            self.items.append((torch.tensor(prompt), [*map(torch.tensor, completions)]))
+            if len(completions) != len(self.items[0][1]) or not rejected:
+                raise ValueError(f"row {i} has {len(rejected)} rejected completions; every row must have as many as the first, and one or more")
 
     def __len__(self):
         return len(self.items)
 
-    def __getitem__(self, i: int) -> tuple[Tensor, Tensor, int]:
+    def __getitem__(self, i: int) -> tuple[Tensor, list[Tensor]]:
         return self.items[i]
 
     @staticmethod
-    def collate(items: list[tuple[Tensor, Tensor, int]]) -> tuple[Tensor, Tensor, Tensor]:
-        """(idx, attention_mask, completion_mask), all (B, 2, T), the chosen one first, padded on the right."""
-        rows = [ids for chosen, rejected, _ in items for ids in (chosen, rejected)]
-        idx, attention_mask = pad_and_mask(rows)
-        starts = torch.tensor([start for _, _, start in items]).repeat_interleave(2)
-        completion_mask = attention_mask & (torch.arange(attention_mask.size(1)) >= starts[:, None])
-        return tuple(x.view(len(items), 2, -1) for x in (idx, attention_mask, completion_mask))
+    def collate(items: list[tuple[Tensor, list[Tensor]]]) -> tuple[Tensor, Tensor, Tensor]:
+        """(idx, attention_mask, completion_mask), all (B, K, T), the chosen one first.
+
+        The prompts are padded on the left, so that all completions begin in the same column; these on the right.
+        """
+        K = len(items[0][1])
+        prompts, prompt_mask = (x.repeat_interleave(K, 0) for x in left_pad([prompt for prompt, _ in items]))
+        completions, written = pad_and_mask([ids for _, texts in items for ids in texts])
+        parts = ((prompts, completions), (prompt_mask, written), (torch.zeros_like(prompt_mask), written))
+        return tuple(torch.cat(part, dim=1).view(len(items), K, -1) for part in parts)
 
 
 def check_length(row: int, ids: list[int], most: int) -> None:

@@ -320,10 +320,10 @@ def check_context(idx, attention_mask, past, block_size):
     if idx.dim() != 2:
         raise ValueError(f"idx has shape {tuple(idx.shape)}; it must be (B, T): add the batch dimension with idx[None]")
     total = past + idx.size(1)
-    if total > block_size:
-        raise ValueError(f"sequence of {total} tokens is longer than block_size={block_size}: shorten it, or `generate`")
     if attention_mask is not None and attention_mask.shape != (idx.size(0), total):
         raise ValueError(f"attention_mask has shape {tuple(attention_mask.shape)}, must be {(idx.size(0), total)}")
+    if total > block_size and (attention_mask is None or attention_mask.sum(1).max() > block_size):  # padding takes no position
+        raise ValueError(f"sequence of {total} tokens is longer than block_size={block_size}: shorten it, or `generate`")
 
 
 def check_ids(idx, vocab_size):

@@ -28,6 +28,7 @@ of the *action* idx[:, t+1], taken in the *state* idx[:, :t+1]. For one row, lef
 """
 
 import copy
+import functools
 import math
 import zlib
 from collections.abc import Callable, Iterator
@@ -39,11 +40,11 @@ from torch.nn import functional as F
 from mingpt import distributed
 from mingpt.checkpoint import get_rng_state, set_rng_state
 from mingpt.datasets import encode_prompts, left_pad
-from mingpt.model import GPT, last_real, token_log_probs
+from mingpt.model import GPT, last_real
 from mingpt.rewards import RewardError, RewardFn, TextReward, score  # noqa: F401
-from mingpt.scalar import RewardModel, ValueHead, ValueModel, needed  # noqa: F401
+from mingpt.scalar import ActorCritic, RewardModel, ValueHead, ValueModel
 from mingpt.trainer import Trainer
-from mingpt.utils import CfgNode as CN, adamw, check_numbers
+from mingpt.utils import CfgNode as CN, check_numbers
 
 # ---------------------------------------------------------------------------------------------------------------------
 # estimators and losses: (B, T) tensors, mask 1 on the completion's tokens; what lies off the mask never matters
@@ -167,51 +168,18 @@ def grouped(scores: Tensor, group_size: int) -> Tensor:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# policy and value function together
+# learning from comparisons
 
 
-class ActorCritic(nn.Module):
-    """Policy and value function (a ValueModel, any module with its forward, a ValueHead on the policy's trunk, or None) as one module."""
-
-    def __init__(self, policy: nn.Module, value_model: nn.Module | None = None):
-        super().__init__()
-        self.policy = policy
-        self.value_model = value_model
-
-    def forward(self, idx: Tensor, attention_mask: Tensor, temperature: float = 1.0, start: int = 0) -> tuple[Tensor, Tensor]:
-        """(log_probs, values), both (B, T-1): of the actions idx[:, 1:], and of the states before them.
-
-        Of a GPT the log-probs before column start are 0: its prompts need not go through the vocabulary's large matrix.
-        """
-        if not isinstance(self.policy, GPT):
-            return self.policy.log_probs(idx, needed(idx, attention_mask), temperature), self.values(idx, attention_mask)
-        hidden = self.policy.transformer(idx[:, :-1], needed(idx[:, :-1], attention_mask[:, :-1]))
-        log_probs = token_log_probs(self.policy.lm_head(hidden[:, start:]), idx[:, start + 1:], temperature)
-        shared = isinstance(self.value_model, ValueHead)
-        return F.pad(log_probs, (start, 0)), self.value_model(hidden) if shared else self.values(idx, attention_mask)
-
-    def values(self, idx: Tensor, attention_mask: Tensor) -> Tensor:
-        """V of each state, (B, T-1): value(idx)[:, :-1], and by causality the last token need not even be read. Without a critic, 0."""
-        if self.value_model is None:
-            return torch.zeros(idx[:, 1:].shape, device=idx.device)
-        states = idx[:, :-1], attention_mask[:, :-1]
-        if isinstance(self.value_model, ValueHead):
-            return self.value_model(self.policy.transformer(states[0], needed(*states)))
-        return self.value_model(*states)
-
-    def configure_optimizers(self, train_config):
-        """AdamW over both; the value function has its own learning rate, value_lr_ratio times the policy's."""
-        optimizer = adamw(self.policy, train_config)
-        if self.value_model is not None:
-            for group in adamw(self.value_model, train_config).param_groups:
-                optimizer.add_param_group({**group, "lr_ratio": train_config.value_lr_ratio})
-        return optimizer
+def comparison_scores(model: nn.Module, batch: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """A RewardModel's scores of a batch of `Comparisons`: of the chosen (B, 1) and of the rejected completions (B, K-1)."""
+    B, K, _ = batch[0].shape
+    return model(*(x.flatten(0, 1) for x in batch), group_size=K).view(B, K).split([1, K - 1], dim=1)
 
 
 def comparison_loss(model: nn.Module, batch: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, dict]:
     """The Trainer's loss_fn for a RewardModel on batches of `Comparisons`: (reward_loss, its accuracy)."""
-    idx, attention_mask, _ = batch
-    chosen, rejected = model(idx.flatten(0, 1), attention_mask.flatten(0, 1)).view(-1, 2).unbind(1)
+    chosen, rejected = comparison_scores(model, batch)
     return reward_loss(chosen, rejected), {"accuracy": (chosen > rejected).float().mean()}
 
 
@@ -225,9 +193,11 @@ class DPOLoss:
         self.reference, self.beta = ActorCritic(copy.deepcopy(ref_policy)).eval().requires_grad_(False), beta
 
     def __call__(self, model: nn.Module, batch: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, dict]:
+        K = batch[0].size(1)
         idx, attention_mask, mask = (x.flatten(0, 1) for x in batch)
-        sums = [masked(m(idx, attention_mask)[0], mask[:, 1:]).sum(1).view(-1, 2).unbind(1) for m in (model, self.reference.to(idx.device))]
-        (chosen, rejected), (ref_chosen, ref_rejected) = sums
+        start = int(mask.any(0).long().argmax()) - 1  # the column of the first action
+        sums = [masked(m(idx, attention_mask, 1.0, start, K)[0], mask[:, 1:]).sum(1).view(-1, K) for m in (model, self.reference.to(idx.device))]
+        (chosen, rejected), (ref_chosen, ref_rejected) = (x.split([1, K - 1], dim=1) for x in sums)
         accuracy = (chosen - ref_chosen > rejected - ref_rejected).float().mean()
         return dpo_loss(chosen, rejected, ref_chosen, ref_rejected, self.beta), {"accuracy": accuracy}
 
@@ -255,7 +225,7 @@ class PPOTrainer(Trainer):
         C.algorithm = "ppo"           # or without a value function: rloo, grpo, and reinforce with one plain step a rollout
         C.baseline = True             # reinforce: returns less the rollout's mean, in standard deviations; False: as they are
         C.batch_size = 64             # episodes in a rollout
-        C.group_size = 4              # rloo, grpo: episodes of the same prompt
+        C.group_size = None           # episodes of the same prompt, which is read once for them; None: 4 for rloo and grpo, else 1
         C.minibatch_size = None       # episodes per optimizer step; None: all of them
         C.ppo_epochs = 4              # passes over a rollout
         C.approxkl_max = None         # nats per token: no further pass where the policy is that far from the rollout's
@@ -298,7 +268,7 @@ class PPOTrainer(Trainer):
             value_model = ValueHead(policy.config.n_embd) if config.shared_trunk else ValueModel.from_gpt(policy)
         self.stop_token = config.stop_token if config.stop_token is not None else getattr(tokenizer, "eot_token", None)
         self.block_size = getattr(getattr(policy, "config", None), "block_size", math.inf)
-        self.grouped = config.algorithm in ("rloo", "grpo")
+        self.group_size = config.group_size or (4 if config.algorithm in ("rloo", "grpo") else 1)
         self.reward_fn, self.tokenizer, self.kl_coef = reward_fn, tokenizer, config.kl_coef
         super().__init__(config, ActorCritic(policy, value_model),
                          encode_prompts(prompts, tokenizer), loss_fn=self.policy_and_value_loss, collate_fn=left_pad)
@@ -313,6 +283,7 @@ class PPOTrainer(Trainer):
         super().check_config()
         C = self.config
         check_numbers(C, "ppo_epochs max_new_tokens", low=1, whole=True)
+        check_numbers(C, "group_size", low=2 if C.algorithm in ("rloo", "grpo") else 1, whole=True, optional=True)
         check_numbers(C, "minibatch_size", low=self.world_size, high=C.batch_size, whole=True, optional=True)
         check_numbers(C, "kl_coef clip_range value_clip_range value_coef value_lr_ratio missing_eos_penalty")
         check_numbers(C, "gamma gae_lambda", high=1)
@@ -322,8 +293,9 @@ class PPOTrainer(Trainer):
             raise ValueError(f"kl_coef=0 can't adapt towards kl_target={C.kl_target}, for it is multiplied: begin above 0")
         if C.missing_eos_penalty and self.stop_token is None:
             raise ValueError(f"missing_eos_penalty={C.missing_eos_penalty} where nothing ends an episode: set stop_token, or pass a tokenizer")
-        if self.grouped:
-            grouped(torch.zeros(C.batch_size // self.world_size), C.group_size)
+        for name, processes in (("batch_size", self.world_size), ("minibatch_size", self.world_size), ("micro_batch_size", 1)):
+            if (size := getattr(C, name)) and size % (self.group_size * processes):
+                raise ValueError(f"{name}={size} must be a multiple of group_size={self.group_size}" + f" times {processes} processes" * (processes > 1))
 
     def check_data(self) -> None:
         """ValueError for no prompts, or such that do not fit; there may be few: many episodes begin with the same one."""
@@ -348,7 +320,7 @@ class PPOTrainer(Trainer):
 
     def batch_indices(self) -> Iterator[list[int]]:
         """The Trainer's; for groups, the first prompts of each batch, each of them group_size times: an epoch counts episodes, not prompts."""
-        k = self.config.group_size if self.grouped else 1
+        k = self.group_size
         return ([i for i in indices[:len(indices) // k] for _ in range(k)] for indices in super(PPOTrainer, self).batch_indices())
 
     # -- one iteration -------------------------------------------------------------------------------------------------
@@ -376,7 +348,9 @@ class PPOTrainer(Trainer):
         """Sample an episode for each prompt, and all that the update needs to know of it: a dict of tensors, B first."""
         C = self.config
         self.start = prompts.size(1) - 1  # the column of the first action
-        log_probs = lambda policy: self.in_parts(lambda i, m: ActorCritic(policy)(i, m, C.temperature, self.start)[0], idx, attention_mask)
+        self.shared = self.group_size if self.start else 1  # rows with a beginning that need be read only once: they stay together
+        log_probs = lambda policy: self.in_parts(lambda i, m: ActorCritic(policy)(i, m, C.temperature, self.start, self.shared)[0], idx, attention_mask)
+        values_of = lambda i, m: self.model.values(i, m, self.start, self.shared)
         with self.autocast():
             idx, sampled = self.policy.generate(prompts, C.max_new_tokens, temperature=C.temperature, do_sample=True, return_log_probs=True,
                                                 attention_mask=prompt_mask, stop_token=self.stop_token)
@@ -384,10 +358,11 @@ class PPOTrainer(Trainer):
             attention_mask = torch.cat([prompt_mask, completion_mask[:, prompts.size(1):]], dim=1)
             # in half precision, sampling token by token rounds otherwise than reading the whole: there the update's way of it counts
             old_log_probs = F.pad(sampled, (self.start, 0)) if self.precision == "fp32" else log_probs(self.policy)
-            ref_log_probs, values = log_probs(self.ref_policy), self.in_parts(self.model.values, idx, attention_mask)
+            ref_log_probs, values = log_probs(self.ref_policy), self.in_parts(values_of, idx, attention_mask)
         mask = completion_mask[:, 1:]
         ended = (completion_mask & (idx == (-1 if self.stop_token is None else self.stop_token))).any(1)
-        scores = score(self.reward_fn, idx, attention_mask, completion_mask, self.tokenizer) - C.missing_eos_penalty * ~ended
+        reward_fn = functools.partial(self.reward_fn, group_size=self.shared) if isinstance(self.reward_fn, RewardModel) else self.reward_fn
+        scores = score(reward_fn, idx, attention_mask, completion_mask, self.tokenizer) - C.missing_eos_penalty * ~ended
         kl, values = masked(kl_estimate(old_log_probs, ref_log_probs), mask), masked(values, mask)
         advantages, returns = self.advantages(scores, kl, values, mask)
         return {"idx": idx, "attention_mask": attention_mask, "mask": mask, "old_log_probs": old_log_probs, "ref_log_probs": ref_log_probs,
@@ -402,11 +377,11 @@ class PPOTrainer(Trainer):
         """The algorithm's (advantages, returns), both (B, T-1), from scores (B,) and the KL and values of each token (B, T-1)."""
         C = self.config
         if C.algorithm == "grpo":  # the penalty stands in the loss instead
-            return grpo_advantages(scores, C.group_size)[:, None].expand_as(kl), values
+            return grpo_advantages(scores, self.group_size)[:, None].expand_as(kl), values
         rewards = -self.kl_coef * kl
         rewards[torch.arange(len(scores)), last_real(mask)] += scores
         if C.algorithm == "rloo":  # a whole completion is one action, the penalty a part of its score
-            return rloo_advantages(rewards.sum(1), C.group_size)[:, None].expand_as(kl), values
+            return rloo_advantages(rewards.sum(1), self.group_size)[:, None].expand_as(kl), values
         if C.whiten_rewards:
             rewards = self.whiten(rewards, mask, shift_mean=False)
         # reinforce has no values: they are 0, and λ = 1 makes the advantage the return (Williams 1992)
@@ -430,7 +405,8 @@ class PPOTrainer(Trainer):
         share = (C.minibatch_size or C.batch_size) // self.world_size
         epochs, minibatch_size = (1, size) if C.algorithm == "reinforce" else (C.ppo_epochs, share)
         for _ in range(epochs):
-            for index in torch.randperm(size).split(minibatch_size):
+            order = torch.arange(size).view(-1, self.shared)[torch.randperm(size // self.shared)].flatten()
+            for index in order.split(minibatch_size):
                 minibatch = {name: x[index.to(self.device)] for name, x in rollout.items()}
                 self.log_prob_error = 0.0
                 rows.append(self.optimizer_step(self.micro_batches(minibatch)) | {"log_prob_error": self.log_prob_error})
@@ -450,7 +426,7 @@ class PPOTrainer(Trainer):
         """The loss of a micro-batch, and its metrics."""
         C = self.config
         mask, old_log_probs = batch["mask"], batch["old_log_probs"]
-        log_probs, values = model(batch["idx"], batch["attention_mask"], C.temperature, self.start)
+        log_probs, values = model(batch["idx"], batch["attention_mask"], C.temperature, self.start, self.shared)
         log_ratio = masked(log_probs - old_log_probs, mask).detach()
         loss, clip_fraction = ppo_policy_loss(log_probs, old_log_probs, batch["advantages"], mask, C.clip_range)
         self.log_prob_error = max(self.log_prob_error, log_ratio.abs().max().item())

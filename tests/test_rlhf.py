@@ -8,7 +8,7 @@ from unittest import mock
 
 import torch
 
-from mingpt import rlhf
+from mingpt import prefix, rlhf
 from mingpt.chars import CharTokenizer
 from mingpt.datasets import Comparisons, Completions, pad_and_mask, read_jsonl
 from mingpt.rlhf import ActorCritic, DPOLoss, PPOTrainer, RewardError, RewardModel, TextReward, ValueHead, ValueModel
@@ -171,11 +171,24 @@ class TestModels(unittest.TestCase):
         model.normalize(model(idx), unit_variance=True)
         torch.testing.assert_close(model(idx), (before - before.mean()) / before.std(unbiased=False), atol=1e-4, rtol=0)
 
-    def test_prompts_need_not_go_through_the_vocabulary(self):
-        policy, idx, mask = tiny_gpt(), torch.randint(11, (3, 8)), torch.ones(3, 8, dtype=torch.bool)
-        log_probs, _ = ActorCritic(policy)(idx, mask, 0.7, start=5)
-        self.assertEqual(log_probs[:, :5].abs().sum(), 0)
-        torch.testing.assert_close(log_probs[:, 5:], policy.log_probs(idx, temperature=0.7)[:, 5:], rtol=0, atol=1e-5)
+    def test_a_prompt_that_rows_share_is_read_once(self):
+        prompts, completions = ([torch.randint(11, (n,)) for n in lengths] for lengths in ((6, 3), (4, 1, 2, 3, 4, 2)))
+        (left, front), (right, written) = rlhf.left_pad([prompt for prompt in prompts for _ in range(3)]), pad_and_mask(completions)
+        idx, mask, completion_mask = torch.cat([left, right], 1), torch.cat([front, written], 1), torch.cat([torch.zeros_like(front), written], 1)
+        gpt, read = tiny_gpt(), []
+        gpt.transformer.wte.register_forward_hook(lambda module, inputs, _: read.append(inputs[0].numel()))
+        critics = [RewardModel.from_gpt(gpt), ValueModel.from_gpt(RewardModel.from_gpt(gpt)), ValueHead(16)]
+        torch.nn.init.normal_(critics[2].weight)
+        written = completion_mask[:, 1:]
+        both = lambda critic: lambda *group: torch.cat([x[written] for x in ActorCritic(gpt, critic)(idx, mask, 0.7, 5, *group)])
+        for module, f in zip(critics, (lambda *group: critics[0](idx, mask, completion_mask, *group), both(critics[1]), both(critics[2]))):
+            found, expected = f(3), f()
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+            weights = [gpt.transformer.wpe.weight, *module.parameters()]
+            gradients = [torch.autograd.grad((x ** 2).sum(), weights, allow_unused=True, materialize_grads=True) for x in (found, expected)]
+            torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-4)
+        self.assertEqual(read[:3], [2 * 5, 6 * 4, 6 * 9])
+        self.assertFalse(ActorCritic(gpt)(idx, mask, 0.7, 5)[0][:, :5].any())  # prompts do not go through the vocabulary's matrix
 
     def test_value_head_reads_the_trunk_of_the_policy(self):
         policy, head = tiny_gpt(), ValueHead(16)
@@ -188,16 +201,14 @@ class TestModels(unittest.TestCase):
         torch.testing.assert_close(ActorCritic(policy, head).values(idx, mask), apart(idx, mask)[:, :-1])
 
     def test_padding_on_the_right_needs_no_mask(self):
-        model, idx = RewardModel.from_gpt(tiny_gpt()), torch.randint(11, (3, 8))
-        mask = torch.arange(8) < torch.tensor([[8], [3], [5]])
-        self.assertIsNone(rlhf.needed(idx, mask))
+        idx, mask = torch.randint(11, (3, 8)), torch.arange(8) < torch.tensor([[8], [3], [5]])
+        self.assertIsNone(prefix.needed(idx, mask))
         hole = torch.tensor([[True] * 2 + [False] * 2 + [True] * 4] * 3)  # as behind a prompt that was padded on the right
         for other in (mask.flip(1), hole, mask[:, :4], mask[:1]):
-            self.assertIs(rlhf.needed(idx, other), other)
-        torch.testing.assert_close(model(idx, mask), torch.cat([model(row[keep][None]) for row, keep in zip(idx, mask)]))
+            self.assertIs(prefix.needed(idx, other), other)
 
 
-ROWS = [{"prompt": "ab", "chosen": "cd", "rejected": "cdefg"}, {"prompt": "abcde", "chosen": "f", "rejected": "ga"},
+ROWS = [{"prompt": "ab", "chosen": "cd", "rejected": "cdefg"}, {"prompt": "abcdeabc", "chosen": "f", "rejected": "ga"},
         {"chosen": "a", "rejected": "bc"}]
 
 
@@ -215,18 +226,21 @@ class TestComparisons(TempDirTestCase):
 
     def test_comparison_and_dpo_losses_row_by_row(self):
         reward_model, policy, reference = RewardModel.from_gpt(tiny_gpt()), tiny_gpt(1), tiny_gpt(2)
-        batch = Comparisons.collate(list(Comparisons(ROWS, TOKENIZER, 12)))
-        reward, implicit = 0.0, 0.0
-        for row in ROWS:
-            prompt, r, rho = TOKENIZER.encode(row.get("prompt", "")) or [10], [], []
-            for name in ("chosen", "rejected"):
-                ids = torch.tensor([[*prompt, *TOKENIZER.encode(row[name]), 10]])
-                r.append(reward_model(ids).item())
-                rho.append(0.3 * (policy.log_probs(ids) - reference.log_probs(ids))[0, len(prompt) - 1:].sum().item())
-            reward, implicit = (total - math.log(1 / (1 + math.exp(y - x))) / 3 for total, (x, y) in ((reward, r), (implicit, rho)))
-        self.assertAlmostEqual(rlhf.comparison_loss(reward_model, batch)[0].item(), reward, places=5)
-        self.assertAlmostEqual(DPOLoss(reference, 0.3)(ActorCritic(policy), batch)[0].item(), implicit, places=5)
+        for rows in (ROWS, [{**row, "rejected": [row["rejected"], "hij"]} for row in ROWS]):
+            batch = Comparisons.collate(list(Comparisons(rows, TOKENIZER, 12)))  # the longest prompt and completion have 14 tokens
+            reward, implicit = [], []
+            for row in rows:
+                prompt, r, rho = TOKENIZER.encode(row.get("prompt", "")) or [10], [], []
+                for text in (row["chosen"], *([row["rejected"]] if isinstance(row["rejected"], str) else row["rejected"])):
+                    ids = torch.tensor([[*prompt, *TOKENIZER.encode(text), 10]])
+                    r.append(reward_model(ids).item())
+                    rho.append(0.3 * (policy.log_probs(ids) - reference.log_probs(ids))[0, len(prompt) - 1:].sum().item())
+                for terms, (chosen, *rejected) in ((reward, r), (implicit, rho)):
+                    terms.extend(math.log(1 + math.exp(x - chosen)) for x in rejected)
+            self.assertAlmostEqual(rlhf.comparison_loss(reward_model, batch)[0].item(), statistics.mean(reward), places=5)
+            self.assertAlmostEqual(DPOLoss(reference, 0.3)(ActorCritic(policy), batch)[0].item(), statistics.mean(implicit), places=5)
         self.assertRaisesRegex(ValueError, "row 0 has 8 tokens.*takes 7", Comparisons, ROWS, TOKENIZER, 7)
+        self.assertRaisesRegex(ValueError, "row 1 has 2 rejected", Comparisons, [ROWS[0], {**ROWS[1], "rejected": ["a", "b"]}], TOKENIZER, 12)
 
     def test_learn_from_comparisons(self):
         rows = [{"chosen": "a" * (1 + i % 3), "rejected": "b" * (1 + i % 2)} for i in range(16)]
@@ -319,7 +333,7 @@ class TestPPOTrainer(TempDirTestCase):
 
     def test_ratio_starts_at_one(self):
         for options in ({}, {"temperature": 0.7, "shared_trunk": True}, {"minibatch_size": 5, "ppo_epochs": 2}, {"micro_batch_size": 1},
-                        {"precision": "bf16"}):
+                        {"precision": "bf16"}, {"precision": "bf16", "group_size": 4, "minibatch_size": 8}):
             with self.subTest(options):  # dropout must not matter
                 rows = train(tiny_gpt(embd_pdrop=0.3, resid_pdrop=0.3, attn_pdrop=0.3), [[1], [4, 2, 5]], **options)
                 self.assertTrue(all(row["log_prob_error"] < 1e-4 for row in rows))
@@ -481,12 +495,15 @@ class TestPPOTrainer(TempDirTestCase):
         trainer.run()  # KL 0 is far below the target: the error is cut off at -0.2, and 16 of 160 episodes went by
         self.assertAlmostEqual(trainer.kl_coef, 0.1 * (1 - 0.2 * 16 / 160), places=6)
 
-    def test_the_update_does_not_depend_on_the_micro_batch(self):
-        weights = []
-        for size in (None, 5, 1):
-            train(policy := tiny_gpt(3), [[1], [4, 2, 5]], micro_batch_size=size, max_iters=2, learning_rate=1e-2, eps=1e-3)
-            weights.append(policy.state_dict())
-            torch.testing.assert_close(weights[-1], weights[0], atol=1e-4, rtol=0)
+    def test_the_update_depends_neither_on_the_micro_batch_nor_on_how_prompts_are_read(self):
+        for group_size in (1, 4):
+            weights, apart = [], lambda *args: prefix.read(*args[:4])
+            for size, read in ((None, prefix.read), (group_size, prefix.read), (8, apart)):
+                with mock.patch("mingpt.scalar.read", read):
+                    train(policy := tiny_gpt(3), [[1], [4, 2, 5]], micro_batch_size=size, group_size=group_size, minibatch_size=8, max_iters=2,
+                          learning_rate=1e-2, eps=1e-3)
+                weights.append(policy.state_dict())
+                torch.testing.assert_close(weights[-1], weights[0], atol=1e-4, rtol=0)
 
     def test_resume_is_exact(self):
         def train(folder, until):
@@ -508,11 +525,12 @@ class TestPPOTrainer(TempDirTestCase):
             self.assertRaisesRegex(RewardError, words, PPOTrainer(ppo_config(), tiny_gpt(), reward, [[1]]).run)
         for words, prompts in (("is text", ["hello"]), ("one token or more", [[]]), ("empty", [])):
             self.assertRaisesRegex(ValueError, words, PPOTrainer, ppo_config(), tiny_gpt(), count_token(3), prompts)
-        for name, value in (("clip_range", -0.2), ("minibatch_size", 0), ("kl_target", 0), ("gamma", 1.5), ("ppo_epochs", 0)):
+        for name, value in (("clip_range", -0.2), ("minibatch_size", 0), ("group_size", 0), ("kl_target", 0), ("gamma", 1.5), ("ppo_epochs", 0)):
             self.assertRaisesRegex(ValueError, f"{name}={value}", train, tiny_gpt(), **{name: value})
         gpt, linear, value_model = tiny_gpt(), torch.nn.Linear(1, 1), {"value_model": ValueModel.from_gpt(tiny_gpt())}
         for words, policy, options, models in (
             ("do not fit into the policy's block_size=12", gpt, {"max_new_tokens": 13}, {}),
+            ("micro_batch_size=6 must be a multiple of group_size=4", gpt, {"group_size": 4, "micro_batch_size": 6}, {}),
             ("must be ppo, reinforce, rloo or grpo", gpt, {"algorithm": "a2c"}, {}),
             ("has no use for a value_model", gpt, {"algorithm": "rloo"}, value_model),
             ("does not go with a value_model", gpt, {"shared_trunk": True}, value_model),

@@ -25,7 +25,7 @@ SPLITS = ("train", "valid", "test")
 @dataclass
 class Corpus:
     """rows: {split: dicts of prompt, completion, text to pre-train on, and part}. comparisons: {split: dicts of prompt, chosen, rejected,
-    kind and part} of people, or None. part: whose training the row is for, that of the sft model, the reward model or the judge."""
+    kinds and part} of people, or None. part: whose training the row is for, that of the sft model, the reward model or the judge."""
     tokenizer: BPETokenizer
     rows: dict
     comparisons: dict | None
@@ -119,7 +119,7 @@ def fitted(row, tokenizer, sizes):
         return None
     parts = ("reward", "judge") if "chosen" in row else ("sft", "reward", "reward", "judge")
     part = parts[digest("part of " + row["body"]) % len(parts)]
-    extra = {"kind": row["kind"]} if "chosen" in row else {"text": whole(row) if part == "sft" else row["head"] + row["body"]}
+    extra = {"kinds": [row["kind"]]} if "chosen" in row else {"text": whole(row) if part == "sft" else row["head"] + row["body"]}
     return {"prompt": row["head"] + body + row["marker"], **summaries, **extra, "part": part}
 
 

@@ -60,9 +60,10 @@ def sft(config):
 
 
 def reward(config):
-    """Comparisons of two texts each."""
+    """Comparisons of two summaries of one text each."""
     idx = texts(config, config.reward.batch_size, 2)
-    data = TensorDataset(idx, torch.ones_like(idx, dtype=torch.bool), torch.ones_like(idx, dtype=torch.bool))
+    written = (torch.arange(idx.size(2)) >= config.data.body_tokens).expand_as(idx)
+    data = TensorDataset(torch.where(written, idx, idx[:, :1]), torch.ones_like(written), written)
     return Trainer(options(config, "reward"), RewardModel.from_gpt(gpt(config)), data, loss_fn=comparison_loss)
 
 

@@ -17,12 +17,13 @@ import torch
 import pipeline
 from mingpt.checkpoint import run_script, write_text
 from mingpt.datasets import Comparisons, read_jsonl
-from mingpt.rlhf import RewardModel, comparison_loss
+from mingpt.rlhf import RewardModel, comparison_loss, comparison_scores
 from mingpt.trainer import Trainer
 from mingpt.utils import plot_metrics, set_seed
 
 logger = logging.getLogger("mingpt.summarize_rlhf")
 SAMPLES = 2  # of the sft model for each text, for the comparisons
+KINDS = ["author against a sample"] * SAMPLES + ["author against another's"]
 NORMALIZED_ON = 500  # summaries by the sft model, whose scores a reward model gives mean 0 and variance 1
 
 
@@ -35,23 +36,24 @@ def run(config, corpus):
 
 
 def from_sft_model(config, corpus):
-    """{split: comparisons} of the authors' lines with the sft model's, SAMPLES a text, and with each other's; kept in comparisons.jsonl."""
+    """{split: comparisons} of the authors' lines with SAMPLES by the sft model and with another text's line; kept in comparisons.jsonl."""
     path = Path(config.system.work_dir) / "comparisons.jsonl"
     if not path.exists():
         model, tokenizer, found = pipeline.load_model(config, corpus.tokenizer, "sft"), corpus.tokenizer, []
+        length = lambda text: len(tokenizer.encode(text))
         for i, (split, rows) in enumerate(corpus.rows.items()):
             rows = [row for row in rows if split != "train" or row["part"] != "sft"]
             prompts, seed = [row["prompt"] for row in rows], config.system.seed + 100 * i
             samples = [pipeline.summarize(config, model, tokenizer, prompts, seed + k).texts for k in range(SAMPLES)]
-            rivals = [("author against a sample", [" " + text for text in texts]) for texts in samples]
             others = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
-            rivals.append(("author against another's", [rows[other]["completion"] for other in others]))
-            found += [{"prompt": row["prompt"], "chosen": row["completion"], "rejected": text,
-                       "kind": kind, "part": row["part"], "split": split} for kind, texts in rivals for row, text in zip(rows, texts)
-                      # a sample may be the author's line by chance, and junk, decoded and encoded again, become longer
-                      if text != row["completion"] and len(tokenizer.encode(text)) <= config.data.summary_tokens]
+            for row, other, *texts in zip(rows, others, *samples):
+                rejected = [*(" " + text for text in texts), rows[other]["completion"]]
+                # junk, decoded and encoded again, may have become longer
+                if length(row["prompt"]) + max(map(length, rejected)) < config.model.block_size:
+                    found.append({"prompt": row["prompt"], "chosen": row["completion"], "rejected": rejected,
+                                  "kinds": KINDS, "part": row["part"], "split": split})
         write_text(path, "".join(json.dumps(row) + "\n" for row in found))
-    rows = read_jsonl(path, "prompt", "chosen", "rejected", "kind", "part", "split")
+    rows = read_jsonl(path, "prompt", "chosen", "part", "split")
     return {split: [row for row in rows if row["split"] == split] for split in corpus.rows}
 
 
@@ -83,10 +85,10 @@ def report(config, corpus, rows):
     work_dir, found, curves = Path(config.system.work_dir), {}, {}
     if (work_dir / "accuracy.json").exists():
         return
+    kinds = [kind for row in rows["test"] for kind in row["kinds"]]
     for stage in ("reward", "judge"):
         margins = margin(pipeline.load_model(config, corpus.tokenizer, stage), rows["test"], corpus.tokenizer, config.model.block_size)
-        kinds = sorted({row["kind"] for row in rows["test"]})
-        of = {kind: margins[[row["kind"] == kind for row in rows["test"]]] for kind in kinds}
+        of = {kind: margins[[kind == k for k in kinds]] for kind in sorted(set(kinds))}
         found[stage] = {kind: (part > 0).float().mean().item() for kind, part in of.items()} | {"all": (margins > 0).float().mean().item()}
         curves |= {f"{stage}, {kind}": calibration(part) for kind, part in of.items()}
         logger.info("held-out comparisons that the %s gets right: %s", {"reward": "reward model"}.get(stage, stage),
@@ -97,13 +99,12 @@ def report(config, corpus, rows):
 
 
 @torch.no_grad()
-def margin(model, rows, tokenizer, block_size, batch_size=128):
-    """The score of the chosen less that of the rejected, (N,)."""
+def margin(model, rows, tokenizer, block_size, batch_size=64):
+    """The score of the chosen less that of each rejected completion, row by row, (N,)."""
     data, parts, device = Comparisons(rows, tokenizer, block_size), [], model.head.weight.device
     for i in range(0, len(data), batch_size):
-        idx, attention_mask, _ = Comparisons.collate(data.items[i:i + batch_size])
-        scores = model(idx.flatten(0, 1).to(device), attention_mask.flatten(0, 1).to(device)).view(-1, 2)
-        parts.append((scores[:, 0] - scores[:, 1]).cpu())
+        chosen, rejected = comparison_scores(model, [x.to(device) for x in Comparisons.collate(data.items[i:i + batch_size])])
+        parts.append((chosen - rejected).flatten().cpu())
     return torch.cat(parts)
 
 
