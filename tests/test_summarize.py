@@ -28,7 +28,7 @@ PAIR = {"info": POST, "split": "valid1", "choice": 1, "worker": "w", "batch": "b
         "summaries": [{"text": " bad", "policy": "sup2", "note": None}, {"text": " good", "policy": "ref", "note": None}]}
 SMALL = ["--data.packages=asyncio,email,http,json,logging,unittest", "--data.vocab_size=400", "--data.body_tokens=48", "--data.summary_tokens=32",
          "--model.n_layer=1", "--model.n_head=2", "--model.n_embd=32", "--pretrain.max_iters=6", "--sft.epochs=None", "--sft.max_iters=6",
-         "--reward.epochs=None", "--reward.max_iters=6", "--ppo.max_iters=3", "--ppo.batch_size=8", "--ppo.minibatch_size=4",
+         "--reward.epochs=None", "--reward.max_iters=6", "--ppo.max_iters=3", "--ppo.batch_size=8", "--ppo.minibatch_size=4", "--ppo.group_size=2",
          "--report.samples=12", "--report.every=1", "--report.looked_at=4"]
 
 

@@ -65,20 +65,20 @@ def get_config(data="docstrings"):
     C.sft.eval_every = 200
 
     C.reward = Trainer.get_default_config()  # the judge's, too
-    C.reward.epochs = 1
-    C.reward.batch_size = 32                 # comparisons
+    C.reward.epochs = 2
+    C.reward.batch_size = 8                  # texts, each with all that its author's line is compared to
     C.reward.learning_rate = 5e-4
     C.reward.lr_schedule = "cosine"
     C.reward.warmup_iters = 50
     C.reward.eval_every = 200
 
     C.ppo = PPOTrainer.get_default_config()
-    C.ppo.max_iters = 110
-    C.ppo.batch_size = 128
-    C.ppo.minibatch_size = 64
+    C.ppo.max_iters = 180
+    C.ppo.batch_size = 256
+    C.ppo.group_size = 8
+    C.ppo.minibatch_size = 128
     C.ppo.ppo_epochs = 1
     C.ppo.learning_rate = 3e-4
-    C.ppo.lr_schedule = "linear"
     C.ppo.warmup_iters = 5
     C.ppo.kl_coef = 0.05
     C.ppo.missing_eos_penalty = 5.0  # in standard deviations of the reward: a reward model has not learnt from texts that do not end
@@ -99,8 +99,8 @@ def tldr_defaults(C):
     C.data.body_tokens, C.data.summary_tokens = 512, 53
     C.model.name, C.model.block_size = "gpt2", 1024
     C.sft.merge_from_dict({"epochs": 1, "batch_size": 128, "micro_batch_size": 16, "learning_rate": 3e-5})
-    C.reward.merge_from_dict({"batch_size": 64, "micro_batch_size": 16, "learning_rate": 1e-5})
-    C.ppo.merge_from_dict({"batch_size": 512, "micro_batch_size": 32, "minibatch_size": 128, "max_iters": 500, "learning_rate": 3e-6,
+    C.reward.merge_from_dict({"epochs": 1, "batch_size": 64, "micro_batch_size": 16, "learning_rate": 1e-5})
+    C.ppo.merge_from_dict({"batch_size": 512, "group_size": None, "micro_batch_size": 32, "minibatch_size": 128, "max_iters": 500, "learning_rate": 3e-6,
                            "warmup_iters": 0, "ppo_epochs": 4, "temperature": 0.7, "kl_coef": 0.05, "missing_eos_penalty": 1.0})
     return C
 
