@@ -237,7 +237,6 @@ class TestScript(TempDirTestCase):
             torch.testing.assert_close(a, b, atol=0, rtol=0)
         again = json.loads((self.folder / "parts" / "summary.json").read_text())
         self.assertEqual({**again, "seconds": 0, "peak_rss_mb": 0}, {**summary, "seconds": 0, "peak_rss_mb": 0})
-
         # what is finished is skipped, samples follow a prompt, and other options are not mixed in
         self.run_script(name="whole")
         samples, _ = self.run_script("--prompt=love the", name="whole")
@@ -268,7 +267,6 @@ class TestScript(TempDirTestCase):
         self.assertEqual(set(json.loads((self.folder / "human" / "reward" / "accuracy.json").read_text())), {"reward", "vader"})
         looks = [row for row in read_metrics(self.folder / "human" / "rl" / "metrics.jsonl") if "eval/judge" in row]
         self.assertTrue(looks and all(math.isfinite(row[name]) for row in looks for name in ("eval/kl", "eval/scores", "eval/vader")))
-
         printed, _ = self.start("compare.py", "family", f"--base={self.folder / 'out'}", f"--out={self.folder}",
                                 "--only=reinforce,best of 16", f"--flags={' '.join(self.options)}").communicate()
         self.assertRegex(printed, r"\| reinforce \| 0\.\d+ .*\n\| best of 16 \| 0\.\d+ \| ≤ 1\.84 ")

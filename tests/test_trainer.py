@@ -170,7 +170,6 @@ class TestLoop(TempDirTestCase):
         self.assertEqual(json.loads((self.folder / "out" / "config.json").read_text())["trainer"]["max_iters"], 3)
         model, seen = GPT(C.model), []
         trainer = Trainer(C.trainer, model, tokens())
-
         def batch_end_callback(trainer):
             model.eval()
             x = torch.tensor([[1, 2]]).to(trainer.device)

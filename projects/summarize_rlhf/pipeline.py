@@ -101,7 +101,7 @@ def tldr_defaults(C):
     C.sft.merge_from_dict({"epochs": 1, "batch_size": 128, "micro_batch_size": 16, "learning_rate": 3e-5})
     C.reward.merge_from_dict({"epochs": 1, "batch_size": 64, "micro_batch_size": 16, "learning_rate": 1e-5})
     C.ppo.merge_from_dict({"batch_size": 512, "group_size": None, "micro_batch_size": 32, "minibatch_size": 128, "max_iters": 500, "learning_rate": 3e-6,
-                           "warmup_iters": 0, "ppo_epochs": 4, "temperature": 0.7, "kl_coef": 0.05, "missing_eos_penalty": 1.0})
+                           "lr_schedule": "linear", "warmup_iters": 0, "ppo_epochs": 4, "temperature": 0.7, "kl_coef": 0.05, "missing_eos_penalty": 1.0})
     return C
 
 
