@@ -87,7 +87,7 @@ def get_config():
     C.rl.kl_coef = 0.15              # begins high and falls until the KL is on target: the path hugs the frontier
     C.rl.kl_target = 7.5
     C.rl.kl_horizon = 1200
-    C.rl.group_size = 16
+    C.rl.group_size = 16             # of rloo, grpo and best_of_n
 
     C.dpo = copy.deepcopy(C.sft)     # in the place of rl's, for --rl.algorithm=dpo
     C.dpo.beta = 0.1
@@ -192,6 +192,7 @@ def rl(config, work_dir, splits, tokenizer):
         trainer = Trainer(C, ActorCritic(policy), preferences.pairs(tweets), loss_fn=DPOLoss(reference, config.dpo.beta))
     else:
         C = trainer_config(config.rl, work_dir / "rl", "reward")
+        C.group_size = C.group_size if C.algorithm in ("rloo", "grpo") else None  # all episodes begin alike: only these compare them
         trainer = PPOTrainer(C, policy, happiness, [[tokenizer.eot_token]], ref_policy=reference, tokenizer=tokenizer)
 
     def look(trainer):
