@@ -1,8 +1,8 @@
 """
 Models that give a number instead of a token: the reward model, which judges a text, and the value function, which foresees a return.
 
-Both are a GPT's trunk with a linear head; `ActorCritic` joins value function and policy. Sources: Ziegler et al. 2019 (arXiv:1909.08593), Stiennon et al. 2020 (arXiv:2009.01325),
-Huang et al. 2024 (arXiv:2403.17031).
+Both are a GPT's trunk with a linear head; `ActorCritic` joins value function and policy. Sources: Ziegler et al. 2019
+(arXiv:1909.08593), Stiennon et al. 2020 (arXiv:2009.01325), Huang et al. 2024 (arXiv:2403.17031).
 """
 
 import torch

@@ -66,7 +66,6 @@ class TestScript(TempDirTestCase):
         self.assertAlmostEqual(summary["valid_bits_per_character"], summary["valid_loss"] / math.log(2))
         self.assertEqual(summary["characters_seen"], 60 * 6 * 16)
         self.assertTrue((self.folder / "out" / "losses.png").stat().st_size > 0)
-
         model = GPT.from_pretrained(self.folder / "out" / "model")
         ids = chargpt.encode("abcdefghij" * 20, CharTokenizer.from_pretrained(self.folder / "out" / "model"))
         losses = [model(x[None], y[None])[1].item() for x, y in chargpt.Windows(ids, 16, consecutive=True)]
@@ -74,7 +73,6 @@ class TestScript(TempDirTestCase):
         with contextlib.redirect_stdout(io.StringIO()) as printed:
             chargpt.main([out, "--sample", "abcdef"])
         self.assertEqual(printed.getvalue()[:12], "abcdefghijab")
-
         for args, words in (([*options, "--system.seed=1"], "system.seed was 3407, is 1"), ([out, "--sample=xyz"], "never seen: x y z"),
                             (["--data.path=nowhere.txt"], "none of tinyshakespeare, text8, enwik8")):
             self.assertRaisesRegex(ValueError, words, chargpt.main, args)

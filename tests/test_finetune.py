@@ -31,7 +31,6 @@ class TestFinetune(TempDirTestCase):
         before, after = (out / "samples.md").read_text().split("# After")
         self.assertIn("3 green bottles hanging", after)
         self.assertNotIn("3 green bottles hanging", before)
-
         ours, theirs = (cls.from_pretrained(out / "model") for cls in (GPT, transformers.AutoModelForCausalLM))
         idx = BPETokenizer.from_pretrained(out / "model")("6 green bottles")
         self.assertEqual(transformers.AutoTokenizer.from_pretrained(out / "model")("6 green bottles").input_ids, idx[0].tolist())
@@ -40,7 +39,6 @@ class TestFinetune(TempDirTestCase):
         C = finetune.get_config()
         C.merge_from_args(self.options)
         self.assertIn(279, finetune.load_windows(C, BPETokenizer.from_pretrained(self.folder / "tiny"))[0].tensors[0])
-
         finetune.main(self.options)  # again: all is done, and nothing changes
         self.assertEqual({**json.loads((out / "summary.json").read_text()), "seconds": 0}, {**summary, "seconds": 0})
 

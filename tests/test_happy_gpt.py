@@ -96,7 +96,6 @@ class TestData(TempDirTestCase):
         # every character and every end is predicted exactly once
         self.assertEqual(sum(targets, []), sum(([*tokenizer.encode(t), 8] for t in texts), []))
         self.assertEqual([part.tolist() for part in windows[0]], [[8, 0, 1, 2, 8, 8, 8, 8], [0, 1, 2, 8, -1, -1, -1, -1]])
-
         random_windows, whole = data.Windows(texts, tokenizer, 8), [8, *tokenizer.encode(texts[2]), 8]
         self.assertEqual(len(random_windows), len(windows))
         found = {(tuple(x.tolist()), tuple(y.tolist())) for x, y in (random_windows[len(windows) - 1] for _ in range(200))}
@@ -133,7 +132,6 @@ class TestYardstick(unittest.TestCase):
         self.assertAlmostEqual(report.kl_to(reference, tweets), total / 50, places=3)
         best = [max(tweets.rewards[i:i + 5].tolist()) for i in range(0, 50, 5)]
         self.assertEqual(report.best_of_each(tweets, 5).rewards.tolist(), best)
-
         losses, texts = [], ["abcabcabcabcabcabc", "jj"]
         for ids in ([10, *tokenizer.encode(text), 10] for text in texts):
             for t in range(1, len(ids)):
@@ -218,7 +216,6 @@ class TestScript(TempDirTestCase):
         self.assertEqual({row["stage"] for row in read_metrics(self.folder / "whole" / "metrics.jsonl")}, {"pretrain", "sft", "rl"})
         rows = read_metrics(self.folder / "whole" / "rl" / "metrics.jsonl")
         self.assertTrue(all(row["log_prob_error"] < 1e-4 for row in rows) and abs(rows[0]["objective/kl"]) < 1e-4)
-
         # one stage at a time, stopped in the first one in three ways
         metrics = self.folder / "parts" / "pretrain" / "metrics.jsonl"
         for number, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, -9)):
@@ -250,7 +247,6 @@ class TestScript(TempDirTestCase):
         self.run_script("--rl.algorithm=reinforce")
         rows = read_metrics(self.folder / "out" / "rl" / "metrics.jsonl")
         self.assertTrue(all(row["val/ratio"] == 1 and row["policy/clipfrac"] == 0 for row in rows))
-
         for name, options, kl in (("dpo", ["--rl.algorithm=dpo", "--dpo.max_iters=10", "--dpo.batch_size=2", "--dpo.pairs=60"], None),
                                   ("best_of_n", ["--rl.algorithm=best_of_n", "--rl.group_size=4"], math.log(4) - 3 / 4),
                                   ("human", ["--rl.reward=human", "--trunk.max_iters=2", "--trunk.vocab_size=270",
@@ -271,7 +267,6 @@ class TestScript(TempDirTestCase):
                                 "--only=reinforce,best of 16", f"--flags={' '.join(self.options)}").communicate()
         self.assertRegex(printed, r"\| reinforce \| 0\.\d+ .*\n\| best of 16 \| 0\.\d+ \| ≤ 1\.84 ")
         self.assertTrue((self.folder / "family.png").stat().st_size > 0)
-
         path = self.folder / "out" / "pretrain" / "checkpoint.pt"
         state = torch.load(path, weights_only=True)
         torch.save({**state, "iter_num": 4, "finished": False}, path)
