@@ -76,7 +76,8 @@ class Comparisons(Dataset):
 
     rows: dicts with `chosen`, `rejected` and, unless it is empty, `prompt`; `rejected` may be a list, as long in every row. It is
     then the chosen one against each, in one item: in items of their own a model would learn the chosen by heart (Ouyang et al.
-    2022, section 3.5). ValueError for a row that is too long.
+    2022, section 3.5). Each ends with the end-of-text token, unless `ended`, a list of bools for the chosen one and the rejected, says
+    that its sampler was cut off: a reward model can only judge such texts if it has seen some. ValueError for a row that is too long.
     """
 
     def __init__(self, rows: Iterable[dict], tokenizer, block_size: int):
@@ -84,7 +85,11 @@ class Comparisons(Dataset):
         for i, row in enumerate(rows):
             prompt = tokenizer.encode(row["prompt"]) if row.get("prompt") else [tokenizer.eot_token]
             rejected = [row["rejected"]] if isinstance(row["rejected"], str) else row["rejected"]
-            completions = [[*tokenizer.encode(text), tokenizer.eot_token] for text in (row["chosen"], *rejected)]
+            texts = (row["chosen"], *rejected)
+            ended = row.get("ended", [True] * len(texts))
+            if len(ended) != len(texts):
+                raise ValueError(f"row {i} has ended={ended} for {len(texts)} completions: give one bool for each, the chosen one first")
+            completions = [[*tokenizer.encode(text), *[tokenizer.eot_token] * end] for text, end in zip(texts, ended)]
             check_length(i, [*prompt, *max(completions, key=len)], block_size)
             self.items.append((torch.tensor(prompt), [*map(torch.tensor, completions)]))
             if len(completions) != len(self.items[0][1]) or not rejected:

@@ -177,10 +177,15 @@ def comparison_scores(model: nn.Module, batch: tuple[Tensor, Tensor, Tensor]) ->
     return model(*(x.flatten(0, 1) for x in batch), group_size=K).view(B, K).split([1, K - 1], dim=1)
 
 
-def comparison_loss(model: nn.Module, batch: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, dict]:
-    """The Trainer's loss_fn for a RewardModel on batches of `Comparisons`: (reward_loss, its accuracy)."""
+def comparison_loss(model: nn.Module, batch: tuple[Tensor, Tensor, Tensor], centering: float = 0.0) -> tuple[Tensor, dict]:
+    """The Trainer's loss_fn for a RewardModel on batches of `Comparisons`: (reward_loss, its accuracy).
+
+    Bradley-Terry leaves the mean of each prompt's rewards free. centering > 0 pulls it to 0, by so much of (r_chosen + r_rejected)²
+    (Eisenstein et al. 2023, arXiv:2312.09244): what then is left to vary is how good the completions are.
+    """
     chosen, rejected = comparison_scores(model, batch)
-    return reward_loss(chosen, rejected), {"accuracy": (chosen > rejected).float().mean()}
+    loss = reward_loss(chosen, rejected) + centering * (chosen + rejected).square().mean()
+    return loss, {"accuracy": (chosen > rejected).float().mean()}
 
 
 class DPOLoss:

@@ -228,20 +228,25 @@ class TestComparisons(TempDirTestCase):
 
     def test_comparison_and_dpo_losses_row_by_row(self):
         reward_model, policy, reference = RewardModel.from_gpt(tiny_gpt()), tiny_gpt(1), tiny_gpt(2)
-        for rows in (ROWS, [{**row, "rejected": [row["rejected"], "hij"]} for row in ROWS]):
+        for rows in (ROWS, [{**row, "rejected": [row["rejected"], "hij"], "ended": [True, False, True]} for row in ROWS]):
             batch = Comparisons.collate(list(Comparisons(rows, TOKENIZER, 12)))  # the longest prompt and completion have 14 tokens
-            reward, implicit = [], []
+            reward, implicit, means = [], [], []
             for row in rows:
                 prompt, r, rho = TOKENIZER.encode(row.get("prompt", "")) or [10], [], []
-                for text in (row["chosen"], *([row["rejected"]] if isinstance(row["rejected"], str) else row["rejected"])):
-                    ids = torch.tensor([[*prompt, *TOKENIZER.encode(text), 10]])
+                texts = (row["chosen"], *([row["rejected"]] if isinstance(row["rejected"], str) else row["rejected"]))
+                for text, end in zip(texts, row.get("ended", (True, True))):
+                    ids = torch.tensor([[*prompt, *TOKENIZER.encode(text), *[10] * end]])
                     r.append(reward_model(ids).item())
                     rho.append(0.3 * (policy.log_probs(ids) - reference.log_probs(ids))[0, len(prompt) - 1:].sum().item())
                 for terms, (chosen, *rejected) in ((reward, r), (implicit, rho)):
                     terms.extend(math.log(1 + math.exp(x - chosen)) for x in rejected)
-            self.assertAlmostEqual(rlhf.comparison_loss(reward_model, batch)[0].item(), statistics.mean(reward), places=5)
+                means.extend((r[0] + x) / 2 for x in r[1:])
+            for centering in (0.0, 0.5):
+                expected = statistics.mean(reward) + centering * statistics.mean(4 * mean ** 2 for mean in means)
+                self.assertAlmostEqual(rlhf.comparison_loss(reward_model, batch, centering)[0].item(), expected, places=5)
             self.assertAlmostEqual(DPOLoss(reference, 0.3)(ActorCritic(policy), batch)[0].item(), statistics.mean(implicit), places=5)
         self.assertRaisesRegex(ValueError, "row 0 has 8 tokens.*takes 7", Comparisons, ROWS, TOKENIZER, 7)
+        self.assertRaisesRegex(ValueError, "row 0 has ended=.True. for 2", Comparisons, [{**ROWS[0], "ended": [True]}], TOKENIZER, 12)
         self.assertRaisesRegex(ValueError, "row 1 has 2 rejected", Comparisons, [ROWS[0], {**ROWS[1], "rejected": ["a", "b"]}], TOKENIZER, 12)
 
     def test_learn_from_comparisons(self):

@@ -79,9 +79,10 @@ def get_config(data="docstrings"):
     C.ppo.minibatch_size = 128
     C.ppo.ppo_epochs = 1
     C.ppo.learning_rate = 3e-4
+    C.ppo.lr_schedule = "linear"
     C.ppo.warmup_iters = 5
     C.ppo.kl_coef = 0.05
-    C.ppo.missing_eos_penalty = 5.0  # in standard deviations of the reward: a reward model has not learnt from texts that do not end
+    C.ppo.missing_eos_penalty = 1.0  # in standard deviations of the reward
     del C.ppo.max_new_tokens         # it is data.summary_tokens
 
     C.report = CN()

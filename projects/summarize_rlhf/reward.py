@@ -8,6 +8,7 @@ wrote for the same text, and against another text's line. Two models learn from 
 model, which PPO climbs, and the judge, which it never sees.
 """
 
+import functools
 import json
 import logging
 from pathlib import Path
@@ -24,6 +25,7 @@ from mingpt.utils import plot_metrics, set_seed
 logger = logging.getLogger("mingpt.summarize_rlhf")
 SAMPLES = 2  # of the sft model for each text, for the comparisons
 KINDS = ["author against a sample"] * SAMPLES + ["author against another's"]
+CENTERING = 0.01  # how strongly the rewards of each text are drawn to a mean of 0
 NORMALIZED_ON = 500  # summaries by the sft model, whose scores a reward model gives mean 0 and variance 1
 
 
@@ -41,16 +43,17 @@ def from_sft_model(config, corpus):
     if not path.exists():
         model, tokenizer, found = pipeline.load_model(config, corpus.tokenizer, "sft"), corpus.tokenizer, []
         length = lambda text: len(tokenizer.encode(text))
-        for i, (split, rows) in enumerate(corpus.rows.items()):
+        for number, (split, rows) in enumerate(corpus.rows.items()):
             rows = [row for row in rows if split != "train" or row["part"] != "sft"]
-            prompts, seed = [row["prompt"] for row in rows], config.system.seed + 100 * i
-            samples = [pipeline.summarize(config, model, tokenizer, prompts, seed + k).texts for k in range(SAMPLES)]
+            prompts, seed = [row["prompt"] for row in rows], config.system.seed + 100 * number
+            samples = [pipeline.summarize(config, model, tokenizer, prompts, seed + k) for k in range(SAMPLES)]
             others = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
-            for row, other, *texts in zip(rows, others, *samples):
-                rejected = [*(" " + text for text in texts), rows[other]["completion"]]
+            for i, (row, other) in enumerate(zip(rows, others)):
+                rejected = [*(" " + sample.texts[i] for sample in samples), rows[other]["completion"]]
                 # junk, decoded and encoded again, may have become longer
                 if length(row["prompt"]) + max(map(length, rejected)) < config.model.block_size:
                     found.append({"prompt": row["prompt"], "chosen": row["completion"], "rejected": rejected,
+                                  "ended": [True, *(sample.ended[i].item() for sample in samples), True],
                                   "kinds": KINDS, "part": row["part"], "split": split})
         write_text(path, "".join(json.dumps(row) + "\n" for row in found))
     rows = read_jsonl(path, "prompt", "chosen", "part", "split")
@@ -63,7 +66,8 @@ def reward(config, corpus, rows, stage):
     model = RewardModel.from_gpt(pipeline.load_model(config, corpus.tokenizer, "sft"))
     parts = {"train": [row for row in rows["train"] if row["part"] == stage], "valid": rows["valid"]}
     data = {split: Comparisons(part, corpus.tokenizer, config.model.block_size) for split, part in parts.items()}
-    return Trainer(pipeline.trainer_config(config, stage), model, data["train"], data["valid"], comparison_loss, Comparisons.collate)
+    return Trainer(pipeline.trainer_config(config, stage), model, data["train"], data["valid"],
+                   functools.partial(comparison_loss, centering=CENTERING), Comparisons.collate)
 
 
 def load(config, corpus):
