@@ -73,7 +73,7 @@ def get_config(data="docstrings"):
     C.reward.eval_every = 200
 
     C.ppo = PPOTrainer.get_default_config()
-    C.ppo.max_iters = 180
+    C.ppo.max_iters = 120
     C.ppo.batch_size = 256
     C.ppo.group_size = 8
     C.ppo.minibatch_size = 128
