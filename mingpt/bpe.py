@@ -217,10 +217,11 @@ class BPETokenizer(Encoder):
 def most_frequent_pairs(words: list[list[int]], counts: list[int], n: int) -> Iterator[tuple[int, int]]:
     """Yield n times the most frequent pair of neighbours, and join it in the words (lists of ids, changed in place).
 
-    words[i] occurs counts[i] times. The k-th pair gets the id 256 + k. Only the words that hold a pair are looked at again, and
-    the heap is put right when a stale entry comes up: that makes it fast (Sennrich et al. 2016, section 3.2, has neither).
+    words[i] occurs counts[i] times. The k-th pair gets the id 256 + k. Only the words that hold a pair are looked at again, in
+    them only its neighbours are counted anew, and the heap is put right when a stale entry comes up: that makes it fast (Sennrich et
+    al. 2016, section 3.2, has none of the three).
     """
-    pair_counts, where = Counter(), defaultdict(set)
+    pair_counts, where = defaultdict(int), defaultdict(set)
     for i, word in enumerate(words):
         for pair in zip(word, word[1:]):
             pair_counts[pair] += counts[i]
@@ -236,30 +237,31 @@ def most_frequent_pairs(words: list[list[int]], counts: list[int], n: int) -> It
             return
         _, best = heapq.heappop(heap)
         yield best
-        changed = set()
+        new = set()
         for i in where.pop(best):
-            for pair in zip(words[i], words[i][1:]):
-                pair_counts[pair] -= counts[i]
-            words[i] = merge(words[i], *best, both)
-            for pair in zip(words[i], words[i][1:]):
-                pair_counts[pair] += counts[i]
-                where[pair].add(i)
-                changed.add(pair)
-        for pair in changed:
-            heapq.heappush(heap, (-pair_counts[pair], pair))
+            for old_pair, new_pair in join(words[i], *best, both):
+                pair_counts[old_pair] -= counts[i]
+                pair_counts[new_pair] += counts[i]
+                where[new_pair].add(i)
+                new.add(new_pair)
+        del pair_counts[best]
+        for pair in new:
+            if pair_counts[pair] > 0:  # else it was joined in turn
+                heapq.heappush(heap, (-pair_counts[pair], pair))
 
 
-def merge(ids: list[int], left: int, right: int, both: int) -> list[int]:
-    """ids with every adjacent left, right replaced by both, from left to right."""
-    merged, i, last = [], 0, len(ids) - 1
-    while i <= last:
-        if ids[i] == left and i < last and ids[i + 1] == right:
-            merged.append(both)
-            i += 2
-        else:
-            merged.append(ids[i])
-            i += 1
-    return merged
+def join(word: list[int], left: int, right: int, both: int) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:
+    """Replace, in place and from left to right, every adjacent left, right by both; yield what this makes of the pairs on either side."""
+    i = 0
+    while left in word[i:-1]:
+        i = word.index(left, i)
+        if word[i + 1] == right:
+            word[i:i + 2] = [both]
+            if i > 0:
+                yield (word[i - 1], left), (word[i - 1], both)
+            if i + 1 < len(word):
+                yield (right, word[i + 1]), (both, word[i + 1])
+        i += 1
 
 
 def read_files(folder: str | Path) -> tuple[dict, list]:
