@@ -44,8 +44,9 @@ class Pretrained:
         """The model in evaluation mode, from the hub, a folder or a file; options replace those of its config.
 
         Hub files are kept in $MINGPT_HOME (one folder a revision: branch, tag or commit); HF_ENDPOINT and HF_TOKEN are honoured. A
-        bare state dict does not tell its number of heads: pass n_head if its sizes are no preset's. Of safetensors, no more than
-        the model and one tensor is held. ValueError for what is not there, damaged, would run code, or does not fit.
+        bare state dict does not tell its number of heads: pass n_head if its sizes are no preset's. Safetensors in fp32 are mapped, not
+        read: neither training nor `save_pretrained` writes into that file, and nobody should while the model lives. ValueError for
+        what is not there, damaged, would run code, or does not fit.
         """
         path = Path(name_or_path).expanduser()
         path = path if path.exists() else hub_folder(str(name_or_path), revision)
@@ -58,11 +59,11 @@ class Pretrained:
             raise ValueError(f"{path} does not tell the number of heads that share its {config.n_embd} channels: pass n_head")
         with torch.device("meta"):  # no time and no memory for random weights
             model = cls(config).eval()
-        model.to_empty(device="cpu")
-        if hasattr(model, "lm_head") and config.tie_weights:
-            model.lm_head.weight = model.transformer.wte.weight
+        if tied := hasattr(model, "lm_head") and config.tie_weights:
             tensors.pop("lm_head.weight", None)
-        copy_tensors(tensors, model, path)
+        model.load_state_dict(fitting(tensors, model, path), strict=False, assign=True)
+        if tied:
+            model.lm_head.weight = model.transformer.wte.weight
         return model
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -115,7 +116,7 @@ def shards(path: Path) -> list[Path]:
 
 @dataclass
 class Stored:
-    """A tensor that is still in its file; stored[...] opens it for this one alone, lest the pages of all make a second model."""
+    """A tensor that is still in its file, which stored[...] maps for this one alone: its pages go when it is converted."""
     file: Path
     name: str
     shape: torch.Size
@@ -180,9 +181,8 @@ def read_config(cls: type[Pretrained], path: Path, tensors: dict, extra: dict) -
     return config
 
 
-@torch.no_grad()
-def copy_tensors(tensors: dict, model: nn.Module, path: Path) -> None:
-    """Fill the parameters one by one. ValueError where names, shapes or types do not fit."""
+def fitting(tensors: dict, model: nn.Module, path: Path) -> dict[str, Tensor]:
+    """The tensor of every parameter, in fp32, as it lies in the file. ValueError where names, shapes or types do not fit."""
     parameters = dict(model.named_parameters())  # a tied head is no parameter of its own
     if not any(name.endswith(".bias") for name in tensors):  # nanoGPT's bias=False
         tensors = tensors | {name: torch.zeros(p.shape) for name, p in parameters.items() if name.endswith(".bias")}
@@ -190,10 +190,11 @@ def copy_tensors(tensors: dict, model: nn.Module, path: Path) -> None:
         lacks, has = [sorted(a - b)[:5] for a, b in ((parameters.keys(), tensors.keys()), (tensors.keys(), parameters.keys()))]
         way = "; use from_gpt(GPT.from_pretrained(...))" if "head.weight" in lacks else ""
         raise ValueError(f"{path} is no {type(model).__name__} of its config: it lacks {lacks}, and has {has} besides{way}")
-    transposed = tensors["transformer.h.0.attn.c_attn.weight"].shape[:1] == (model.config.n_embd,)
+    found, transposed = {}, tensors["transformer.h.0.attn.c_attn.weight"].shape[:1] == (model.config.n_embd,)
     for name, p in parameters.items():
-        tensor = tensors[name][...]
-        tensor = tensor.t() if transposed and CONV1D.search(name) else tensor
+        tensor = tensors[name][...].t() if transposed and CONV1D.search(name) else tensors[name][...]
         if tensor.shape != p.shape or not tensor.is_floating_point():
             raise ValueError(f"{path} has {name} as {tensor.dtype} {tuple(tensor.shape)}, must be float {tuple(p.shape)}")
-        p.copy_(tensor)
+        # a file of safetensors holds each tensor apart; in a state dict some may be views, or share their memory
+        found[name] = tensor.float() if isinstance(tensors[name], Stored) else torch.empty(p.shape).copy_(tensor.detach())
+    return found

@@ -124,6 +124,19 @@ class TestOtherFiles(TempDirTestCase):
             torch.testing.assert_close(cls.from_pretrained(self.folder / cls.__name__)(idx), model(idx))
             self.assertRaisesRegex(ValueError, "use from_gpt", cls.from_pretrained, self.folder / "gpt")
 
+    def test_training_what_was_loaded_changes_no_file_and_it_can_be_saved_over_it(self):
+        tiny_gpt().save_pretrained(self.folder)
+        before, model = (self.folder / "model.safetensors").read_bytes(), GPT.from_pretrained(self.folder)
+        with torch.no_grad():
+            for p in model.parameters():
+                p.add_(torch.randn_like(p))
+        self.assertEqual((self.folder / "model.safetensors").read_bytes(), before)
+        model.save_pretrained(self.folder)
+        assert_loads(model, self.folder)
+        torch.save(model.state_dict(), self.folder / "tied.pt")  # head and embedding are one in this file
+        untied = GPT.from_pretrained(self.folder / "tied.pt", tie_weights=False)
+        self.assertNotEqual(untied.lm_head.weight.data_ptr(), untied.transformer.wte.weight.data_ptr())
+
     def test_options_and_randomness(self):
         tiny_gpt(attn_pdrop=0.3).save_pretrained(self.folder)
         before = torch.get_rng_state()
