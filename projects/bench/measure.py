@@ -1,5 +1,7 @@
 """
 How the benchmarks measure: two sides that take turns, medians, spreads, the limits of the machine, peak memory.
+
+On a CUDA card the clock waits until its work is done, matrix products are in bf16, and memory is the card's.
 """
 
 import json
@@ -22,6 +24,8 @@ from mingpt.utils import CfgNode as CN
 
 logger = logging.getLogger("mingpt.bench")
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # CUDA_VISIBLE_DEVICES= in the environment hides a card
+DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32  # of matrix products, on both sides
 Run = Callable[[], object]  # what is timed; it may return {part: seconds}, "" being all of it, to have its parts reported
 
 
@@ -57,9 +61,21 @@ class Row:
 
 def clock(run: Run) -> dict[str, float]:
     """What run() took, in seconds, and its parts, if it tells."""
-    start = time.perf_counter()
+    start = now()
     parts = run()
-    return parts if type(parts) is dict else {"": time.perf_counter() - start}
+    return parts if type(parts) is dict else {"": now() - start}
+
+
+def now() -> float:
+    """The time, once the device has done all that it was told to."""
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def autocast() -> torch.autocast:
+    """The context in which a training step has its matrix products in DTYPE; in fp32 it changes nothing."""
+    return torch.autocast(DEVICE.type, DTYPE, enabled=DTYPE != torch.float32)
 
 
 # -- two processes that take turns: neither counts the memory of the other, nor has the other's settings ------------------
@@ -92,7 +108,7 @@ class Side:
         return self.read()
 
     def end(self) -> float:
-        """The most memory the process has held, in MB, as the operating system counts it."""
+        """The most memory the process has held, in MB."""
         return json.loads(self.process.communicate()[0])
 
 
@@ -116,7 +132,12 @@ def serve(case: Case, side: str) -> None:
 
 
 def peak_megabytes() -> float:
-    """The most memory this process has held. On Linux getrusage counts what its parent held when it was forked, and VmHWM does not."""
+    """The most memory this process has held on the card, or else as the operating system counts it.
+
+    On Linux getrusage counts what the parent held when it forked this process, and VmHWM does not.
+    """
+    if DEVICE.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**20
     if sys.platform == "linux":
         return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text()).group(1)) / 2**10
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
@@ -157,12 +178,13 @@ def seconds(run: Callable, repeat: int) -> float:
 
 
 def matrix_product_rate() -> float:
-    """FLOP per second of the product that GPT-2's MLP consists of, 512 rows at a time."""
-    x, w = torch.randn(512, 768), torch.randn(3072, 768)
-    return 2 * 512 * 768 * 3072 / seconds(lambda: x @ w.t(), 50)
+    """FLOP per second of the product that GPT-2's MLP consists of, 512 rows at a time, or on a card as many as fill it."""
+    rows = 16384 if DEVICE.type == "cuda" else 512
+    x, w = torch.randn(rows, 768, device=DEVICE, dtype=DTYPE), torch.randn(3072, 768, device=DEVICE, dtype=DTYPE)
+    return 2 * rows * 768 * 3072 / seconds(lambda: x @ w.t(), 50)
 
 
 def memory_bandwidth() -> float:
     """Bytes per second of reading half a gigabyte, GPT-2's size, once through."""
-    x = torch.ones(2**27)
+    x = torch.ones(2**27, device=DEVICE)
     return x.numel() * 4 / seconds(x.sum, 10)

@@ -7,12 +7,13 @@ import math
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch.utils.data import TensorDataset
 
-from measure import Case, Run, clock, matrix_product_rate, memory_bandwidth
+from measure import DEVICE, DTYPE, Case, Run, autocast, clock, matrix_product_rate, memory_bandwidth
 from mingpt.model import GPT
 from mingpt.trainer import Trainer
 from mingpt.utils import CfgNode as CN
@@ -52,36 +53,43 @@ def training_step(model: torch.nn.Module, loss: Callable, clip: float = math.inf
 
     def run():
         optimizer.zero_grad(set_to_none=True)
-        loss().backward()
+        with autocast():
+            value = loss()
+        value.backward()
         if clip < math.inf:
             torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
         optimizer.step()
     return run
 
 
+# what torch.compile is told; "reduce-overhead" records CUDA graphs
+COMPILED = {"": None, ", compiled": {}, **({", compiled, CUDA graphs": {"mode": "reduce-overhead"}} if DEVICE.type == "cuda" else {})}
+
+
 def train(C: CN) -> Iterator[Case]:
-    """A training step, without dropout, and what torch.compile makes of it on both sides."""
-    for compiled in (False, True):
-        for preset, B, T in (("gpt2", 4, 128), ("gpt-micro", 64, 32)):
-            idx = torch.randint(SIZES[preset][0], (B, T + 1))
+    """A training step, without dropout, and what torch.compile makes of it on both sides; a card is given sizes that keep it busy."""
+    sizes = (("gpt2", 16, 1024), ("gpt-micro", 256, 64)) if DEVICE.type == "cuda" else (("gpt2", 4, 128), ("gpt-micro", 64, 32))
+    for how, options in COMPILED.items():
+        for preset, B, T in sizes:
+            idx = torch.randint(SIZES[preset][0], (B, T + 1), device=DEVICE)
             x, y = idx[:, :-1].contiguous(), idx[:, 1:].contiguous()
 
-            def ours(preset=preset, compiled=compiled, x=x, y=y):
-                model = our_gpt(preset)
-                forward = torch.compile(model) if compiled else model
+            def ours(preset=preset, options=options, x=x, y=y):
+                model = our_gpt(preset).to(DEVICE)
+                forward = model if options is None else torch.compile(model, **options)
                 return training_step(model, lambda: forward(x, y)[1])
 
-            def theirs(preset=preset, compiled=compiled, x=x):
-                model = their_gpt(preset)
-                forward = torch.compile(model) if compiled else model
+            def theirs(preset=preset, options=options, x=x):
+                model = their_gpt(preset).to(DEVICE)
+                forward = model if options is None else torch.compile(model, **options)
                 return training_step(model, lambda: forward(x, labels=x, use_cache=False).loss)
 
             def most(preset=preset):  # Kaplan et al. 2020, section 2.1: 6 FLOP per weight and token, positions aside
                 model = our_gpt(preset)
                 return matrix_product_rate() / (6 * sum(p.numel() for p in model.parameters()) - 6 * model.transformer.wpe.weight.numel())
 
-            yield Case(f"training step, {preset}, {B} x {T} tokens" + ", compiled" * compiled, "tokens", B * T, ours, "transformers", theirs,
-                       ("matrix-product rate", most), slow=compiled or preset == "gpt2")
+            yield Case(f"training step, {preset}, {B} x {T} tokens{how}", "tokens", B * T, ours, "transformers", theirs,
+                       ("matrix-product rate", most), slow=bool(how) or preset == "gpt2")
 
 
 def loop(C: CN) -> Iterator[Case]:
@@ -90,7 +98,7 @@ def loop(C: CN) -> Iterator[Case]:
 
     def ours():
         config = Trainer.get_default_config()
-        config.merge_from_dict({"device": "cpu", "learning_rate": 1e-4, "max_iters": 1})
+        config.merge_from_dict({"device": str(DEVICE), "learning_rate": 1e-4, "max_iters": 1})
         trainer = Trainer(config, our_gpt("gpt-micro"), data)
 
         def run():
@@ -99,7 +107,8 @@ def loop(C: CN) -> Iterator[Case]:
         return run
 
     def bare():
-        model, batches = our_gpt("gpt-micro"), itertools.cycle([data[i:i + 64] for i in range(0, 1280, 64)])
+        model = our_gpt("gpt-micro").to(DEVICE)
+        batches = itertools.cycle([[x.to(DEVICE) for x in data[i:i + 64]] for i in range(0, 1280, 64)])
         step = training_step(model, lambda: model(*next(batches))[1], clip=1.0)
         return lambda: [step() for _ in range(20)]
 
@@ -109,34 +118,54 @@ def loop(C: CN) -> Iterator[Case]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def greedy(preset: str) -> tuple[Callable, Callable]:
-    """What makes generate(idx, n) of both sides."""
-    def ours():
-        model = our_gpt(preset).eval()
-        return lambda idx, n: model.generate(idx, n)
+def saved(C: CN, preset: str) -> Path:
+    """A folder with random weights for both sides to load, written once."""
+    folder = Path(C.work_dir) / f"{preset}-random"
+    if not (folder / "config.json").exists():
+        our_gpt(preset).save_pretrained(folder)
+    return folder
+
+
+def loaders(C: CN, preset: str) -> tuple[Callable, Callable]:
+    """What prepares load() -> model on both sides, from the same file."""
+    folder = saved(C, preset)
 
     def theirs():
-        model = their_gpt(preset).eval()
-        return lambda idx, n: model.generate(idx, max_new_tokens=n, min_new_tokens=n, do_sample=False, attention_mask=torch.ones_like(idx))
+        model = import_extra("transformers", "bench").GPT2LMHeadModel
+        return lambda: model.from_pretrained(folder)
+    return lambda: lambda: GPT.from_pretrained(folder), theirs
+
+
+def greedy(C: CN, preset: str) -> tuple[Callable, Callable]:
+    """What prepares generate(idx, n) of both sides, from weights that were loaded, as those of GPT-2 are."""
+    our_loader, their_loader = loaders(C, preset)
+
+    def ours():
+        return our_loader()().to(DEVICE, DTYPE).generate
+
+    def theirs():
+        model = their_loader()().to(DEVICE, DTYPE).eval()
+        model.generation_config.update(bos_token_id=None, eos_token_id=None, pad_token_id=0)  # nothing ends it early
+        return lambda idx, n: model.generate(idx, max_new_tokens=n, do_sample=False, attention_mask=torch.ones_like(idx))
     return ours, theirs
 
 
 def decode(C: CN) -> Iterator[Case]:
     """Greedy generation with a KV cache, the prompt's forward pass included; then what a token costs in longer contexts."""
     for preset, B, prompt, new in (("gpt2", 1, 64, 64), ("gpt2", 8, 64, 64), ("gpt2", 32, 64, 64), ("gpt-micro", 128, 1, 32)):
-        idx = torch.randint(SIZES[preset][0], (B, prompt))
-        ours, theirs = ((lambda side=side, idx=idx, new=new: (lambda generate: lambda: generate(idx, new))(side())) for side in greedy(preset))
-        most = lambda B=B: B * memory_bandwidth() / (4 * sum(p.numel() for p in our_gpt("gpt2").parameters()))
+        idx = torch.randint(SIZES[preset][0], (B, prompt), device=DEVICE)
+        ours, theirs = ((lambda side=side, idx=idx, new=new: (lambda generate: lambda: generate(idx, new))(side())) for side in greedy(C, preset))
+        most = lambda B=B: B * memory_bandwidth() / (DTYPE.itemsize * sum(p.numel() for p in our_gpt("gpt2").parameters()))
         yield Case(f"decoding, {preset}, batch {B}, {prompt} + {new} tokens", "tokens", B * new, ours, "transformers", theirs,
                    ("memory bandwidth", most) if preset == "gpt2" else None, slow=B in (8, 32))
     for context in (64, 256, 1000):
-        ours, theirs = (lambda side=side, context=context: next_tokens(side(), context) for side in greedy("gpt2"))
+        ours, theirs = (lambda side=side, context=context: next_tokens(side(), context) for side in greedy(C, "gpt2"))
         yield Case(f"decoding, gpt2, batch 1, the 20 tokens behind {context}", "tokens", 20, ours, "transformers", theirs, slow=True)
 
 
 def next_tokens(generate: Callable, context: int) -> Run:
     """Twenty tokens behind a context, whose own forward pass is subtracted."""
-    idx = torch.randint(50257, (1, context))
+    idx = torch.randint(50257, (1, context), device=DEVICE)
     return lambda: {"": clock(lambda: generate(idx, 21))[""] - clock(lambda: generate(idx, 1))[""]}
 
 
@@ -144,17 +173,13 @@ def next_tokens(generate: Callable, context: int) -> Run:
 
 
 def load(C: CN) -> Iterator[Case]:
-    """From a safetensors file to a first token (transformers only maps the file: its pages come when they are used), and imports."""
-    folder = Path(C.work_dir) / "gpt2-random"
-    if not (folder / "config.json").exists():
-        our_gpt("gpt2").save_pretrained(folder)
+    """From a safetensors file to a first token on the CPU (both sides map the file: its pages come when they are used), and imports."""
+    def first_token(prepare: Callable) -> Run:
+        load, idx = prepare(), torch.ones(1, 1, dtype=torch.long)
+        return lambda: load()(idx)
 
-    def theirs():
-        model = import_extra("transformers", "bench").GPT2LMHeadModel
-        return lambda: model.from_pretrained(folder)(idx)
-
-    idx = torch.ones(1, 1, dtype=torch.long)
-    yield Case("gpt2 from its file to a first token", "loads", 1, lambda: lambda: GPT.from_pretrained(folder)(idx), "transformers", theirs)
+    ours, theirs = (partial(first_token, side) for side in loaders(C, "gpt2"))
+    yield Case("gpt2 from its file to a first token", "loads", 1, ours, "transformers", theirs)
     start = lambda modules: lambda: lambda: subprocess.run([sys.executable, "-c", f"import {modules}"], check=True)
     yield Case("importing mingpt: model, trainer, bpe, rlhf", "imports", 1, start("mingpt.model, mingpt.trainer, mingpt.bpe, mingpt.rlhf"),
                "torch alone", start("torch"))

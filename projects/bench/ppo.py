@@ -8,11 +8,10 @@ import contextlib
 import copy
 import io
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from unittest import mock
 
-from measure import Case, Run
+from measure import DEVICE, Case, Run, now
 from mingpt.rlhf import PPOTrainer, RewardModel
 from mingpt.utils import CfgNode as CN
 from mingpt.utils import import_extra
@@ -29,21 +28,21 @@ class Stopwatch:
         """f, which notes when it has returned."""
         def timed(*args, **kwargs):
             result = f(*args, **kwargs)
-            self.moments[name] = time.perf_counter()
+            self.moments[name] = now()
             return result
         return timed
 
     def phases(self, run: Callable) -> dict[str, float]:
         """Seconds of run() in all and by phase; rollout and scoring must have been noted."""
-        start = time.perf_counter()
+        start = now()
         run()
-        end, rollout, scoring = time.perf_counter(), self.moments["rollout"], self.moments["scoring"]
+        end, rollout, scoring = now(), self.moments["rollout"], self.moments["scoring"]
         return {"": end - start, "rollout": rollout - start, "scoring": scoring - rollout, "update": end - scoring}
 
 
 def ours(preset: str, episodes: int, length: int, shared_trunk: bool) -> Run:
     config = PPOTrainer.get_default_config()
-    config.merge_from_dict({"device": "cpu", "batch_size": episodes, "max_new_tokens": length, "max_iters": 1, "ppo_epochs": 4,
+    config.merge_from_dict({"device": str(DEVICE), "batch_size": episodes, "max_new_tokens": length, "max_iters": 1, "ppo_epochs": 4,
                             "shared_trunk": shared_trunk})
     policy, watch = our_gpt(preset), Stopwatch()
     trainer = PPOTrainer(config, policy, RewardModel.from_gpt(our_gpt(preset)), [[1]])
@@ -67,7 +66,7 @@ def theirs(preset: str, episodes: int, length: int) -> Run:
     scalar = lambda: transformers.GPT2ForSequenceClassification(their_config(preset, pad_token_id=pad, num_labels=1))
     args = module.PPOConfig(output_dir=tempfile.mkdtemp(), per_device_train_batch_size=episodes, num_mini_batches=1, num_ppo_epochs=4,
                             response_length=length, total_episodes=episodes, local_rollout_forward_batch_size=episodes, temperature=1.0,
-                            num_sample_generations=0, report_to="none", save_strategy="no", disable_tqdm=True, use_cpu=True, bf16=False)
+                            num_sample_generations=0, report_to="none", save_strategy="no", disable_tqdm=True, use_cpu=DEVICE.type == "cpu", bf16=DEVICE.type == "cuda")
     policy = their_gpt(preset, pad_token_id=pad)
     trainer = module.PPOTrainer(args, tokenizer, policy, copy.deepcopy(policy), scalar(), datasets.Dataset.from_dict({"input_ids": [[1]] * episodes}),
                                 scalar())
