@@ -48,9 +48,7 @@ class TempDirTestCase(unittest.TestCase):
     """Gives each test a folder of its own, self.folder."""
 
     def setUp(self):
-        folder = tempfile.TemporaryDirectory()
-        self.addCleanup(folder.cleanup)
-        self.folder = Path(folder.name)
+        self.folder = Path(self.enterContext(tempfile.TemporaryDirectory()))
 
 
 class Server:
@@ -87,17 +85,14 @@ class Server:
         self.seen.append((request.path, dict(request.headers)))
         mood = self.moods.pop(0) if self.moods else None
         if isinstance(mood, int) or request.path not in self.files:
-            request.send_error(mood or 404)
-            return
+            return request.send_error(mood or 404)
         body = self.files[request.path]
         start = int(request.headers.get("Range", "bytes=0-")[6:-1]) if mood != "no range" else 0
         if start >= len(body):
-            request.send_error(416)
-            return
+            return request.send_error(416)
         request.send_response(206 if start else 200)
         if start:
-            shown = start + 5 if mood == "wrong range" else start
-            request.send_header("Content-Range", f"bytes {shown}-{len(body) - 1}/{len(body)}")
+            request.send_header("Content-Range", f"bytes {start + 5 * (mood == 'wrong range')}-{len(body) - 1}/{len(body)}")
         if mood == "short range":  # less than was asked for, and so it says
             body = body[:(start + len(body)) // 2]
         for name, value in {"Content-Length": str(len(body) - start), **self.headers.get(request.path, {})}.items():

@@ -27,8 +27,7 @@ class TestData(TempDirTestCase):
         server = self.enterContext(Server({"/tinyshakespeare.txt": plain, "/enwik8.zip": packed.getvalue()}))
         corpora = {path[1:-4]: (server.url + path, hashlib.sha256(body).hexdigest()) for path, body in server.files.items()}
         server.moods = ["cut", 500]
-        with mock.patch.dict(chargpt.CORPORA, corpora), mock.patch("time.sleep"), \
-                mock.patch.dict(os.environ, {"MINGPT_HOME": str(self.folder)}):
+        with mock.patch.dict(chargpt.CORPORA, corpora), mock.patch("time.sleep"), mock.patch.dict(os.environ, {"MINGPT_HOME": str(self.folder)}):
             self.assertEqual(chargpt.load_text("tinyshakespeare"), plain.decode())
             for _ in range(2):  # the second time from the cache
                 self.assertEqual(chargpt.load_text("enwik8").encode("latin-1"), wiki)
@@ -50,8 +49,7 @@ class TestData(TempDirTestCase):
         self.assertTrue(all(torch.equal(a + 1, b) for a, b in zip(x, y)))
         torch.manual_seed(0)
         training = chargpt.Windows(ids, 5)
-        starts = {int(training[i][0][0]) for i in range(len(training)) for _ in range(100)}
-        self.assertEqual(starts, set(range(18)))  # every place there is
+        self.assertEqual({int(training[i][0][0]) for i in range(len(training)) for _ in range(100)}, set(range(18)))  # every place there is
 
 
 class TestScript(TempDirTestCase):

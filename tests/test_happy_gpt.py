@@ -56,12 +56,10 @@ class TestData(TempDirTestCase):
         self.assertEqual({row["source"] for row in rows}, set(data.SOURCES))
 
     def test_no_network_no_cache_a_corrupt_cache_and_a_good_one(self):
-        offline = {"MINGPT_HOME": str(self.folder), "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": "", "PIP_CONFIG_FILE": os.devnull}
-        self.enterContext(mock.patch.dict(os.environ, offline))
+        self.enterContext(mock.patch.dict(os.environ, MINGPT_HOME=str(self.folder), PIP_NO_INDEX="1", PIP_FIND_LINKS="", PIP_CONFIG_FILE=os.devnull))
         path = self.folder / "icwsm2014" / data.SDIST
         for _ in range(2):
-            with self.assertRaisesRegex(data.FetchError, "(?s)python -m pip download .*and put .* into .*icwsm2014; or .*--data.path"):
-                data.fetch()
+            self.assertRaisesRegex(data.FetchError, "(?s)python -m pip download .*and put .* into .*icwsm2014; or .*--data.path", data.fetch)
             path.write_bytes(b"not what it should be")
         sdist(path)
         with mock.patch.object(data, "SHA256", data.sha256(path)), \
@@ -130,8 +128,7 @@ class TestYardstick(unittest.TestCase):
                 p, q = (m(torch.tensor([ids[:t]]))[0][0, -1].log_softmax(0)[ids[t]].item() for m in (policy, reference))
                 total += p - q
         self.assertAlmostEqual(report.kl_to(reference, tweets), total / 50, places=3)
-        best = [max(tweets.rewards[i:i + 5].tolist()) for i in range(0, 50, 5)]
-        self.assertEqual(report.best_of_each(tweets, 5).rewards.tolist(), best)
+        self.assertEqual(report.best_of_each(tweets, 5).rewards.tolist(), [max(tweets.rewards[i:i + 5].tolist()) for i in range(0, 50, 5)])
         losses, texts = [], ["abcabcabcabcabcabc", "jj"]
         for ids in ([10, *tokenizer.encode(text), 10] for text in texts):
             for t in range(1, len(ids)):
@@ -169,8 +166,7 @@ class TestPreferences(unittest.TestCase):
         rows = [{"source": f"s{i % 3}", "text": "ab" * (1 + i % 7), "rating": float(i)} for i in range(50)]
         groups = preferences.Groups(rows, CharTokenizer("ab"), 8, apart=True)
         self.assertEqual(sorted(n for group in groups for n in group[1].sum(1).tolist()), sorted(2 + len(row["text"]) for row in rows))
-        halves = [preferences.half(f"text {i}") for i in range(1000)]
-        self.assertAlmostEqual(halves.count("judge") / 1000, 0.5, delta=0.06)
+        self.assertAlmostEqual([preferences.half(f"text {i}") for i in range(1000)].count("judge") / 1000, 0.5, delta=0.06)
 
     def test_pairs_put_the_better_tweet_first(self):
         reward = lambda idx, attention_mask, mask: (mask & (idx == 3)).sum(1).float()

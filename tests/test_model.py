@@ -73,8 +73,7 @@ class TestForward(unittest.TestCase):
         self.assertAlmostEqual(std["transformer.h.3.mlp.c_proj.weight"], 0.02 / math.sqrt(8), delta=0.0005)
 
     def test_padding_on_either_side_changes_no_row_and_gets_no_gradient(self):
-        model = tiny_gpt()
-        rows = [torch.randint(11, (n,)) for n in (7, 3, 1, 5)]
+        model, rows = tiny_gpt(), [torch.randint(11, (n,)) for n in (7, 3, 1, 5)]
         for left in (True, False):
             idx, mask = pad(rows, 5, left), pad([torch.ones_like(row) for row in rows], 0, left)
             logits, _ = model(idx, attention_mask=mask)
@@ -112,18 +111,15 @@ class TestGenerate(unittest.TestCase):
         self.assertEqual(model.generate(idx, 20).tolist(), expected.tolist())
 
     def test_a_row_does_not_depend_on_its_neighbours_or_padding(self):
-        model = tiny_gpt()
-        rows = [torch.randint(11, (n,)) for n in (5, 2, 1)]
+        model, rows = tiny_gpt(), [torch.randint(11, (n,)) for n in (5, 2, 1)]
         for left in (True, False):
             idx, mask = pad_and_mask(rows, left)
-            out = model.generate(idx, 7, attention_mask=mask)
-            for row, new in zip(rows, out[:, 5:]):
+            for row, new in zip(rows, model.generate(idx, 7, attention_mask=mask)[:, 5:]):
                 self.assertEqual(new.tolist(), model.generate(row[None], 7)[0, len(row):].tolist())
 
     def test_rows_stop_one_by_one_and_only_at_generated_stops(self):
         model, idx = tiny_gpt(1), torch.randint(11, (40, 2))
-        free = model.generate(idx, 10, do_sample=True, generator=torch.Generator().manual_seed(0))
-        stop = free[0, 5].item()
+        stop = model.generate(idx, 10, do_sample=True, generator=torch.Generator().manual_seed(0))[0, 5].item()
         idx[3, 0] = stop  # in the prompt it means nothing
         generator, lengths = torch.Generator().manual_seed(1), set()
         out, log_probs = model.generate(idx, 10, do_sample=True, stop_token=stop, return_log_probs=True, generator=generator)
@@ -209,6 +205,5 @@ class TestBadInput(unittest.TestCase):
         ):
             with self.subTest(words), self.assertRaisesRegex(ValueError, words):
                 call()
-        for name, value in (("temperature", 0), ("top_k", 0), ("top_k", 12), ("top_p", 0), ("top_p", 1.1), ("stop_token", 11),
-                            ("max_new_tokens", 0)):
+        for name, value in (("temperature", 0), ("top_k", 0), ("top_k", 12), ("top_p", 0), ("top_p", 1.1), ("stop_token", 11), ("max_new_tokens", 0)):
             self.assertRaisesRegex(ValueError, f"{name}={value}", model.generate, idx, **{"max_new_tokens": 1, name: value})

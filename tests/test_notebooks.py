@@ -14,11 +14,10 @@ from tests.common import ROOT, TempDirTestCase, tiny_gpt
 def run(notebook, **environment):
     """Execute the code cells in one namespace, as a kernel does; return what they printed."""
     printed, names = io.StringIO(), {"__name__": "__main__"}
-    cells = json.loads((ROOT / notebook).read_text(encoding="utf-8"))["cells"]
     backend = matplotlib.get_backend()
     with mock.patch.dict(os.environ, environment), contextlib.redirect_stdout(printed), mock.patch("time.sleep"):
         matplotlib.use("Agg")
-        for i, cell in enumerate(cells):
+        for i, cell in enumerate(json.loads((ROOT / notebook).read_text(encoding="utf-8"))["cells"]):
             if cell["cell_type"] == "code":
                 exec(compile("".join(cell["source"]), f"{notebook}, cell {i}", "exec"), names)
     names["plt"].close("all")

@@ -91,12 +91,10 @@ class TestEstimators(unittest.TestCase):
             self.assertAlmostEqual(white[mask].mean().item(), expected, places=7)
             self.assertAlmostEqual(white[mask].std(unbiased=False).item(), 1.0, places=6)
         self.assertTrue((rlhf.masked_whiten(x, mask)[~mask] == 0).all())
-        constant = rlhf.masked_whiten(torch.full((4, 9), 0.3), mask)
-        self.assertLess(constant.abs().max().item(), 1e-2)  # rounding errors are not blown up
+        self.assertLess(rlhf.masked_whiten(torch.full((4, 9), 0.3), mask).abs().max().item(), 1e-2)  # rounding errors are not blown up
 
     def test_kl_estimates_meet_the_exact_kl(self):
-        logits = torch.tensor([[0.1, 1.0, -0.5, 0.3], [0.4, 0.2, 0.1, -0.2]], dtype=torch.double)
-        log_p, log_q = logits.log_softmax(-1)
+        log_p, log_q = torch.tensor([[0.1, 1.0, -0.5, 0.3], [0.4, 0.2, 0.1, -0.2]], dtype=torch.double).log_softmax(-1)
         exact = (log_p.exp() * (log_p - log_q)).sum()
         squares = (log_p.exp() * (log_p - log_q) ** 2 / 2).sum()
         for kind, expected in (("k1", exact), ("k2", squares), ("k3", exact)):  # k1 and k3 are unbiased
@@ -147,18 +145,15 @@ class TestEstimators(unittest.TestCase):
 
 class TestModels(unittest.TestCase):
     def test_reward_is_read_at_the_last_real_token(self):
-        model = RewardModel.from_gpt(tiny_gpt())
-        rows = [torch.randint(11, (n,)) for n in (6, 2, 4)]
+        model, rows = RewardModel.from_gpt(tiny_gpt()), [torch.randint(11, (n,)) for n in (6, 2, 4)]
         alone = torch.cat([model(row[None]) for row in rows])
         for left in (True, False):
             torch.testing.assert_close(model(*pad_and_mask(rows, left)), alone, atol=1e-5, rtol=0)
 
     def test_heads(self):
-        gpt = tiny_gpt(n_embd=64)
-        idx = torch.randint(11, (2, 5))
+        gpt, idx = tiny_gpt(n_embd=64), torch.randint(11, (2, 5))
         self.assertFalse(ValueModel.from_gpt(gpt)(idx).any())
-        weights = torch.cat([RewardModel.from_gpt(gpt).head.weight.flatten() for _ in range(20)])
-        self.assertAlmostEqual(weights.std().item(), 65 ** -0.5, delta=0.01)
+        self.assertAlmostEqual(torch.cat([RewardModel.from_gpt(gpt).head.weight for _ in range(20)]).std().item(), 65 ** -0.5, delta=0.01)
         reward_model = RewardModel.from_gpt(gpt)  # a value function that starts as a reward model agrees with it on whole texts
         torch.testing.assert_close(ValueModel.from_gpt(reward_model)(idx)[:, -1], reward_model(idx))
 
@@ -273,40 +268,40 @@ def count_token(token):
     return lambda idx, attention_mask, completion_mask: (((idx == token) & completion_mask).sum(1) / 8).float()
 
 
-def ppo_config(**options):
+def ppo_trainer(policy, prompts=([1],), reward=count_token(3), value_model=None, ref_policy=None, tokenizer=None, **options):
+    """A trainer for a few short completions, which rewards 3s unless told otherwise."""
     config = PPOTrainer.get_default_config()
     base = {"device": "cpu", "batch_size": 16, "max_new_tokens": 8, "stop_token": 0, "max_iters": 3, "learning_rate": 3e-3}
     config.merge_from_dict({**base, **options})
-    return config
+    return PPOTrainer(config, policy, reward, prompts, value_model, ref_policy, tokenizer)
 
 
 def train(policy, prompts=([1],), **options):
     """The rows of metrics of a run that rewards 3s."""
-    trainer, rows = PPOTrainer(ppo_config(**options), policy, count_token(3), prompts), []
+    trainer, rows = ppo_trainer(policy, prompts, **options), []
     trainer.add_callback("on_log", lambda trainer: rows.append(trainer.metrics))
     trainer.run()
     return rows
 
 
 class TestPPOTrainer(TempDirTestCase):
-    def rollout(self, prompts=([1], [4, 2, 5]), reward=count_token(3), policy=None, ref_policy=None, **options):
+    def rollout(self, prompts=([1], [4, 2, 5]), policy=None, **options):
         set_seed(0)
-        trainer = PPOTrainer(ppo_config(**options), policy or tiny_gpt(), reward, prompts, ref_policy=ref_policy)
+        trainer = ppo_trainer(policy or tiny_gpt(), prompts, **options)
         return trainer, trainer.rollout(*rlhf.left_pad([torch.tensor(p) for p in prompts] * (16 // len(prompts))))
 
     def test_masks_of_a_rollout(self):
         _, r = self.rollout([[1], [4, 0, 5]])  # the 0, a stop token, in a prompt means nothing
-        shifted = r["mask"]
         for b, row in enumerate(r["idx"].tolist()):
             prompt = [1] if b % 2 == 0 else [4, 0, 5]
             self.assertEqual(row[:3], [0] * (3 - len(prompt)) + prompt)
             new = row[3:]
             n = new.index(0) + 1 if 0 in new else len(new)
             self.assertEqual(r["attention_mask"][b].tolist(), [i >= 3 - len(prompt) and i < 3 + n for i in range(len(row))])
-            self.assertEqual(shifted[b].tolist(), [2 <= t < 2 + n for t in range(len(row) - 1)])
+            self.assertEqual(r["mask"][b].tolist(), [2 <= t < 2 + n for t in range(len(row) - 1)])
         for name in ("kl", "old_values", "returns", "advantages"):
-            self.assertTrue((r[name][~shifted] == 0).all(), name)
-        self.assertTrue((~shifted[:, 2:]).any())  # some did stop early
+            self.assertTrue((r[name][~r["mask"]] == 0).all(), name)
+        self.assertTrue((~r["mask"][:, 2:]).any())  # some did stop early
 
     def test_what_follows_the_stop_token_changes_no_loss(self):
         for algorithm in ("ppo", "grpo"):
@@ -391,8 +386,7 @@ class TestPPOTrainer(TempDirTestCase):
 
     def test_another_reference_policy_is_no_resume(self):
         for seed, iterations in ((1, 1), (1, 2), (2, 3)):
-            config = ppo_config(work_dir=str(self.folder), max_iters=iterations)
-            trainer = PPOTrainer(config, tiny_gpt(), count_token(3), [[1]], ref_policy=tiny_gpt(seed))
+            trainer = ppo_trainer(tiny_gpt(), ref_policy=tiny_gpt(seed), work_dir=str(self.folder), max_iters=iterations)
             if seed == 1:
                 trainer.run()
         self.assertRaisesRegex(ValueError, "another reference policy", trainer.run)
@@ -406,9 +400,8 @@ class TestPPOTrainer(TempDirTestCase):
             seen.extend(zip(prompts, completions))
             return [len(completion) / 8 for completion in completions]
         def train(name, fail_after=None):
-            set_seed(5)
-            config = ppo_config(stop_token=None, max_iters=4, work_dir=str(self.folder / name))
-            trainer = PPOTrainer(config, tiny_gpt(), TextReward(reward, TOKENIZER), ["ab", "cde"], tokenizer=TOKENIZER)
+            options = {"tokenizer": TOKENIZER, "stop_token": None, "max_iters": 4, "work_dir": str(self.folder / name)}
+            trainer = ppo_trainer(tiny_gpt(), ["ab", "cde"], TextReward(reward, TOKENIZER), **options)
             trainer.add_callback("on_batch_end", lambda trainer: trainer.iter_num == fail_after and failing.append(True))
             trainer.run()
             self.assertEqual(trainer.stop_token, 10)
@@ -443,9 +436,8 @@ class TestPPOTrainer(TempDirTestCase):
                 return idx, self.log_probs(idx, temperature=temperature)[:, -max_new_tokens:]
         for algorithm in ("ppo", "rloo"):
             set_seed(1)
-            config = ppo_config(algorithm=algorithm, max_iters=40, kl_coef=0.0, learning_rate=2e-2, batch_size=32)
-            policy, value_model = Recurrent(), ValueModel.from_gpt(tiny_gpt()) if algorithm == "ppo" else None
-            trainer = PPOTrainer(config, policy, count_token(3), [[1]], value_model=value_model)
+            options = {"algorithm": algorithm, "max_iters": 40, "kl_coef": 0.0, "learning_rate": 2e-2, "batch_size": 32}
+            trainer = ppo_trainer(Recurrent(), value_model=ValueModel.from_gpt(tiny_gpt()) if algorithm == "ppo" else None, **options)
             first = trainer.rollout(*rlhf.left_pad([torch.tensor([1])] * 32))["scores"].mean()
             trainer.run()
             self.assertLess(trainer.metrics["log_prob_error"], 1e-4)
@@ -453,8 +445,8 @@ class TestPPOTrainer(TempDirTestCase):
 
     def test_groups_share_a_prompt_and_their_advantages_follow_the_paper(self):
         for algorithm in ("rloo", "grpo"):
-            config = ppo_config(algorithm=algorithm, group_size=2, batch_size=8, kl_coef=0.3)
-            trainer = PPOTrainer(config, tiny_gpt(1), count_token(3), [[i, i + 1] for i in range(8)], ref_policy=tiny_gpt(2))
+            options = {"algorithm": algorithm, "group_size": 2, "batch_size": 8, "kl_coef": 0.3}
+            trainer = ppo_trainer(tiny_gpt(1), [[i, i + 1] for i in range(8)], ref_policy=tiny_gpt(2), **options)
             prompts, mask = next(trainer.batches())
             self.assertEqual(prompts[0::2].tolist(), prompts[1::2].tolist())
             self.assertEqual(len(set(map(tuple, prompts.tolist()))), 4)
@@ -480,13 +472,12 @@ class TestPPOTrainer(TempDirTestCase):
 
     def test_a_reward_model_is_a_reward_function_without_dropout(self):
         reward_model = RewardModel.from_gpt(tiny_gpt(resid_pdrop=0.5, block_size=16)).train()
-        _, r = self.rollout([[1], [4, 2]], reward_model)
+        _, r = self.rollout([[1], [4, 2]], reward=reward_model)
         alone = [reward_model(row[keep][None]).item() for row, keep in zip(r["idx"], r["attention_mask"])]
         torch.testing.assert_close(r["scores"], torch.tensor(alone), atol=1e-5, rtol=0)
 
     def test_the_optimizer_is_the_papers(self):
-        config, rates = ppo_config(learning_rate=0.01, value_lr_ratio=3.0, lr_schedule="linear", max_iters=4), []
-        trainer = PPOTrainer(config, tiny_gpt(), count_token(3), [[1]])
+        trainer, rates = ppo_trainer(tiny_gpt(), learning_rate=0.01, value_lr_ratio=3.0, lr_schedule="linear", max_iters=4), []
         trainer.add_callback("on_batch_end", lambda t: rates.append(sorted({group["lr"] for group in t.optimizer.param_groups})))
         trainer.run()
         self.assertEqual({(group["eps"], group["weight_decay"]) for group in trainer.optimizer.param_groups}, {(1e-5, 0.0)})
@@ -494,7 +485,7 @@ class TestPPOTrainer(TempDirTestCase):
             self.assertEqual([round(rate, 9) for rate in found], [round(0.01 * left, 9), round(0.03 * left, 9)])
 
     def test_adaptive_kl_coef(self):
-        trainer = PPOTrainer(ppo_config(max_iters=1, kl_coef=0.1, kl_target=5.0, kl_horizon=160), tiny_gpt(), count_token(3), [[1]])
+        trainer = ppo_trainer(tiny_gpt(), max_iters=1, kl_coef=0.1, kl_target=5.0, kl_horizon=160)
         trainer.run()  # KL 0 is far below the target: the error is cut off at -0.2, and 16 of 160 episodes went by
         self.assertAlmostEqual(trainer.kl_coef, 0.1 * (1 - 0.2 * 16 / 160), places=6)
 
@@ -510,9 +501,7 @@ class TestPPOTrainer(TempDirTestCase):
 
     def test_resume_is_exact(self):
         def train(folder, until):
-            set_seed(5)
-            config = ppo_config(work_dir=str(folder), max_iters=until, kl_target=1.0)
-            trainer = PPOTrainer(config, tiny_gpt(), count_token(3), [[1], [4, 2, 5], [7, 7]])
+            trainer = ppo_trainer(tiny_gpt(), [[1], [4, 2, 5], [7, 7]], work_dir=str(folder), max_iters=until, kl_target=1.0)
             trainer.run()
             return trainer.model.state_dict(), (trainer.kl_coef, timeless(folder))
         whole, logged = train(self.folder / "whole", 6)
@@ -524,19 +513,18 @@ class TestPPOTrainer(TempDirTestCase):
     def test_bad_rewards_and_prompts(self):
         for words, reward in (("shape \\(16,\\)", lambda *_: torch.zeros(3)), ("not list", lambda *_: [0.0] * 16),
                               ("gave nan to sample 4", lambda *_: torch.tensor([0.0] * 4 + [math.nan] * 12))):
-            self.assertRaisesRegex(RewardError, words, PPOTrainer(ppo_config(), tiny_gpt(), reward, [[1]]).run)
+            self.assertRaisesRegex(RewardError, words, ppo_trainer(tiny_gpt(), reward=reward).run)
         for words, prompts in (("is text", ["hello"]), ("one token or more", [[]]), ("empty", [])):
-            self.assertRaisesRegex(ValueError, words, PPOTrainer, ppo_config(), tiny_gpt(), count_token(3), prompts)
+            self.assertRaisesRegex(ValueError, words, ppo_trainer, tiny_gpt(), prompts)
         for name, value in (("clip_range", -0.2), ("minibatch_size", 0), ("group_size", 0), ("kl_target", 0), ("gamma", 1.5), ("ppo_epochs", 0)):
             self.assertRaisesRegex(ValueError, f"{name}={value}", train, tiny_gpt(), **{name: value})
         gpt, linear, value_model = tiny_gpt(), torch.nn.Linear(1, 1), {"value_model": ValueModel.from_gpt(tiny_gpt())}
-        for words, policy, options, models in (
-            ("do not fit into the policy's block_size=12", gpt, {"max_new_tokens": 13}, {}),
-            ("micro_batch_size=6 must be a multiple of group_size=4", gpt, {"group_size": 4, "micro_batch_size": 6}, {}),
-            ("must be ppo, reinforce, rloo or grpo", gpt, {"algorithm": "a2c"}, {}),
-            ("has no use for a value_model", gpt, {"algorithm": "rloo"}, value_model),
-            ("does not go with a value_model", gpt, {"shared_trunk": True}, value_model),
-            ("ref_policy is the policy itself", gpt, {}, {"ref_policy": gpt}), ("is no GPT to make a value function from", linear, {}, {}),
+        for words, policy, options in (
+            ("do not fit into the policy's block_size=12", gpt, {"max_new_tokens": 13}),
+            ("micro_batch_size=6 must be a multiple of group_size=4", gpt, {"group_size": 4, "micro_batch_size": 6}),
+            ("must be ppo, reinforce, rloo or grpo", gpt, {"algorithm": "a2c"}),
+            ("has no use for a value_model", gpt, {"algorithm": "rloo", **value_model}),
+            ("does not go with a value_model", gpt, {"shared_trunk": True, **value_model}),
+            ("ref_policy is the policy itself", gpt, {"ref_policy": gpt}), ("is no GPT to make a value function from", linear, {}),
         ):
-            with self.assertRaisesRegex(ValueError, words):
-                PPOTrainer(ppo_config(**options), policy, count_token(3), [[1]], **models)
+            self.assertRaisesRegex(ValueError, words, ppo_trainer, policy, **options)

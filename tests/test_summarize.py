@@ -141,8 +141,7 @@ class TestParts(TempDirTestCase):
         self.assertAlmostEqual(pipeline.kl_to(reference, written, 1.0), sum(by_hand) / len(prompts), places=3)
 
     def test_calibration_and_rouge(self):
-        margins = torch.tensor([0.1, -0.2, 1.0, 2.0, -3.0, 4.0])
-        sure, right = reward.calibration(margins, bins=3)
+        sure, right = reward.calibration(torch.tensor([0.1, -0.2, 1.0, 2.0, -3.0, 4.0]), bins=3)
         self.assertEqual(right, [0.5, 1.0, 0.5])
         self.assertAlmostEqual(sure[0], (1 / (1 + math.exp(-0.1)) + 1 / (1 + math.exp(-0.2))) / 2, places=6)
         # the longest common subsequence of "a b c d" and "b d x" is "b d": recall 2/4, precision 2/3, F 4/7
@@ -169,17 +168,15 @@ class TestStages(TempDirTestCase):
         self.assertTrue(all(math.isfinite(value) for value in summary.values() if not isinstance(value, dict)))
         self.assertEqual((out / "samples.md").read_text().count("\n"), 6 + summary["texts"])
         self.assertEqual({path.name for path in (out / "plots").iterdir()}, {"calibration.png", "training.png", "ppo.png"})
-        rows = [json.loads(line) for line in (out / "comparisons.jsonl").read_text().splitlines()]
         texts = "".join((out / "data" / f"rows_{split}.jsonl").read_text() for split in corpus.SPLITS)
         parts = {(row["prompt"], row["completion"]): row["part"] for row in map(json.loads, texts.splitlines())}
         completions = {completion for _, completion in parts}
-        for row in rows:
+        for row in map(json.loads, (out / "comparisons.jsonl").read_text().splitlines()):
             self.assertTrue(len(row["rejected"]) == len(row["kinds"]) and row["rejected"][-1] in completions)
             self.assertFalse(row["split"] == "train" and parts[row["prompt"], row["chosen"]] == "sft")
         self.assertTrue(all({"eval/reward", "eval/judge", "eval/kl"} <= set(row) for row in read_metrics(out / "ppo" / "metrics.jsonl")))
         weights = [(out / stage / "checkpoint.pt").stat().st_mtime_ns for stage in pipeline.STAGES]
-        again = self.run_script()
-        self.assertEqual(again.stdout, whole.stdout)
+        self.assertEqual(self.run_script().stdout, whole.stdout)
         self.assertEqual(weights, [(out / stage / "checkpoint.pt").stat().st_mtime_ns for stage in pipeline.STAGES])
         for options, words in ((["--system.seed=1"], "system.seed was 3407, is 1"), (["--data=reddit"], "--data=reddit must be docstrings or tldr"),
                                (["--ppo.kl_coeff=1"], "did you mean --ppo.kl_coef?"), (["--data.packages=none"], "data.packages was")):

@@ -27,8 +27,7 @@ def config(**options):
 
 
 def tokens(n=10):
-    generator = torch.Generator().manual_seed(7)
-    x = torch.randint(11, (n, 6), generator=generator)
+    x = torch.randint(11, (n, 6), generator=torch.Generator().manual_seed(7))
     return TensorDataset(x[:, :-1], x[:, 1:])
 
 

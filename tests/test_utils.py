@@ -48,9 +48,7 @@ class TestHelpers(TempDirTestCase):
     def test_state_of_all_generators_comes_back(self):
         draw = lambda: (random.random(), np.random.rand(), torch.rand(()).item())
         utils.set_seed(3)
-        first = draw()
-        state = checkpoint.get_rng_state()
-        second = draw()
+        first, state, second = draw(), checkpoint.get_rng_state(), draw()
         checkpoint.set_rng_state(state)
         self.assertEqual(draw(), second)
         utils.set_seed(3)
