@@ -14,7 +14,6 @@ import contextlib
 import json
 import os
 import re
-from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
 from zipfile import is_zipfile
@@ -23,6 +22,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from mingpt.checkpoint import atomic_write, write_text
 from mingpt.utils import NotFound, download, home
@@ -57,7 +57,7 @@ class Pretrained:
         config.merge_from_dict(read_config(cls, path, tensors, extra) | options)
         if config.n_head is None:
             raise ValueError(f"{path} does not tell the number of heads that share its {config.n_embd} channels: pass n_head")
-        with torch.device("meta"):  # no time and no memory for random weights
+        with torch.device("meta"), NoInit():  # no time and no memory for random weights
             model = cls(config).eval()
         if tied := hasattr(model, "lm_head") and config.tie_weights:
             tensors.pop("lm_head.weight", None)
@@ -114,33 +114,28 @@ def shards(path: Path) -> list[Path]:
     raise ValueError(f"{path}: weight_map must name files in the same folder, not {files[:3]}")
 
 
-@dataclass
-class Stored:
-    """A tensor that is still in its file, which stored[...] maps for this one alone: its pages go when it is converted."""
-    file: Path
-    name: str
-    shape: torch.Size
+class NoInit(TorchFunctionMode):
+    """Leaves out what torch.nn.init does: the weights will come from a file."""
 
-    def __getitem__(self, index) -> Tensor:
-        with safe_open(self.file, "pt") as f:
-            return f.get_tensor(self.name)[index]
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return kwargs["tensor"] if getattr(func, "__module__", None) == "torch.nn.init" else func(*args, **kwargs or {})
 
 
 def open_tensors(path: Path) -> tuple[dict, dict]:
-    """({name: tensor or Stored}, nanoGPT's model_args), with the wrappers' prefixes and the mask buffers gone."""
+    """({name: tensor}, nanoGPT's model_args), with the wrappers' prefixes and the mask buffers gone; safetensors are only mapped."""
     tensors, extra = {}, {}
     for file in shards(path):
         try:
             if file.suffix == ".safetensors":
                 with safe_open(file, "pt") as f:
-                    tensors |= {name: Stored(file, name, torch.Size(f.get_slice(name).get_shape())) for name in f.keys()}
+                    tensors |= {name: f.get_tensor(name) for name in f.keys()}
             else:
                 state = torch.load(file, map_location="cpu", weights_only=True, mmap=is_zipfile(file))  # before 2020, no zip
                 extra = dict(state.get("model_args") or {})
                 state = {str(name): tensor for name, tensor in state.get("model", state).items()}
                 if odd := [name for name, t in state.items() if not torch.is_tensor(t) or t.layout != torch.strided or t.is_meta]:
                     raise TypeError(f"{odd[:3]} are no tensors, or not dense ones")
-                tensors |= state
+                tensors |= {name: t.detach().clone(memory_format=torch.contiguous_format) for name, t in state.items()}  # some may share memory
         except Exception as error:  # a damaged pickle can raise anything
             raise ValueError(f"{file} is no file of weights that can be loaded: missing, damaged, or more than tensors, so that "
                              f"loading it could run foreign code ({str(error).partition(chr(10))[0]})") from None
@@ -171,7 +166,7 @@ def read_config(cls: type[Pretrained], path: Path, tensors: dict, extra: dict) -
     head, embedding = tensors.get("lm_head.weight"), tensors["transformer.wte.weight"]
     heads = {(layers, width): heads for layers, heads, width in cls.presets.values()}
     config = {**sizes, "n_head": heads.get((n_layer, n_embd)),
-              "tie_weights": head is None or "model_type" in said or torch.equal(head[...], embedding[...])}
+              "tie_weights": head is None or "model_type" in said or torch.equal(head, embedding)}
     known = vars(cls.get_default_config()).keys() - {"model_type"}
     for source in (said, said.get("model"), extra):  # minGPT's scripts nest the model's options
         if isinstance(source, dict):
@@ -192,9 +187,8 @@ def fitting(tensors: dict, model: nn.Module, path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path} is no {type(model).__name__} of its config: it lacks {lacks}, and has {has} besides{way}")
     found, transposed = {}, tensors["transformer.h.0.attn.c_attn.weight"].shape[:1] == (model.config.n_embd,)
     for name, p in parameters.items():
-        tensor = tensors[name][...].t() if transposed and CONV1D.search(name) else tensors[name][...]
+        tensor = tensors[name].t() if transposed and CONV1D.search(name) else tensors[name]
         if tensor.shape != p.shape or not tensor.is_floating_point():
             raise ValueError(f"{path} has {name} as {tensor.dtype} {tuple(tensor.shape)}, must be float {tuple(p.shape)}")
-        # a file of safetensors holds each tensor apart; in a state dict some may be views, or share their memory
-        found[name] = tensor.float() if isinstance(tensors[name], Stored) else torch.empty(p.shape).copy_(tensor.detach())
+        found[name] = tensor.float()
     return found
