@@ -85,14 +85,12 @@ class Encoder:
     def __init__(self, vocab: dict[str, int], merges: list[tuple[str, str]]):
         self.vocab, self.merge_list = vocab, merges
         characters = bytes_to_unicode()
-        to_byte = {c: b for b, c in characters.items()}
-        as_bytes = lambda token: bytes(to_byte[c] for c in token)
         if missing := [c for c in characters.values() if c not in vocab]:
             raise ValueError(f"the vocabulary lacks the {len(missing)} bytes {missing[:5]} ...: it is not a byte-level one")
         self.byte_ids = [vocab[characters[b]] for b in range(256)]
         self.special = {END_OF_TEXT: vocab[END_OF_TEXT]} if END_OF_TEXT in vocab else {}
-        # a character for each byte, since str.join takes half the time of bytes.join
-        self.token_text = {i: (token.encode() if token in self.special else as_bytes(token)).decode("latin-1") for token, i in vocab.items()}
+        latin = {c: chr(b) for b, c in characters.items()}  # bytes as characters, since str.join takes half the time of bytes.join
+        self.token_text = {i: token if token in self.special else "".join(latin[c] for c in token) for token, i in vocab.items()}
         try:
             self.merges = [(vocab[a], vocab[b], vocab[a + b]) for a, b in merges]  # left, right, both together
         except KeyError as error:
@@ -222,9 +220,8 @@ class BPETokenizer(Encoder):
 def most_frequent_pairs(words: list[list[int]], counts: list[int], n: int) -> Iterator[tuple[int, int]]:
     """Yield n times the most frequent pair of neighbours, and join it in the words (lists of ids, changed in place).
 
-    words[i] occurs counts[i] times. The k-th pair gets the id 256 + k. Only the words that hold a pair are looked at again, in
-    them only its neighbours are counted anew, and the heap is put right when a stale entry comes up: that makes it fast (Sennrich et
-    al. 2016, section 3.2, has none of the three).
+    words[i] occurs counts[i] times. The k-th pair gets the id 256 + k. What makes it fast: only the words that hold a pair are looked
+    at again, and only its neighbours counted anew; the heap is put right when a stale entry comes up (as in none of Sennrich et al. 2016).
     """
     pair_counts, where = defaultdict(int), defaultdict(set)
     for i, word in enumerate(words):
@@ -256,17 +253,21 @@ def most_frequent_pairs(words: list[list[int]], counts: list[int], n: int) -> It
 
 
 def join(word: list[int], left: int, right: int, both: int) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:
-    """Replace, in place and from left to right, every adjacent left, right by both; yield what this makes of the pairs on either side."""
-    i = 0
-    while left in word[i:-1]:
-        i = word.index(left, i)
-        if word[i + 1] == right:
-            word[i:i + 2] = [both]
-            if i > 0:
-                yield (word[i - 1], left), (word[i - 1], both)
-            if i + 1 < len(word):
-                yield (right, word[i + 1]), (both, word[i + 1])
-        i += 1
+    """Replace every adjacent left, right by both, from left to right, and yield (old pair, new pair) for each neighbour; to be exhausted."""
+    joined, done, i, last = [], 0, 0, len(word) - 1  # joined is what word[:done] has become
+    try:
+        while True:
+            i = word.index(left, i, last) + 1
+            if word[i] == right:
+                joined += word[done:i - 1]
+                if joined:
+                    yield (joined[-1], left), (joined[-1], both)
+                if i < last:
+                    yield (right, word[i + 1]), (both, word[i + 1])
+                joined.append(both)
+                done = i = i + 1
+    except ValueError:  # there is no further left
+        word[:] = joined + word[done:]
 
 
 def read_files(folder: str | Path) -> tuple[dict, list]:

@@ -87,9 +87,11 @@ class Comparisons(Dataset):
             rejected = [row["rejected"]] if isinstance(row["rejected"], str) else row["rejected"]
             texts = (row["chosen"], *rejected)
             ended = row.get("ended", [True] * len(texts))
-            if len(ended) != len(texts):
-                raise ValueError(f"row {i} has ended={ended} for {len(texts)} completions: give one bool for each, the chosen one first")
+            if not isinstance(ended, list) or [type(end) for end in ended] != [bool] * len(texts):
+                raise ValueError(f"row {i} has ended={ended} for {len(texts)} completions: give a list of one bool for each, the chosen one first")
             completions = [[*tokenizer.encode(text), *[tokenizer.eot_token] * end] for text, end in zip(texts, ended)]
+            if not all(completions):
+                raise ValueError(f"row {i} has a completion that is empty and has not ended: leave it out")
             check_length(i, [*prompt, *max(completions, key=len)], block_size)
             self.items.append((torch.tensor(prompt), [*map(torch.tensor, completions)]))
             if len(completions) != len(self.items[0][1]) or not rejected:

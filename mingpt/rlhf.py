@@ -178,11 +178,14 @@ def comparison_scores(model: nn.Module, batch: tuple[Tensor, Tensor, Tensor]) ->
 
 
 def comparison_loss(model: nn.Module, batch: tuple[Tensor, Tensor, Tensor], centering: float = 0.0) -> tuple[Tensor, dict]:
-    """The Trainer's loss_fn for a RewardModel on batches of `Comparisons`: (reward_loss, its accuracy).
+    """The Trainer's loss_fn for a RewardModel on batches of `Comparisons`: (the loss, its accuracy).
 
-    Bradley-Terry leaves the mean of each prompt's rewards free. centering > 0 pulls it to 0, by so much of (r_chosen + r_rejected)²
-    (Eisenstein et al. 2023, arXiv:2312.09244): what then is left to vary is how good the completions are.
+        L = reward_loss + centering · mean (r_chosen + r_rejected)²
+
+    Bradley-Terry leaves the mean of each prompt's rewards free. The second term draws it to 0, so that what is left to vary is how
+    good the completions are (Eisenstein et al. 2023, arXiv:2312.09244); 0.01 is enough.
     """
+    check_numbers(CN(centering=centering), "centering")
     chosen, rejected = comparison_scores(model, batch)
     loss = reward_loss(chosen, rejected) + centering * (chosen + rejected).square().mean()
     return loss, {"accuracy": (chosen > rejected).float().mean()}

@@ -149,13 +149,13 @@ def pick_precision(precision: str, device: torch.device) -> str:
 
 
 def adamw(module: torch.nn.Module, train_config: CfgNode) -> torch.optim.AdamW:
-    """AdamW (Loshchilov & Hutter 2019) over module, with weight decay on the weights of its matrix products alone.
-
-    Biases, LayerNorms and embeddings (a head tied to one, too) are not decayed. Reads learning_rate, betas, eps, weight_decay.
+    """AdamW (Loshchilov & Hutter 2019) over module. It decays the weights of matrix products, but not biases, LayerNorms and
+    embeddings (nor a head tied to one). Reads learning_rate, betas, eps, weight_decay.
     """
     embeddings = {id(m.weight) for m in module.modules() if isinstance(m, torch.nn.Embedding)}
     decay, rest = [], []
     for p in module.parameters():
+        p.data = p.data.contiguous()  # loaded weights may lie transposed, which a checkpoint's moments do not know of
         if p.requires_grad:
             (decay if p.dim() >= 2 and id(p) not in embeddings else rest).append(p)
     groups = [{"params": decay, "weight_decay": train_config.weight_decay}, {"params": rest, "weight_decay": 0.0}]

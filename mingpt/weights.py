@@ -45,8 +45,8 @@ class Pretrained:
 
         Hub files are kept in $MINGPT_HOME (one folder a revision: branch, tag or commit); HF_ENDPOINT and HF_TOKEN are honoured. A
         bare state dict does not tell its number of heads: pass n_head if its sizes are no preset's. Safetensors in fp32 are mapped, not
-        read: neither training nor `save_pretrained` writes into that file, and nobody should while the model lives. ValueError for
-        what is not there, damaged, would run code, or does not fit.
+        read, the blocks' matrices transposed as they lie there: neither training nor `save_pretrained` writes into that file, and
+        nobody should while the model lives. ValueError for what is not there, damaged, would run code, or does not fit.
         """
         path = Path(name_or_path).expanduser()
         path = path if path.exists() else hub_folder(str(name_or_path), revision)
@@ -135,11 +135,13 @@ def open_tensors(path: Path) -> tuple[dict, dict]:
                 state = {str(name): tensor for name, tensor in state.get("model", state).items()}
                 if odd := [name for name, t in state.items() if not torch.is_tensor(t) or t.layout != torch.strided or t.is_meta]:
                     raise TypeError(f"{odd[:3]} are no tensors, or not dense ones")
-                tensors |= {name: t.detach().clone(memory_format=torch.contiguous_format) for name, t in state.items()}  # some may share memory
+                tensors |= state
         except Exception as error:  # a damaged pickle can raise anything
             raise ValueError(f"{file} is no file of weights that can be loaded: missing, damaged, or more than tensors, so that "
                              f"loading it could run foreign code ({str(error).partition(chr(10))[0]})") from None
     tensors = {PREFIXES.sub("", name): tensor for name, tensor in tensors.items() if not SKIPPED.search(name)}
+    if file.suffix != ".safetensors":  # of a state dict some may be views, or share their memory
+        tensors = {name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
     return {n if n.startswith(("lm_head.", "head.")) else f"transformer.{n}": tensor for n, tensor in tensors.items()}, extra
 
 

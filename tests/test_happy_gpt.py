@@ -27,10 +27,9 @@ import data  # noqa: E402
 import preferences  # noqa: E402
 import report  # noqa: E402
 
-SMALL = ["--pretrain.max_iters=24", "--pretrain.batch_size=4", "--pretrain.log_every=1", "--pretrain.eval_every=4",
-         "--pretrain.checkpoint_every=2", "--sft.max_iters=4", "--sft.batch_size=4", "--sft.eval_every=4", "--rl.max_iters=3",
-         "--rl.batch_size=8", "--rl.checkpoint_every=1", "--report.samples=16", "--report.frontier_samples=32", "--report.every=2",
-         "--model.model_type=gpt-nano"]
+SMALL = ["--pretrain.max_iters=24", "--pretrain.batch_size=4", "--pretrain.log_every=1", "--pretrain.eval_every=4", "--pretrain.checkpoint_every=2",
+         "--sft.max_iters=4", "--sft.batch_size=4", "--sft.eval_every=4", "--rl.max_iters=3", "--rl.batch_size=8", "--rl.checkpoint_every=1",
+         "--report.samples=16", "--report.frontier_samples=32", "--report.every=2", "--model.model_type=gpt-nano"]
 
 
 def sdist(path):
@@ -62,8 +61,7 @@ class TestData(TempDirTestCase):
             self.assertRaisesRegex(data.FetchError, "(?s)python -m pip download .*and put .* into .*icwsm2014; or .*--data.path", data.fetch)
             path.write_bytes(b"not what it should be")
         sdist(path)
-        with mock.patch.object(data, "SHA256", data.sha256(path)), \
-                mock.patch.object(data.subprocess, "run", side_effect=AssertionError("no need to download")):
+        with mock.patch.object(data, "SHA256", data.sha256(path)), mock.patch("subprocess.run", side_effect=AssertionError("no need to download")):
             self.assertEqual(data.fetch(), path)
 
     def test_own_texts(self):

@@ -181,9 +181,8 @@ class TestGenerate(unittest.TestCase):
 
 class TestBadInput(unittest.TestCase):
     def test_config(self):
-        for options, words in (({"model_type": "gpt-nano"}, "not both"), ({"n_embd": None}, "all the others"),
-                               ({"n_embd": 15}, "not divisible"), ({"vocab_size": 0}, "vocab_size=0"),
-                               ({"attn_pdrop": 1.5}, "attn_pdrop=1.5"), ({"embd_pdrop": 1.0}, "embd_pdrop=1.0"),
+        for options, words in (({"model_type": "gpt-nano"}, "not both"), ({"n_embd": None}, "all the others"), ({"n_embd": 15}, "not divisible"),
+                               ({"vocab_size": 0}, "vocab_size=0"), ({"attn_pdrop": 1.5}, "attn_pdrop=1.5"), ({"embd_pdrop": 1.0}, "embd_pdrop=1.0"),
                                ({"model_type": "gpt-9", "n_layer": None, "n_head": None, "n_embd": None}, "unknown")):
             with self.subTest(options), self.assertRaisesRegex(ValueError, words):
                 tiny_gpt(**options)
@@ -196,8 +195,7 @@ class TestBadInput(unittest.TestCase):
             ("longer than block_size=12", lambda: model(torch.ones(1, 13, dtype=torch.long))),
             ("must be \\(B, T\\)", lambda: model(idx[0])), ("must be equal", lambda: model(idx, targets=idx[:, :3])),
             ("ids from -1 to 1; the vocabulary has 0 to 10", lambda: model(torch.tensor([[1, -1]]))),
-            ("must be \\(2, 4\\)", lambda: model(idx, attention_mask=mask[:, :3])),
-            ("the vocabulary has 0 to 10", lambda: model.generate(idx + 10, 1)),
+            ("must be \\(2, 4\\)", lambda: model(idx, attention_mask=mask[:, :3])), ("the vocabulary has 0 to 10", lambda: model.generate(idx + 10, 1)),
             ("with T >= 1", lambda: model.generate(idx[:, :0], 1)), ("LongTensor", lambda: model.generate(idx.float(), 1)),
             ("a real token in every row", lambda: model.generate(idx, 1, attention_mask=mask)),
             ("do not fit into", lambda: model.generate(idx, 10, attention_mask=mask.flip(0) | mask)),

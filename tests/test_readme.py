@@ -8,6 +8,7 @@ import torch
 from mingpt.rlhf import PPOTrainer
 from mingpt.utils import set_seed
 from tests.common import ROOT, tiny_gpt
+from tests.test_rlhf import ppo_trainer
 
 
 class TestReadme(unittest.TestCase):
@@ -29,9 +30,7 @@ class TestReadme(unittest.TestCase):
         for name, value in re.findall(r"`(\w+)=([\w.]+)`", text.split("## The family")[0]):
             if name in defaults:
                 self.assertEqual(str(defaults[name]), value.replace("_", ""), name)
-        config = PPOTrainer.get_default_config()
-        config.merge_from_dict({"device": "cpu", "batch_size": 2, "max_new_tokens": 4, "max_iters": 1})
-        trainer = PPOTrainer(config, tiny_gpt(), lambda idx, attention_mask, completion_mask: idx.sum(1), [[1]])
+        trainer = ppo_trainer(tiny_gpt(), batch_size=2, max_new_tokens=4, max_iters=1)
         trainer.run()
         explained = [name for row in re.findall(r"^\| (`[^|]+) \|", text.split("## Glossary")[1], re.MULTILINE) for name in re.findall("`([^`]+)`", row)]
         self.assertEqual(sorted(explained), sorted(trainer.metrics))

@@ -51,11 +51,9 @@ class TestEstimators(unittest.TestCase):
         mask, new = example()
         a, b, c, d = (0.3 * new() for _ in range(4))
         for f, inputs in (
-            (lambda r, v: (rlhf.gae(r, v, mask, 0.9, 0.8)[0] * c).sum(), (a, b)),
-            (lambda x: rlhf.ppo_policy_loss(x, b, c, mask, 0.2)[0], (a,)),
+            (lambda r, v: (rlhf.gae(r, v, mask, 0.9, 0.8)[0] * c).sum(), (a, b)), (lambda x: rlhf.ppo_policy_loss(x, b, c, mask, 0.2)[0], (a,)),
             (lambda x: rlhf.value_loss(x, b, d, mask, 0.2), (a,)), (lambda x: (rlhf.masked_whiten(x, mask) * c).sum(), (a,)),
-            (lambda x: rlhf.masked_mean(rlhf.kl_estimate(x, b, "k3"), mask), (a,)),
-            (lambda x, y: rlhf.reward_loss(x, y, 0.5), (a, b)),
+            (lambda x: rlhf.masked_mean(rlhf.kl_estimate(x, b, "k3"), mask), (a,)), (lambda x, y: rlhf.reward_loss(x, y, 0.5), (a, b)),
         ):
             check_gradient(f, *inputs)
 

@@ -28,9 +28,8 @@ class TestCfgNode(unittest.TestCase):
         self.assertEqual((self.C.seed, self.C.flag, self.C.free), (7, True, "85+50"))
 
     def test_mistakes_are_named(self):
-        for arg, words in (("--sed=1", "unknown option --sed; did you mean --seed\\?"),
-                           ("--model.n_layers=1", "did you mean --model.n_layer\\?"), ("--zzzzzz=1", "--help lists all"),
-                           ("seed=1", "not of the form --option=value"), ("--seed", "not of the form"),
+        for arg, words in (("--sed=1", "unknown option --sed; did you mean --seed\\?"), ("--model.n_layers=1", "did you mean --model.n_layer\\?"),
+                           ("--zzzzzz=1", "--help lists all"), ("seed=1", "not of the form --option=value"), ("--seed", "not of the form"),
                            ("--seed=1.5", "must be of type int"), ("--flag=1", "must be of type bool"),
                            ("--seed=True", "must be of type int"), ("--rate=fast", "must be of type float")):
             with self.subTest(arg), self.assertRaisesRegex(ValueError, words):

@@ -12,7 +12,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, GPT2Model
 
 from mingpt.model import GPT, PRESETS
 from mingpt.rlhf import RewardModel, ValueModel
-from mingpt.utils import download
+from mingpt.utils import CfgNode as CN, download
 from tests.common import Server, TempDirTestCase, tiny_gpt
 
 BODY = bytes(range(256)) * 4096
@@ -127,9 +127,17 @@ class TestOtherFiles(TempDirTestCase):
     def test_training_what_was_loaded_changes_no_file_and_it_can_be_saved_over_it(self):
         tiny_gpt().save_pretrained(self.folder)
         before, model = (self.folder / "model.safetensors").read_bytes(), GPT.from_pretrained(self.folder)
-        with torch.no_grad():
-            for p in model.parameters():
-                p.add_(torch.randn_like(p))
+        models = [tiny_gpt(), model.train()]  # the matrices of the second lie transposed, and an optimizer's state must not care
+        options, idx = CN(learning_rate=1e-2, betas=(0.9, 0.95), weight_decay=0.1, eps=1e-3), torch.randint(11, (2, 12))
+        optimizers = [model.configure_optimizers(options) for model in models]
+        for number in (0, 1, 0):  # a step of the first; the second goes on from there, and so does the first
+            if number == 1:
+                models[1].load_state_dict(models[0].state_dict())
+                optimizers[1].load_state_dict(pickle.loads(pickle.dumps(optimizers[0].state_dict())))
+            optimizers[number].zero_grad()
+            models[number](idx, idx)[1].backward()
+            optimizers[number].step()
+        torch.testing.assert_close(*(dict(model.named_parameters()) for model in models), atol=1e-6, rtol=1e-5)
         self.assertEqual((self.folder / "model.safetensors").read_bytes(), before)
         model.save_pretrained(self.folder)
         assert_loads(model, self.folder)

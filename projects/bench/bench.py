@@ -23,7 +23,7 @@ import torch
 import models
 import ppo
 import text
-from measure import Row, compare, serve
+from measure import DEVICE, DTYPE, Row, SideFailed, compare, serve
 from mingpt.checkpoint import run_script, write_text
 from mingpt.utils import CfgNode as CN
 from mingpt.utils import import_extra, log_to_console, parse_args, set_seed
@@ -47,9 +47,15 @@ def get_config() -> CN:
 
 
 def run(C: CN, name: str) -> list[Row]:
-    """The rows of a benchmark."""
-    cases = [(number, case) for number, case in enumerate(BENCHMARKS[name](C)) if not (C.quick and case.slow)]
-    return [row for number, case in cases for row in compare(name, number, case, C)]
+    """The rows of a benchmark, less those of cases that fail on this machine."""
+    rows = []
+    for number, case in enumerate(BENCHMARKS[name](C)):
+        if not (C.quick and case.slow):
+            try:
+                rows += compare(name, number, case, C)
+            except SideFailed as error:
+                logger.warning("left out: %s, for %s", case.work, error)
+    return rows
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -98,7 +104,8 @@ def main(args: list[str]) -> None:
         return serve(list(BENCHMARKS[name](C))[int(number)], side)
     log_to_console()
     rows = [row for name in chosen for row in run(C, name)]
-    machine = {"date": str(date.today()), "threads": torch.get_num_threads(), "processor": platform.processor() or platform.machine(),
+    card = torch.cuda.get_device_name() if DEVICE.type == "cuda" else "none"
+    machine = {"date": str(date.today()), "card": card, "precision": str(DTYPE).removeprefix("torch."), "threads": torch.get_num_threads(), "processor": platform.processor() or platform.machine(),
                "python": platform.python_version(), "torch": torch.__version__,
                **{name: version(name) for name in ("transformers", "tiktoken", "tokenizers", "trl")}}
     folder = Path(C.work_dir)

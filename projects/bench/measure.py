@@ -1,7 +1,7 @@
 """
 How the benchmarks measure: two sides that take turns, medians, spreads, the limits of the machine, peak memory.
 
-On a CUDA card the clock waits until its work is done, matrix products are in bf16, and memory is the card's.
+On a CUDA card the clock waits until its work is done, the matrix products of training and decoding are in bf16, and memory is the card's.
 """
 
 import json
@@ -9,9 +9,11 @@ import logging
 import os
 import re
 import resource
+import shlex
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -81,14 +83,19 @@ def autocast() -> torch.autocast:
 # -- two processes that take turns: neither counts the memory of the other, nor has the other's settings ------------------
 
 
+class SideFailed(RuntimeError):
+    """A side's process has ended before its time; the message holds its last words."""
+
+
 class Side:
     """One side of a case, in a process of its own that works when it is told to."""
 
     def __init__(self, benchmark: str, number: int, side: str, C: CN):
         options = [f"--{name}={value}" for name, value in C.leaves() if name not in ("only", "side")]
+        self.errors = tempfile.TemporaryFile("w+")
         self.process = subprocess.Popen(
             [sys.executable, str(Path(__file__).with_name("bench.py")), *options, f"--side={benchmark} {number} {side}"],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True)
 
     def ready(self) -> bool:
         """Wait until it is prepared; False, and a line that says so, where its peer is not installed."""
@@ -99,7 +106,8 @@ class Side:
     def read(self):
         if line := self.process.stdout.readline():
             return json.loads(line)
-        raise RuntimeError(f"this fails: {' '.join(self.process.args)}")
+        self.errors.seek(0)
+        raise SideFailed(f"this fails: {shlex.join(self.process.args)}: {self.errors.read().strip().rpartition(chr(10))[2]}")
 
     def run(self) -> dict[str, float]:
         """The seconds of one more run."""
@@ -136,8 +144,8 @@ def peak_megabytes() -> float:
 
     On Linux getrusage counts what the parent held when it forked this process, and VmHWM does not.
     """
-    if DEVICE.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**20
+    if DEVICE.type == "cuda" and (held := torch.cuda.max_memory_allocated()):  # none where the work is the processor's
+        return held / 2**20
     if sys.platform == "linux":
         return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text()).group(1)) / 2**10
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
@@ -179,12 +187,12 @@ def seconds(run: Callable, repeat: int) -> float:
 
 def matrix_product_rate() -> float:
     """FLOP per second of the product that GPT-2's MLP consists of, 512 rows at a time, or on a card as many as fill it."""
-    rows = 16384 if DEVICE.type == "cuda" else 512
+    rows, times = (16384, 50) if DEVICE.type == "cuda" else (512, 1)  # a launch and a wait take as long as a card's product
     x, w = torch.randn(rows, 768, device=DEVICE, dtype=DTYPE), torch.randn(3072, 768, device=DEVICE, dtype=DTYPE)
-    return 2 * rows * 768 * 3072 / seconds(lambda: x @ w.t(), 50)
+    return times * 2 * rows * 768 * 3072 / seconds(lambda: [x @ w.t() for _ in range(times)], 50)
 
 
 def memory_bandwidth() -> float:
     """Bytes per second of reading half a gigabyte, GPT-2's size, once through."""
-    x = torch.ones(2**27, device=DEVICE)
-    return x.numel() * 4 / seconds(x.sum, 10)
+    x, times = torch.ones(2**27, device=DEVICE), 20 if DEVICE.type == "cuda" else 1
+    return times * x.numel() * 4 / seconds(lambda: [x.sum() for _ in range(times)], 10)

@@ -47,8 +47,8 @@ def their_gpt(preset: str, **options):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def training_step(model: torch.nn.Module, loss: Callable, clip: float = math.inf) -> Run:
-    """Forward, backward, clip and a step of fused AdamW, as a bare loop has them."""
+def training_step(model: torch.nn.Module, loss: Callable, clip: float = math.inf, warmup: int = 0) -> Run:
+    """Forward, backward, clip and a step of fused AdamW, as a bare loop has them; so many steps are taken before."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 
     def run():
@@ -59,6 +59,9 @@ def training_step(model: torch.nn.Module, loss: Callable, clip: float = math.inf
         if clip < math.inf:
             torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
         optimizer.step()
+
+    for _ in range(warmup):
+        run()
     return run
 
 
@@ -77,12 +80,12 @@ def train(C: CN) -> Iterator[Case]:
             def ours(preset=preset, options=options, x=x, y=y):
                 model = our_gpt(preset).to(DEVICE)
                 forward = model if options is None else torch.compile(model, **options)
-                return training_step(model, lambda: forward(x, y)[1])
+                return training_step(model, lambda: forward(x, y)[1], warmup=3 * bool(options))  # CUDA graphs: recorded, and replayed once
 
             def theirs(preset=preset, options=options, x=x):
                 model = their_gpt(preset).to(DEVICE)
                 forward = model if options is None else torch.compile(model, **options)
-                return training_step(model, lambda: forward(x, labels=x, use_cache=False).loss)
+                return training_step(model, lambda: forward(x, labels=x, use_cache=False).loss, warmup=3 * bool(options))
 
             def most(preset=preset):  # Kaplan et al. 2020, section 2.1: 6 FLOP per weight and token, positions aside
                 model = our_gpt(preset)

@@ -119,7 +119,9 @@ def fitted(row, tokenizer, sizes):
         return None
     parts = ("reward", "judge") if "chosen" in row else ("sft", "reward", "reward", "judge")
     part = parts[digest("part of " + row["body"]) % len(parts)]
-    extra = {"kinds": [row["kind"]]} if "chosen" in row else {"text": whole(row) if part == "sft" else row["head"] + row["body"]}
+    extra = {"text": whole(row) if part == "sft" else row["head"] + row["body"]}
+    if "chosen" in row:
+        extra = {"kinds": [row["kind"]]} | ({"ended": row["ended"]} if "ended" in row else {})
     return {"prompt": row["head"] + body + row["marker"], **summaries, **extra, "part": part}
 
 

@@ -7,11 +7,14 @@ import resource
 import sys
 from pathlib import Path
 
+import torch
+
 import pipeline
 import reward
 from mingpt.checkpoint import write_text
+from mingpt.datasets import pad_and_mask
 from mingpt.run_folder import finished, read_metrics
-from mingpt.utils import import_extra, plot_metrics
+from mingpt.utils import CfgNode as CN, import_extra, plot_metrics
 
 
 def write(config, corpus):
@@ -25,6 +28,7 @@ def write(config, corpus):
     scores = {stage: {name: pipeline.judged(judge, texts) for name, judge in judges.items()} for stage, texts in written.items()}
     authors = [row["completion"].strip() for row in rows]
     summary = {"accuracy": json.loads((work_dir / "accuracy.json").read_text(encoding="utf-8")), "texts": len(rows),
+               **{f"{name}_authors": score for name, score in judged_authors(judges, rows, corpus.tokenizer).items()},
                "length_authors": sum(len(corpus.tokenizer.encode(row["completion"])) + 1 for row in rows) / len(rows)}
     for stage, texts in written.items():
         summary |= {f"{name}_{stage}": score.mean().item() for name, score in scores[stage].items()}
@@ -41,6 +45,14 @@ def write(config, corpus):
         thing.save_pretrained(work_dir / "model")
     pipeline.write_json(work_dir / "summary.json", summary)
     print(table(summary, work_dir))
+
+
+def judged_authors(judges, rows, tokenizer):
+    """{name: the mean score} that reward model and judge give the authors' own summaries."""
+    ids = [[*tokenizer.encode(row["prompt"]), *tokenizer.encode(row["completion"]), tokenizer.eot_token] for row in rows]
+    idx, mask = pad_and_mask([torch.tensor(row) for row in ids])
+    return {name: pipeline.judged(judge, CN(idx=idx.to(judge.head.weight.device), attention_mask=mask.to(judge.head.weight.device))).mean().item()
+            for name, judge in judges.items()}
 
 
 def rouge_l(references, texts):
@@ -70,12 +82,13 @@ def side_by_side(rows, authors, written, scores):
 def table(summary, work_dir):
     """The figures for the console."""
     lines = ["", f"{'':8}{'reward':>8}{'judge':>8}{'ROUGE-L':>9}{'ended':>8}{'length':>8}{'distinct':>10}"]
+    lines.append(f"{'authors':8}{summary['reward_authors']:8.2f}{summary['judge_authors']:8.2f}{'':25}{summary['length_authors']:8.1f}")
     for stage in ("sft", "ppo"):
         figure = lambda name: summary[f"{name}_{stage}"]
         lines.append(f"{stage:8}{figure('reward'):8.2f}{figure('judge'):8.2f}{figure('rouge_l'):9.3f}{figure('ended'):8.1%}"
                      f"{figure('length'):8.1f}{figure('distinct'):10.1%}")
     lines += ["", f"Of {summary['texts']} held-out texts the judge prefers PPO's summary for {summary['judge_prefers_ppo']:.1%}, at a KL of "
-              f"{summary['kl_ppo']:.2f} nats. Authors' have {summary['length_authors']:.1f} tokens.",
+              f"{summary['kl_ppo']:.2f} nats.",
               f"{sum(summary['seconds'].values())} s in the stages, {summary['peak_rss_mb']} MB; "
               f"samples.md, summary.json, the plots and the model are in {work_dir}"]
     return "\n".join(lines)

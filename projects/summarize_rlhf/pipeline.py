@@ -64,6 +64,9 @@ def get_config(data="docstrings"):
     C.sft.warmup_iters = 50
     C.sft.eval_every = 200
 
+    C.comparisons = CN()
+    C.comparisons.centering = 0.01   # how strongly the rewards of each text are drawn to a mean of 0
+
     C.reward = Trainer.get_default_config()  # the judge's, too
     C.reward.epochs = 2
     C.reward.batch_size = 8                  # texts, each with all that its author's line is compared to
@@ -100,6 +103,7 @@ def tldr_defaults(C):
     C.data.body_tokens, C.data.summary_tokens = 512, 53
     C.model.name, C.model.block_size = "gpt2", 1024
     C.sft.merge_from_dict({"epochs": 1, "batch_size": 128, "micro_batch_size": 16, "learning_rate": 3e-5})
+    C.comparisons.centering = 0.0
     C.reward.merge_from_dict({"epochs": 1, "batch_size": 64, "micro_batch_size": 16, "learning_rate": 1e-5})
     C.ppo.merge_from_dict({"batch_size": 512, "group_size": None, "micro_batch_size": 32, "minibatch_size": 128, "max_iters": 500, "learning_rate": 3e-6,
                            "lr_schedule": "linear", "warmup_iters": 0, "ppo_epochs": 4, "temperature": 0.7, "kl_coef": 0.05, "missing_eos_penalty": 1.0})
@@ -223,9 +227,9 @@ def summarize(config, model, tokenizer, prompts, seed, batch_size=256):
 
 
 @torch.no_grad()
-def judged(reward_model, summaries, batch_size=256):
-    """What a reward model says of each summary, (N,)."""
-    parts = zip(summaries.idx.split(batch_size), summaries.attention_mask.split(batch_size))
+def judged(reward_model, texts, batch_size=256):
+    """What a reward model says of each text, (N,): of `Summaries`, or of anything with idx and attention_mask."""
+    parts = zip(texts.idx.split(batch_size), texts.attention_mask.split(batch_size))
     return torch.cat([reward_model(idx, mask) for idx, mask in parts]).cpu()
 
 

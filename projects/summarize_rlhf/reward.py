@@ -25,7 +25,6 @@ from mingpt.utils import plot_metrics, set_seed
 logger = logging.getLogger("mingpt.summarize_rlhf")
 SAMPLES = 2  # of the sft model for each text, for the comparisons
 KINDS = ["author against a sample"] * SAMPLES + ["author against another's"]
-CENTERING = 0.01  # how strongly the rewards of each text are drawn to a mean of 0
 NORMALIZED_ON = 500  # summaries by the sft model, whose scores a reward model gives mean 0 and variance 1
 
 
@@ -67,7 +66,7 @@ def reward(config, corpus, rows, stage):
     parts = {"train": [row for row in rows["train"] if row["part"] == stage], "valid": rows["valid"]}
     data = {split: Comparisons(part, corpus.tokenizer, config.model.block_size) for split, part in parts.items()}
     return Trainer(pipeline.trainer_config(config, stage), model, data["train"], data["valid"],
-                   functools.partial(comparison_loss, centering=CENTERING), Comparisons.collate)
+                   functools.partial(comparison_loss, centering=config.comparisons.centering), Comparisons.collate)
 
 
 def load(config, corpus):
