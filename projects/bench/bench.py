@@ -87,6 +87,7 @@ def draw(rows: list[Row], path: Path) -> None:
     figure, axis = plt.subplots(figsize=(9, 1 + 0.35 * len(rows)))
     axis.barh([row.work for row in rows], [row.ratio for row in rows], color=["tab:green" if row.ratio >= 1 else "tab:orange" for row in rows])
     axis.axvline(1, color="black", lw=1)
+    axis.margins(y=0.01)
     axis.set_xlabel("times as fast as the peer")
     figure.tight_layout()
     figure.savefig(path, dpi=110)
