@@ -106,7 +106,8 @@ def main(args: list[str]) -> None:
     log_to_console()
     rows = [row for name in chosen for row in run(C, name)]
     card = torch.cuda.get_device_name() if DEVICE.type == "cuda" else "none"
-    machine = {"date": str(date.today()), "card": card, "precision": str(DTYPE).removeprefix("torch."), "threads": torch.get_num_threads(), "processor": platform.processor() or platform.machine(),
+    machine = {"date": str(date.today()), "threads": torch.get_num_threads(), "processor": platform.processor() or platform.machine(),
+               "card": card, "precision": str(DTYPE).removeprefix("torch."),
                "python": platform.python_version(), "torch": torch.__version__,
                **{name: version(name) for name in ("transformers", "tiktoken", "tokenizers", "trl")}}
     folder = Path(C.work_dir)
