@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mingpt.unembed import Unembed, next_logits
 from mingpt.utils import CfgNode as CN, adamw, check_numbers
 from mingpt.weights import Pretrained
 
@@ -148,24 +149,6 @@ class Transformer(nn.Module):
         return (causal & attention_mask.bool()[:, None, :] | itself)[:, None]  # (B, 1, T, S)
 
 
-class Unembed(torch.autograd.Function):
-    """F.linear for a tied weight: its gradient is no view, so that autograd adds the embedding's to it without a third matrix."""
-
-    generate_vmap_rule = True  # for torch.func
-    @staticmethod
-    def forward(x: Tensor, weight: Tensor) -> Tensor:
-        return F.linear(x, weight)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(*inputs)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
-        x, weight = ctx.saved_tensors  # under autocast they have more bits than grad
-        return grad @ weight.to(grad.dtype), (grad.flatten(0, 1).t() @ x.flatten(0, 1).to(grad.dtype)).to(weight.dtype)
-
-
 class GPT(Pretrained, nn.Module):
     """GPT language model: the trunk and a linear head over the vocabulary.
 
@@ -251,7 +234,7 @@ class GPT(Pretrained, nn.Module):
             else:  # learned positions move with the window, and every cached key with them: compute it afresh
                 hidden = self.transformer(out[:, end - block_size:end])
             last = hidden[:, -1] if mask is None or end > T else hidden[torch.arange(B), last_real(attention_mask)]
-            logits = self.lm_head(last)
+            logits = next_logits(last, self.lm_head.weight)
             if do_sample or return_log_probs:
                 log_p = next_token_log_probs(logits, temperature, top_k, top_p)
             token = torch.multinomial(log_p.exp(), 1, generator=generator) if do_sample else logits.argmax(1, keepdim=True)
