@@ -91,8 +91,8 @@ class Trainer:
         self.model = model.to(self.device)
         if config.compile:
             model.compile()
-        self.wrapped = model if self.world_size == 1 else DistributedDataParallel(model)  # whose forward leads to the loss
         self.optimizer = model.configure_optimizers(config) if hasattr(model, "configure_optimizers") else adamw(model, config)
+        self.wrapped = model if self.world_size == 1 else DistributedDataParallel(model)  # whose forward leads to the loss
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
         self.seed = distributed.gather(torch.initial_seed())[0]  # the last `set_seed`: fixes which examples form batch i
         if self.rank > 0:

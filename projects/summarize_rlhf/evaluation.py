@@ -50,9 +50,10 @@ def write(config, corpus):
 def judged_authors(judges, rows, tokenizer):
     """{name: the mean score} that reward model and judge give the authors' own summaries."""
     ids = [[*tokenizer.encode(row["prompt"]), *tokenizer.encode(row["completion"]), tokenizer.eot_token] for row in rows]
-    idx, mask = pad_and_mask([torch.tensor(row) for row in ids])
-    return {name: pipeline.judged(judge, CN(idx=idx.to(judge.head.weight.device), attention_mask=mask.to(judge.head.weight.device))).mean().item()
-            for name, judge in judges.items()}
+    device = next(iter(judges.values())).head.weight.device
+    idx, mask = (x.to(device) for x in pad_and_mask([torch.tensor(row) for row in ids]))
+    texts = CN(idx=idx, attention_mask=mask)
+    return {name: pipeline.judged(judge, texts).mean().item() for name, judge in judges.items()}
 
 
 def rouge_l(references, texts):
