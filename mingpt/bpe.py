@@ -26,7 +26,7 @@ import regex
 import torch
 
 from mingpt.checkpoint import write_text
-from mingpt.utils import download, home
+from mingpt.download import download, home
 
 END_OF_TEXT = "<|endoftext|>"
 # what a letter is follows the Unicode of the installed `regex`: of characters younger than its own, tiktoken knows less

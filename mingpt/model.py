@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mingpt.unembed import Unembed, next_logits
-from mingpt.utils import CfgNode as CN, adamw, check_numbers
+from mingpt.config import CfgNode as CN, check_numbers
+from mingpt.utils import adamw
 from mingpt.weights import Pretrained
 
 # n_layer, n_head, n_embd. GPT-1 (2018), GPT-2 (2019), Gopher's smallest (Rae et al. 2021, table 1), and minGPT's tiny ones

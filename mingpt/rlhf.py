@@ -42,9 +42,9 @@ from mingpt.checkpoint import get_rng_state, set_rng_state
 from mingpt.datasets import encode_prompts, left_pad
 from mingpt.model import GPT, last_real
 from mingpt.rewards import RewardError, RewardFn, TextReward, score  # noqa: F401
-from mingpt.scalar import ActorCritic, RewardModel, ValueHead, ValueModel
+from mingpt.heads import ActorCritic, RewardModel, ValueHead, ValueModel
 from mingpt.trainer import Trainer
-from mingpt.utils import CfgNode as CN, check_numbers
+from mingpt.config import CfgNode as CN, check_numbers
 
 # ---------------------------------------------------------------------------------------------------------------------
 # estimators and losses: (B, T) tensors, mask 1 on the completion's tokens; what lies off the mask never matters

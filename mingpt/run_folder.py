@@ -12,7 +12,8 @@ import torch
 
 from mingpt import distributed
 from mingpt.checkpoint import save_torch, write_text
-from mingpt.utils import CfgNode, import_extra
+from mingpt.config import CfgNode
+from mingpt.utils import import_extra
 
 
 class RunFolder:

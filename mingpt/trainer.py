@@ -30,7 +30,8 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from mingpt import distributed
 from mingpt.checkpoint import deferred_signals, get_rng_state, leave_ctrl_c_to_the_parent, raise_signal, set_rng_state
 from mingpt.run_folder import RunFolder
-from mingpt.utils import CfgNode as CN, adamw, check_numbers, keep_freed_memory, pick_device, pick_precision, set_seed
+from mingpt.config import CfgNode as CN, check_numbers
+from mingpt.utils import adamw, keep_freed_memory, pick_device, pick_precision, set_seed
 
 logger = logging.getLogger("mingpt")
 

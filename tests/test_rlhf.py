@@ -491,7 +491,7 @@ class TestPPOTrainer(TempDirTestCase):
         for group_size in (1, 4):
             weights, apart = [], lambda *args: prefix.read(*args[:4])
             for size, read in ((None, prefix.read), (5 if group_size == 1 else 4, prefix.read), (group_size, prefix.read), (8, apart)):
-                with mock.patch("mingpt.scalar.read", read):
+                with mock.patch("mingpt.heads.read", read):
                     train(policy := tiny_gpt(3), [[1], [4, 2, 5]], micro_batch_size=size, group_size=group_size, minibatch_size=8, max_iters=2,
                           learning_rate=1e-2, eps=1e-3)
                 weights.append(policy.state_dict())

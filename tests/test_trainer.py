@@ -16,7 +16,8 @@ from torch.utils.data import TensorDataset
 from mingpt.model import GPT
 from mingpt.run_folder import read_metrics
 from mingpt.trainer import Trainer
-from mingpt.utils import CfgNode as CN, set_seed, setup_logging
+from mingpt.config import CfgNode as CN
+from mingpt.utils import set_seed, setup_logging
 from tests.common import ROOT, TempDirTestCase, timeless, tiny_gpt
 
 

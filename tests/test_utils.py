@@ -8,10 +8,10 @@ from unittest import mock
 import numpy as np
 import torch
 
-from mingpt import checkpoint, utils
+from mingpt import checkpoint, download, plots, utils
 from mingpt.chars import UNKNOWN, CharTokenizer
 from mingpt.run_folder import read_metrics
-from mingpt.utils import CfgNode
+from mingpt.config import CfgNode
 from tests.common import TempDirTestCase
 
 
@@ -58,7 +58,7 @@ class TestHelpers(TempDirTestCase):
         self.assertEqual(utils.pick_device("cpu").type, "cpu")
         self.assertRaisesRegex(ValueError, "precision='int4'", utils.pick_precision, "int4", torch.device("cpu"))
         with mock.patch.dict(os.environ, {"MINGPT_HOME": str(self.folder)}):
-            self.assertEqual(utils.home(), self.folder)
+            self.assertEqual(download.home(), self.folder)
         words = r"no_such_module is not installed; it comes with: pip install -e '.\[projects\]'"
         self.assertRaisesRegex(ImportError, words, utils.import_extra, "no_such_module", "projects")
 
@@ -77,7 +77,7 @@ class TestHelpers(TempDirTestCase):
         self.assertEqual(read_metrics(path), [{"iter": 1}, {"iter": 2}])
         self.assertEqual(read_metrics(self.folder / "none"), [])
         path = self.folder / "plot.png"
-        utils.plot_metrics(path, {"a": {"x": ([1, 2, 3], [0.5, None, 0.1]), "empty": ([], [])}, "b": {"y": ([1], [2])}})
+        plots.plot_metrics(path, {"a": {"x": ([1, 2, 3], [0.5, None, 0.1]), "empty": ([], [])}, "b": {"y": ([1], [2])}})
         self.assertEqual(path.read_bytes()[:8], b"\x89PNG\r\n\x1a\n")
 
     def test_characters_there_and_back(self):

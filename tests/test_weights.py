@@ -12,7 +12,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, GPT2Model
 
 from mingpt.model import GPT, PRESETS
 from mingpt.rlhf import RewardModel, ValueModel
-from mingpt.utils import CfgNode as CN, download
+from mingpt.config import CfgNode as CN
+from mingpt.download import download
 from tests.common import Server, TempDirTestCase, tiny_gpt
 
 BODY = bytes(range(256)) * 4096

@@ -25,8 +25,8 @@ import ppo
 import text
 from measure import DEVICE, DTYPE, Row, SideFailed, compare, serve
 from mingpt.checkpoint import run_script, write_text
-from mingpt.utils import CfgNode as CN
-from mingpt.utils import import_extra, log_to_console, parse_args, set_seed
+from mingpt.config import CfgNode as CN, parse_args
+from mingpt.utils import import_extra, log_to_console, set_seed
 
 logger = logging.getLogger("mingpt.bench")
 

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from mingpt.utils import CfgNode as CN
+from mingpt.config import CfgNode as CN
 
 logger = logging.getLogger("mingpt.bench")
 

@@ -16,7 +16,7 @@ from torch.utils.data import TensorDataset
 from measure import DEVICE, DTYPE, Case, Run, autocast, clock, matrix_product_rate, memory_bandwidth
 from mingpt.model import GPT
 from mingpt.trainer import Trainer
-from mingpt.utils import CfgNode as CN
+from mingpt.config import CfgNode as CN
 from mingpt.utils import import_extra
 
 SIZES = {"gpt2": (50257, 1024), "gpt-micro": (128, 64), "gpt-mini": (128, 64)}  # vocab_size and block_size

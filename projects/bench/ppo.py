@@ -14,7 +14,7 @@ from unittest import mock
 
 from measure import DEVICE, Case, Run, now
 from mingpt.rlhf import PPOTrainer, RewardModel
-from mingpt.utils import CfgNode as CN
+from mingpt.config import CfgNode as CN
 from mingpt.utils import import_extra
 from models import SIZES, our_gpt, their_config, their_gpt
 

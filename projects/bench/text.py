@@ -13,7 +13,7 @@ from pathlib import Path
 from measure import Case
 from mingpt import bpe
 from mingpt.checkpoint import write_text
-from mingpt.utils import CfgNode as CN
+from mingpt.config import CfgNode as CN
 from mingpt.utils import import_extra
 
 # Cyrillic, Greek, Hebrew, Arabic, Chinese, Japanese, Korean, Hindi, accented Latin, emoji

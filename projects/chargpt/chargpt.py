@@ -25,8 +25,10 @@ from mingpt.checkpoint import run_script, write_text
 from mingpt.model import GPT
 from mingpt.run_folder import RunFolder, read_metrics
 from mingpt.trainer import FREE_TO_CHANGE, Trainer
-from mingpt.utils import CfgNode as CN
-from mingpt.utils import check_numbers, download, home, import_extra, log_to_console, parse_args, pick_device, plot_metrics, set_seed
+from mingpt.config import CfgNode as CN, check_numbers, parse_args
+from mingpt.download import download, home
+from mingpt.plots import plot_metrics
+from mingpt.utils import import_extra, log_to_console, pick_device, set_seed
 
 logger = logging.getLogger("mingpt.chargpt")
 

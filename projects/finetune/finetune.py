@@ -21,8 +21,8 @@ from mingpt.checkpoint import run_script, write_text
 from mingpt.model import GPT
 from mingpt.run_folder import RunFolder
 from mingpt.trainer import FREE_TO_CHANGE, Trainer
-from mingpt.utils import CfgNode as CN
-from mingpt.utils import check_numbers, log_to_console, parse_args, set_seed
+from mingpt.config import CfgNode as CN, check_numbers, parse_args
+from mingpt.utils import log_to_console, set_seed
 
 logger = logging.getLogger("mingpt.finetune")
 

@@ -18,7 +18,8 @@ from pathlib import Path
 import report
 from mingpt.checkpoint import run_script
 from mingpt.run_folder import read_metrics
-from mingpt.utils import CfgNode as CN, parse_args, plot_metrics
+from mingpt.config import CfgNode as CN, parse_args
+from mingpt.plots import plot_metrics
 from stages import require
 
 SHORT = ["--rl.max_iters=40"]

@@ -22,7 +22,7 @@ import torch
 from torch.utils.data import Dataset
 
 from mingpt.datasets import read_jsonl
-from mingpt.utils import home
+from mingpt.download import home
 
 SDIST = "vaderSentiment-3.3.2.tar.gz"
 SHA256 = "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9"

@@ -30,7 +30,8 @@ from mingpt.model import GPT
 from mingpt.rlhf import ActorCritic, DPOLoss, PPOTrainer, TextReward
 from mingpt.run_folder import RunFolder, finished
 from mingpt.trainer import FREE_TO_CHANGE, Trainer
-from mingpt.utils import CfgNode as CN, check_numbers, import_extra, log_to_console, parse_args, set_seed
+from mingpt.config import CfgNode as CN, check_numbers, parse_args
+from mingpt.utils import import_extra, log_to_console, set_seed
 from stages import load_model, model_config, start_from, trainer_config
 
 logger = logging.getLogger("mingpt.happy_gpt")

@@ -22,7 +22,7 @@ import data
 from mingpt.checkpoint import write_text
 from mingpt.rlhf import written_mask
 from mingpt.run_folder import read_metrics
-from mingpt.utils import plot_metrics
+from mingpt.plots import plot_metrics
 
 
 @dataclass

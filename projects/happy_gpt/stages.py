@@ -5,7 +5,8 @@ What a stage leaves behind in the run's folder, and how the next one takes it up
 from mingpt import distributed
 from mingpt.model import GPT
 from mingpt.run_folder import finished
-from mingpt.utils import CfgNode as CN, pick_device
+from mingpt.config import CfgNode as CN
+from mingpt.utils import pick_device
 
 
 def require(work_dir, stage):

@@ -14,7 +14,9 @@ import reward
 from mingpt.checkpoint import write_text
 from mingpt.datasets import pad_and_mask
 from mingpt.run_folder import finished, read_metrics
-from mingpt.utils import CfgNode as CN, import_extra, plot_metrics
+from mingpt.config import CfgNode as CN
+from mingpt.plots import plot_metrics
+from mingpt.utils import import_extra
 
 
 def write(config, corpus):

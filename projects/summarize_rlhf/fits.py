@@ -15,7 +15,8 @@ from mingpt.checkpoint import run_script
 from mingpt.model import GPT
 from mingpt.rlhf import PPOTrainer, RewardModel, ValueModel, comparison_loss
 from mingpt.trainer import Trainer
-from mingpt.utils import CfgNode as CN, parse_args, pick_device, set_seed
+from mingpt.config import CfgNode as CN, parse_args
+from mingpt.utils import pick_device, set_seed
 
 STEPS = 2  # of which the last is timed: the first warms up
 

@@ -21,7 +21,8 @@ from mingpt.model import GPT
 from mingpt.rlhf import PPOTrainer, RewardModel, written_mask
 from mingpt.run_folder import RunFolder, finished
 from mingpt.trainer import FREE_TO_CHANGE, Trainer
-from mingpt.utils import CfgNode as CN, import_extra, log_to_console, parse_args, pick_device
+from mingpt.config import CfgNode as CN, parse_args
+from mingpt.utils import import_extra, log_to_console, pick_device
 
 logger = logging.getLogger("mingpt.summarize_rlhf")
 STAGES = ("pretrain", "sft", "reward", "judge", "ppo")

@@ -20,7 +20,8 @@ from mingpt.checkpoint import run_script, write_text
 from mingpt.datasets import Comparisons, read_jsonl
 from mingpt.rlhf import RewardModel, comparison_loss, comparison_scores
 from mingpt.trainer import Trainer
-from mingpt.utils import plot_metrics, set_seed
+from mingpt.plots import plot_metrics
+from mingpt.utils import set_seed
 
 logger = logging.getLogger("mingpt.summarize_rlhf")
 SAMPLES = 2  # of the sft model for each text, for the comparisons

@@ -6,7 +6,7 @@ Both come from OpenAI's public bucket: the filtered posts of Völske et al. 2017
 
 import json
 
-from mingpt.utils import download, home
+from mingpt.download import download, home
 
 BUCKET = "https://openaipublic.blob.core.windows.net/summarize-from-feedback"
 BATCHES = [*range(3, 21), 22]

@@ -11,7 +11,8 @@ from torch.nn import functional as F
 
 from mingpt.model import GPT, Transformer, last_real, resolve_config, token_log_probs
 from mingpt.prefix import needed, read
-from mingpt.utils import CfgNode as CN, adamw
+from mingpt.config import CfgNode as CN
+from mingpt.utils import adamw
 from mingpt.weights import Pretrained
 
 
