@@ -8,7 +8,7 @@ import math
 import numbers
 import sys
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 
 class CfgNode:
@@ -16,6 +16,9 @@ class CfgNode:
 
     `merge_from_args(["--trainer.max_iters=10"])` overrides from the command line; what does not exist or fit raises ValueError.
     """
+
+    if TYPE_CHECKING:  # the options' names and types are known at run time only
+        def __getattr__(self, name: str) -> Any: ...
 
     def __init__(self, **options):
         for name, value in options.items():
@@ -81,14 +84,28 @@ def parse_option(name: str, text: str, default: Any) -> Any:
     raise ValueError(f"--{name}={text} must be of type {type(default).__name__}, like its default {default!r}")
 
 
-def check_numbers(config: CfgNode, names: str, low=0, high=float("inf"), whole=False, optional=False) -> None:
-    """ValueError for the first of the options, names separated by spaces, that is not in [low, high] (optional: or None)."""
-    kind = numbers.Integral if whole else numbers.Real
-    for name in names.split():
+def check_numbers(
+    config: CfgNode,
+    *names: str,
+    low: float = 0,
+    high: float = math.inf,
+    whole: bool = False,
+    optional: bool = False,
+) -> None:
+    """ValueError for the first of the named options that is not a number in [low, high].
+
+    whole: it must be an integer. optional: None is allowed, too. Infinity and NaN never are.
+    """
+    kind: type = numbers.Integral if whole else numbers.Real
+    for name in names:
         value = getattr(config, name)
-        fits = isinstance(value, kind) and not isinstance(value, bool) and low <= value <= high and value != math.inf
-        if not fits and not (optional and value is None):
-            raise ValueError(f"{name}={value!r} must be a {'whole ' * whole}number in [{low}, {high}]{' or None' * optional}")
+        if optional and value is None:
+            continue
+        is_number = isinstance(value, kind) and not isinstance(value, bool)
+        if not is_number or not low <= value <= high or value == math.inf:
+            noun = "whole number" if whole else "number"
+            alternative = " or None" if optional else ""
+            raise ValueError(f"{name}={value!r} must be a {noun} in [{low}, {high}]{alternative}")
 
 
 def parse_args(config: CfgNode, args: list[str], about: str) -> None:

@@ -293,8 +293,8 @@ def resolve_config(config: CN) -> CN:
         if config.model_type not in PRESETS:
             raise ValueError(f"model_type={config.model_type!r} is unknown; choose from {', '.join(PRESETS)}")
         config.merge_from_dict({**dict(zip(sizes, PRESETS[config.model_type])), "model_type": None})
-    check_numbers(config, "n_layer n_head n_embd vocab_size block_size", low=1, whole=True)
-    check_numbers(config, "embd_pdrop resid_pdrop attn_pdrop", high=0.999)  # at 1 nothing is left
+    check_numbers(config, "n_layer", "n_head", "n_embd", "vocab_size", "block_size", low=1, whole=True)
+    check_numbers(config, "embd_pdrop", "resid_pdrop", "attn_pdrop", high=0.999)  # at 1 nothing is left
     if config.n_embd % config.n_head:
         raise ValueError(f"n_embd={config.n_embd} is not divisible by n_head={config.n_head}: heads share it equally")
     return config

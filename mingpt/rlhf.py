@@ -290,12 +290,12 @@ class PPOTrainer(Trainer):
     def check_config(self) -> None:
         super().check_config()
         C = self.config
-        check_numbers(C, "ppo_epochs max_new_tokens", low=1, whole=True)
+        check_numbers(C, "ppo_epochs", "max_new_tokens", low=1, whole=True)
         check_numbers(C, "group_size", low=2 if C.algorithm in ("rloo", "grpo") else 1, whole=True, optional=True)
         check_numbers(C, "minibatch_size", low=self.world_size, high=C.batch_size, whole=True, optional=True)
-        check_numbers(C, "kl_coef clip_range value_clip_range value_coef value_lr_ratio missing_eos_penalty")
-        check_numbers(C, "gamma gae_lambda", high=1)
-        check_numbers(C, "kl_target approxkl_max", low=1e-6, optional=True)
+        check_numbers(C, "kl_coef", "clip_range", "value_clip_range", "value_coef", "value_lr_ratio", "missing_eos_penalty")
+        check_numbers(C, "gamma", "gae_lambda", high=1)
+        check_numbers(C, "kl_target", "approxkl_max", low=1e-6, optional=True)
         check_numbers(C, "kl_horizon", low=C.batch_size)
         if C.kl_target is not None and C.kl_coef == 0:
             raise ValueError(f"kl_coef=0 can't adapt towards kl_target={C.kl_target}, for it is multiplied: begin above 0")

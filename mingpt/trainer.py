@@ -331,10 +331,10 @@ class Trainer:
         if unknown := vars(C).keys() - vars(known).keys():
             raise ValueError(f"{type(self).__name__} has no options {sorted(unknown)}; it has {sorted(vars(known))}")
         check_numbers(C, "batch_size", low=1, whole=True)
-        check_numbers(C, "max_iters micro_batch_size log_every eval_every checkpoint_every", low=1, whole=True, optional=True)
+        check_numbers(C, "max_iters", "micro_batch_size", "log_every", "eval_every", "checkpoint_every", low=1, whole=True, optional=True)
         check_numbers(C, "num_workers", whole=True)
-        check_numbers(C, "learning_rate lr_final_fraction warmup_iters eps weight_decay")
-        check_numbers(C, "epochs grad_norm_clip", optional=True)
+        check_numbers(C, "learning_rate", "lr_final_fraction", "warmup_iters", "eps", "weight_decay")
+        check_numbers(C, "epochs", "grad_norm_clip", optional=True)
         if C.lr_schedule not in ("constant", "linear", "cosine"):
             raise ValueError(f"lr_schedule={C.lr_schedule!r} must be constant, linear or cosine")
         if C.lr_schedule != "constant" and C.max_iters is None and C.epochs is None:
