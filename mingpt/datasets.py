@@ -360,7 +360,9 @@ class Prompts(Dataset):
 
     def __init__(self, prompts: Iterable, tokenizer: Tokenizer | None = None):
         if isinstance(prompts, (str, Mapping)):
-            raise TypeError(f"prompts is {short(prompts)}; expected a list of prompts: give [it]")
+            raise TypeError(
+                f"prompts is one {type(prompts).__name__}, {short(prompts)}; expected a list"
+            )
         rows = [row if isinstance(row, Mapping) else {"prompt": row} for row in prompts]
         for i, row in enumerate(rows):
             if "prompt" not in row:
@@ -376,7 +378,7 @@ class Prompts(Dataset):
 
     @staticmethod
     def collate(items: list[tuple[Tensor, int]]) -> tuple[Tensor, Tensor, Tensor]:
-        """(idx (B, T), attention_mask (B, T), index (B,)): left-padded prompts and their numbers."""
+        """(idx (B, T), attention_mask (B, T), index (B,)): left-padded prompts, their numbers."""
         idx, attention_mask = left_pad([ids for ids, _ in items])
         return idx, attention_mask, torch.tensor([i for _, i in items])
 

@@ -370,7 +370,7 @@ class PPOTrainer(Trainer):
         mask = completion_mask[:, 1:]
         ended = (completion_mask & (idx == (-1 if self.stop_token is None else self.stop_token))).any(1)
         reward_fn = functools.partial(self.reward_fn, group_size=self.shared) if isinstance(self.reward_fn, RewardModel) else self.reward_fn
-        scores = score(reward_fn, idx, attention_mask, completion_mask, self.tokenizer) - C.missing_eos_penalty * ~ended
+        scores = score(reward_fn, idx, attention_mask, completion_mask, self.tokenizer).rewards - C.missing_eos_penalty * ~ended
         kl, values = masked(kl_estimate(old_log_probs, ref_log_probs), mask), masked(values, mask)
         advantages, returns = self.advantages(scores, kl, values, mask)
         return {"idx": idx, "attention_mask": attention_mask, "mask": mask, "old_log_probs": old_log_probs, "ref_log_probs": ref_log_probs,
