@@ -19,6 +19,7 @@ class CfgNode:
 
     if TYPE_CHECKING:  # the options' names and types are known at run time only
         def __getattr__(self, name: str) -> Any: ...
+        def __setattr__(self, name: str, value: Any) -> None: ...
 
     def __init__(self, **options):
         for name, value in options.items():
@@ -85,7 +86,7 @@ def parse_option(name: str, text: str, default: Any) -> Any:
 
 
 def check_numbers(
-    config: CfgNode,
+    config: Any,
     *names: str,
     low: float = 0,
     high: float = math.inf,
