@@ -95,20 +95,19 @@ def score(
     try:
         scores = judge(slice(None))
     except Exception as error:
-        row = first_to_raise(judge, len(idx))
-        sample = "the batch, though for none of its samples alone"
-        if row is not None:
-            sample = describe_sample(row, idx, attention_mask, tokenizer)
+        failed = first_to_raise(judge, len(idx))
+        sample = describe_sample(failed, idx, attention_mask, tokenizer)
         message = f"reward_fn raised {type(error).__name__}: {error} -- for {sample}"
         raise RewardError(message) from error
 
-    check_shape(scores.rewards, len(idx))
-    finite = torch.isfinite(scores.rewards)
-    if not finite.all():
-        row = first_true(~finite)
+    rewards = scores.rewards
+    check_shape(rewards, len(idx))
+    unusable = ~torch.isfinite(rewards)
+    if unusable.any():
+        row = first_true(unusable)
         sample = describe_sample(row, idx, attention_mask, tokenizer)
-        raise RewardError(f"reward_fn gave {scores.rewards[row]} to {sample}")
-    return replace(scores, rewards=scores.rewards.detach().float().to(idx.device))
+        raise RewardError(f"reward_fn gave {rewards[row]} to {sample}")
+    return replace(scores, rewards=rewards.detach().float().to(idx.device))
 
 
 def check_reward_fn(reward_fn: Any, columns: Iterable[str] = ()) -> None:
@@ -146,9 +145,17 @@ def first_to_raise(judge: Callable[[slice], Scores], n_rows: int) -> int | None:
 
 
 def describe_sample(
-    row: int, idx: Tensor, attention_mask: Tensor, tokenizer: Tokenizer | None
+    row: int | None,
+    idx: Tensor,
+    attention_mask: Tensor,
+    tokenizer: Tokenizer | None,
 ) -> str:
-    """A sample as an error message names it: its row, and its text, or else its ids."""
+    """A sample as an error message names it: its row, and its text, or else its ids.
+
+    row None stands for the batch, where no row is at fault by itself.
+    """
+    if row is None:
+        return "the batch, though for none of its samples alone"
     ids = idx[row][attention_mask[row].bool()].tolist()
     with_ids = f"sample {row}, ids {ids}"
     if tokenizer is None:
