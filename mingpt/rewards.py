@@ -95,20 +95,19 @@ def score(
     try:
         scores = judge(slice(None))
     except Exception as error:
-        row = first_to_raise(judge, len(idx))
-        sample = "the batch, though for none of its samples alone"
-        if row is not None:
-            sample = describe_sample(row, idx, attention_mask, tokenizer)
+        failed = first_to_raise(judge, len(idx))
+        sample = describe_sample(failed, idx, attention_mask, tokenizer)
         message = f"reward_fn raised {type(error).__name__}: {error} -- for {sample}"
         raise RewardError(message) from error
 
-    check_shape(scores.rewards, len(idx))
-    finite = torch.isfinite(scores.rewards)
-    if not finite.all():
-        row = first_true(~finite)
+    rewards = scores.rewards
+    check_shape(rewards, len(idx))
+    unusable = ~torch.isfinite(rewards)
+    if unusable.any():
+        row = first_true(unusable)
         sample = describe_sample(row, idx, attention_mask, tokenizer)
-        raise RewardError(f"reward_fn gave {scores.rewards[row]} to {sample}")
-    return replace(scores, rewards=scores.rewards.detach().float().to(idx.device))
+        raise RewardError(f"reward_fn gave {rewards[row]} to {sample}")
+    return replace(scores, rewards=rewards.detach().float().to(idx.device))
 
 
 def check_reward_fn(reward_fn: Any, columns: Iterable[str] = ()) -> None:
@@ -146,9 +145,17 @@ def first_to_raise(judge: Callable[[slice], Scores], n_rows: int) -> int | None:
 
 
 def describe_sample(
-    row: int, idx: Tensor, attention_mask: Tensor, tokenizer: Tokenizer | None
+    row: int | None,
+    idx: Tensor,
+    attention_mask: Tensor,
+    tokenizer: Tokenizer | None,
 ) -> str:
-    """A sample as an error message names it: its row, and its text, or else its ids."""
+    """A sample as an error message names it: its row, and its text, or else its ids.
+
+    row None stands for the batch, where no row is at fault by itself.
+    """
+    if row is None:
+        return "the batch, though for none of its samples alone"
     ids = idx[row][attention_mask[row].bool()].tolist()
     with_ids = f"sample {row}, ids {ids}"
     if tokenizer is None:
@@ -303,9 +310,9 @@ class TextReward:
         """The Scores of {function: list of B rewards, None where it abstained}."""
         # Both are (functions, B). The mask tells an abstention from a NaN that a function returned,
         # which is an error and must reach the sum.
-        abstained = torch.tensor([[r is None for r in row] for row in results.values()])
-        filled = [[math.nan if r is None else r for r in row] for row in results.values()]
-        rewards = torch.tensor(filled, dtype=torch.float32)
+        abstained = torch.tensor([[r is None for r in rewards] for rewards in results.values()])
+        filled = [[math.nan if r is None else r for r in rewards] for rewards in results.values()]
+        table = torch.tensor(filled, dtype=torch.float32)
 
         unjudged = abstained.all(dim=0)
         if unjudged.any():
@@ -314,15 +321,15 @@ class TextReward:
                 f"every function of TextReward ({', '.join(self.names)}) returned None for sample "
                 f"{sample}, {completions[sample]!r}: at least one must give it a reward"
             )
-        weighted = torch.tensor(self.weights)[:, None] * rewards
-        total = weighted.masked_fill(abstained, 0.0).sum(dim=0)
+        weights = torch.tensor(self.weights, dtype=torch.float32)
+        weighted = (weights[:, None] * table).masked_fill(abstained, 0.0)
 
         means = {}
-        for name, row, judged in zip(self.names, rewards, ~abstained, strict=True):
+        for name, rewards, judged in zip(self.names, table, ~abstained, strict=True):
             if len(self.names) > 1 and judged.any():
-                means[f"reward/{name}"] = row[judged].mean().item()
-        by_function = dict(zip(self.names, rewards.to(device), strict=True))
-        return Scores(total.to(device), by_function, means)
+                means[f"reward/{name}"] = rewards[judged].mean().item()
+        by_function = dict(zip(self.names, table.to(device), strict=True))
+        return Scores(weighted.sum(dim=0).to(device), by_function, means)
 
 
 def ids_under(mask: Tensor, idx: Tensor) -> list[list[int]]:
@@ -433,13 +440,12 @@ def arguments_of(function: Callable, available: Mapping[str, Any]) -> dict[str, 
 
     Lists are copied, so that a function which changes one does not change it for the next.
     """
-    names = set(available)
-    if not takes_any_keyword(function):
-        names &= {parameter.name for parameter in keyword_parameters(function)}
+    takes_all = takes_any_keyword(function)
+    names = [parameter.name for parameter in keyword_parameters(function)]
     arguments = {}
-    for name in names:
-        value = available[name]
-        arguments[name] = list(value) if isinstance(value, list) else value
+    for name, value in available.items():
+        if takes_all or name in names:
+            arguments[name] = list(value) if isinstance(value, list) else value
     return arguments
 
 
@@ -451,7 +457,7 @@ def as_rewards(name: str, result: Any, completions: list[str]) -> list[float | N
     """
     if hasattr(result, "tolist"):
         result = result.tolist()
-    if not isinstance(result, Iterable):
+    if not isinstance(result, Iterable) or isinstance(result, (str, Mapping)):
         raise TypeError(f"{name} returned {result!r}; expected a list of rewards")
     rewards = [as_number(reward) for reward in result]
     if len(rewards) != len(completions):
