@@ -26,7 +26,7 @@ import torch
 from torch.utils.data import TensorDataset
 
 from mingpt.checkpoint import run_script, write_text
-from mingpt.config import CfgNode, parse_args
+from mingpt.config import CfgNode, check_numbers, parse_args
 from mingpt.model import GPT
 from mingpt.run_folder import RunFolder
 from mingpt.trainer import FREE_TO_CHANGE, Trainer
@@ -131,7 +131,7 @@ def ask(text: str, work_dir: Path) -> str:
     if not match:
         raise ValueError(f"got --ask={text!r}; expected a sum like 85+50")
     if not (work_dir / "model").exists():
-        raise ValueError(f"{work_dir} has no trained model yet: run this script without --ask first")
+        raise ValueError(f"{work_dir} has no trained model: run this script without --ask first")
     model = GPT.from_pretrained(work_dir / "model")
     digits = model.config.block_size // 3
     a, b = int(match[1]), int(match[2])
@@ -152,8 +152,7 @@ from mingpt.model import GPT
 
 model = GPT.from_pretrained("{folder}")
 digits = model.generate(torch.tensor({question}), {answer_length})[0].tolist()
-print(digits)  # both numbers, then their sum from its last digit to its first
-"""
+print(digits)  # both numbers, then their sum from its last digit to its first"""
 
 
 def describe(a: int, b: int, answer: int) -> str:
@@ -181,8 +180,8 @@ def report(config: CfgNode, model: GPT, problems: torch.Tensor, seconds: float) 
     write_text(work_dir / "summary.json", json.dumps(summary, indent=2) + "\n")
 
     print_mistakes(problems[~correct], answers[~correct])
-    print(f"The model solves {100 * accuracy:.1f}% of {len(problems)} problems that it has never "
-          f"seen, after {seconds:.0f} s of training.")
+    print(f"The model solves {100 * accuracy:.1f}% of {len(problems)} held-out problems.")
+    print(f"This took {seconds:.0f} s. The model is in {work_dir / 'model'}.")
     example = torch.tensor([[85, 50]]) % 10**n  # a model of one digit is asked 5 + 0
     print(HOW_TO_USE_IT.format(
         folder=(work_dir / "model").as_posix(),
@@ -210,6 +209,7 @@ def main(args: list[str]) -> None:
         print(ask(config.ask, work_dir))
         return
 
+    check_numbers(config.data, "digits", "held_out", low=1, whole=True)
     log_to_console()
     start = time.time()
     set_seed(config.system.seed)

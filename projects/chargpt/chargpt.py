@@ -101,8 +101,8 @@ def load_text(path: str) -> str:
     try:
         return read_text(path)
     except ValueError as error:
-        names = ", ".join(CORPORA)
-        raise ValueError(f"--data.path: {error}. Give a UTF-8 text file or one of {names}") from None
+        expected = f"a UTF-8 text file or one of {', '.join(CORPORA)}"
+        raise ValueError(f"--data.path: {error}. Expected {expected}") from None
 
 
 def fetch_corpus(name: str) -> str:
@@ -232,8 +232,7 @@ from mingpt.model import GPT
 
 model = GPT.from_pretrained("{folder}")
 tokenizer = CharTokenizer.from_pretrained("{folder}")
-print(tokenizer.decode(model.generate(tokenizer("the "), 200, do_sample=True)[0]))
-"""
+print(tokenizer.decode(model.generate(tokenizer("the "), 200, do_sample=True)[0]))"""
 
 
 def report(
@@ -258,7 +257,7 @@ def report(
         **{f"{name}_bits_per_character": value for name, value in bits.items()},
         "characters_seen": characters_seen,
         "parameters": sum(p.numel() for p in model.parameters()),
-        "seconds": seconds,
+        "seconds": round(seconds, 1),
     }
     write_text(work_dir / "summary.json", json.dumps(summary, indent=2) + "\n")
     texts = sample(model, tokenizer, prompt="\n", n=5)
@@ -267,8 +266,8 @@ def report(
 
     for name, loss in losses.items():
         print(f"{name} loss {loss:.4f}, {bits[name]:.4f} bits per character")
-    print(f"The model has seen {characters_seen} characters in {seconds:.0f} s. "
-          f"It is in {work_dir / 'model'}, and samples of it are in {work_dir / 'samples.txt'}.")
+    print(f"The model has seen {characters_seen} characters. This took {seconds:.0f} s.")
+    print(f"It is in {work_dir / 'model'}; five samples are in {work_dir / 'samples.txt'}.")
     print(HOW_TO_USE_IT.format(folder=(work_dir / "model").as_posix()))
 
 
@@ -351,7 +350,7 @@ def main(args: list[str]) -> None:
 
     # Report: only the first process does, if torchrun has started many.
     if trainer.rank == 0:
-        seconds = round(time.time() - start + trainer.resumed_seconds, 1)
+        seconds = time.time() - start + trainer.resumed_seconds
         report(config, trainer, ids, tokenizer, seconds)
 
 
