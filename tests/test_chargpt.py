@@ -152,7 +152,7 @@ class TestScript(TempDirTestCase):
         result = printed(chargpt.main, [*self.options, "--trainer.max_iters=2"])
         (example,) = readme_examples("chargpt", self.out)
         self.assertIn(example, result)
-        self.assertRegex(printed(exec, example, {}), r"(?s)^the .{200}")
+        self.assertRegex(printed(exec, example, {}), r"(?s)^.{204,}\n$")  # "the " and 200 more
 
     def test_best_pt_holds_the_weights_of_the_model(self):
         printed(chargpt.main, [*self.options, "--trainer.max_iters=2"])

@@ -98,7 +98,7 @@ def examples(problems: torch.Tensor, n: int) -> TensorDataset:
     tokens = torch.cat([question(problems, n), answer], dim=1)    # (N, 3n + 1)
     x = tokens[:, :-1]
     y = tokens[:, 1:].clone()
-    y[:, :2 * n - 1] = -1
+    y[:, :2 * n - 1] = -1  # the last digit of the question already predicts the answer's first
     return TensorDataset(x, y)
 
 

@@ -66,7 +66,7 @@ def get_config() -> CfgNode:
     C.trainer.max_iters = 4000       # of 6 windows of 64: 1.5 million characters
     C.trainer.batch_size = 6
     C.trainer.learning_rate = 5e-3
-    C.trainer.betas = (0.9, 0.99)    # a batch of six is noisy, hence the longer average
+    C.trainer.betas = (0.9, 0.99)    # the second is high: batches of six are noisy
     C.trainer.weight_decay = 0.3
     C.trainer.lr_schedule = "cosine"
     C.trainer.warmup_iters = 100
