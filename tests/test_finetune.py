@@ -85,7 +85,7 @@ class TestResult(unittest.TestCase):
     def test_the_readme_shows_how_to_use_the_result(self):
         ours, theirs = readme_examples("finetune", self.out)
         self.assertIn(ours, self.result)
-        self.assertRegex(printed(exec, ours, {}), "^The.{20}")
+        self.assertRegex(printed(exec, ours, {}), r"(?s)^The.{20}")
         names = {}
         exec(theirs, names)
         self.assertEqual(names["model"].config.vocab_size, 280)
