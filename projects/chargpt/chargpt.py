@@ -157,7 +157,7 @@ class Windows(Dataset):
     The text is divided into stretches of block_size characters. For evaluation (consecutive=True)
     item i is the i-th stretch. For training it is a window that starts at a random place in that
     stretch: each pass over the data sees nearly every character once, but in new windows.
-    limit: at most so many items.
+    limit: at most so many items; None or 0 for all of them.
     """
 
     def __init__(
