@@ -147,7 +147,7 @@ def check_numbers(
         if optional and value is None:
             continue
         is_number = isinstance(value, kind) and not isinstance(value, bool)
-        if not is_number or not low <= value <= high or value == math.inf:
+        if not is_number or not low <= value <= high or value in (math.inf, -math.inf):
             noun = "whole number" if whole else "number"
             alternative = " or None" if optional else ""
             raise ValueError(f"{name}={value!r} must be a {noun} in [{low}, {high}]{alternative}")
