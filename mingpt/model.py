@@ -344,8 +344,8 @@ class GPT(Pretrained, nn.Module):
         `Sampling` explains temperature, do_sample, top_k, top_p, stop_token and generator. A row
         that generates a stop token is filled with it; when all rows have ended, so does generation.
         Prompts of different lengths are padded, on either side, where attention_mask (B, T) is 0.
-        Padded prompts and their continuations must fit into block_size; others slide past it, and
-        the model then sees the last block_size tokens. Call `model.eval()` first to drop nothing out.
+        Padded prompts and their continuations must fit into block_size. Others slide past it: the
+        model then sees the last block_size tokens. To turn off dropout, call `model.eval()` first.
 
         Returns (B, T + n). With return_log_probs also returns the new tokens' log-probabilities,
         (B, n), in the distribution that they were chosen from: in nats, and 0 after a stop token.
