@@ -77,8 +77,8 @@ class CausalSelfAttention(nn.Module):
     ) -> Tensor:
         """(B, T, C) -> (B, T, C). mask is from `visible_keys`; a cache holds the earlier keys."""
         B, T, C = x.shape
-        # Each token asks with a query, and is found by its key and read by its value. Every head
-        # does so in hs channels of its own, and becomes a batch dimension here.
+        # A token's query is compared with the keys of the tokens it may see, and it gathers their
+        # values. Each head does so in hs channels of its own; heads join the batch dimension.
         q, k, v = self.c_attn(x).split(C, dim=2)  # (B, T, C) each
         head_shape = (B, T, self.n_head, C // self.n_head)
         q = q.view(head_shape).transpose(1, 2)  # (B, nh, T, hs)
@@ -118,7 +118,7 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """One layer: communication (attention), then computation (MLP).
 
-    Both stand behind a LayerNorm, and both only add to x, the residual stream.
+    Each of the two reads x through a LayerNorm, and adds its output to x, the residual stream.
     """
 
     def __init__(self, config: CN, layer: int):
@@ -209,8 +209,8 @@ def visible_keys(
 ) -> Tensor | None:
     """Which of S keys the last T tokens may look at: bool, True = yes; (T, S) or (B, 1, T, S).
 
-    None where attention needs no explicit mask: without padding, for a single query, which sees
-    every key, and for T queries over T keys, which are plainly causal.
+    None where attention needs no explicit mask. Without padding, that is so for a single query,
+    which sees every key, and for T queries over T keys, which are plainly causal.
     """
     if attention_mask is None and T in (1, S):
         return None
@@ -255,7 +255,7 @@ class GPT(Pretrained, nn.Module):
             embd_pdrop=0.1,    # dropout of the embeddings, a probability; default 0.1
             resid_pdrop=0.1,   # dropout of what a sub-block adds to the stream; default 0.1
             attn_pdrop=0.1,    # dropout of the attention weights; default 0.1
-            tie_weights=True,  # one matrix embeds tokens and predicts them, as in GPT-2
+            tie_weights=True,  # one matrix embeds tokens and predicts them; default True (GPT-2)
         )
 
     def __init__(self, config: CN):
@@ -428,7 +428,10 @@ class GPT(Pretrained, nn.Module):
                     log_p = log_p.masked_fill(ended, 0.0)
                 ended = (column == stops).any(dim=1, keepdim=True)
             tokens[:, end:end + 1] = column
-            yield (column, log_p) if sampling.return_log_probs else column
+            if sampling.return_log_probs:
+                yield column, log_p
+            else:
+                yield column
             if len(stops) > 0 and ended.all():
                 return
 
@@ -465,8 +468,9 @@ class GPT(Pretrained, nn.Module):
 class KVCache:
     """The keys and values of all tokens that were read, so that none is read twice.
 
-    `keys` and `values` are (n_layer, B, nh, max_length, hs), allocated once; the first `length`
-    columns are filled. The trunk sets `length` when all of its layers have written.
+    `keys` and `values` are (n_layer, B, nh, max_length, hs), allocated once, with the type and
+    device of `like`. Their first `length` columns are filled: each layer appends to its own part,
+    and then the trunk sets `length`.
     """
 
     def __init__(self, config: CN, batch_size: int, max_length: int, like: Tensor):
@@ -493,7 +497,7 @@ class Sampling:
 
     # At most this many new columns.
     max_new_tokens: int
-    # Divides the logits. 0 means greedy, whatever do_sample is; log-probs are those of 1 then.
+    # Divides the logits. 0 means greedy whatever do_sample says, with the log-probs of 1.
     temperature: float
     # Draw from the distribution; False takes the most likely token (greedy).
     do_sample: bool
