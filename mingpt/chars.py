@@ -16,7 +16,7 @@ import torch
 from mingpt.bpe import END_OF_TEXT
 from mingpt.checkpoint import write_text
 
-# Stands for every character outside the vocabulary, as decoders use it for bytes that are not UTF-8.
+# Stands for characters outside the vocabulary, as decoders use it for bytes that are not UTF-8.
 UNKNOWN = "\N{REPLACEMENT CHARACTER}"
 
 
