@@ -35,7 +35,7 @@ import tldr
 from mingpt.bpe import BPETokenizer
 from mingpt.checkpoint import write_text
 from mingpt.config import CfgNode as CN
-from mingpt.datasets import read_jsonl, split_of
+from mingpt.datasets import read_jsonl, split_rows
 
 logger = logging.getLogger("mingpt.summarize_rlhf")
 
@@ -137,16 +137,17 @@ def read_source(config: CN) -> tuple[Splits, Splits]:
 
 def from_docstrings(packages: str) -> Splits:
     """The docstrings of the installed packages. All of a module's are alike: they share a split."""
-    splits = {split: [] for split in SPLITS}
-    for pair in docstrings.read_docstrings(packages):
-        row = {
-            "head": "",
-            "body": pair["body"],
-            "marker": "\nTL;DR:",
-            "completion": " " + pair["summary"],
-        }
-        splits[split_of(pair["module"])].append(row)
-    return splits
+    splits = split_rows(docstrings.read_docstrings(packages), "module")
+    return {split: [docstring_row(pair) for pair in pairs] for split, pairs in splits.items()}
+
+
+def docstring_row(pair: dict) -> dict:
+    return {
+        "head": "",
+        "body": pair["body"],
+        "marker": "\nTL;DR:",
+        "completion": " " + pair["summary"],
+    }
 
 
 def from_file(path: str) -> tuple[Splits, Splits]:
@@ -156,16 +157,17 @@ def from_file(path: str) -> tuple[Splits, Splits]:
     """
     has_comparisons = any("chosen" in line for line in read_jsonl(path, "prompt"))
     fields = ("prompt", "chosen", "rejected") if has_comparisons else ("prompt", "completion")
+    lines = read_jsonl(path, *fields)  # once more, since now it is known what each line must have
     rows = {split: [] for split in SPLITS}
     comparisons = {split: [] for split in SPLITS} if has_comparisons else {}
-    for line in read_jsonl(path, *fields):
-        split = split_of(line["prompt"])
-        prompt = {"head": "", "body": line["prompt"], "marker": ""}
-        if has_comparisons:
-            rows[split].append({**prompt, "completion": line["chosen"]})
-            comparisons[split].append({"kind": "people's", **line, **prompt})
-        else:
-            rows[split].append({**prompt, "completion": line["completion"]})
+    for split, lines_of_split in split_rows(lines, "prompt").items():
+        for line in lines_of_split:
+            query = {"head": "", "body": line["prompt"], "marker": ""}
+            if has_comparisons:
+                comparisons[split].append({"kind": "people's", **line, **query})
+                rows[split].append({**query, "completion": line["chosen"]})
+            else:
+                rows[split].append({**query, "completion": line["completion"]})
     return rows, comparisons
 
 
