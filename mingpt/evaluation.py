@@ -34,7 +34,7 @@ from tqdm import tqdm
 from mingpt import rewards
 from mingpt.config import CfgNode, check_numbers
 from mingpt.datasets import encode_prompts, left_pad
-from mingpt.prefix import needed
+from mingpt.prefix import needed_mask
 from mingpt.rewards import RewardFn
 from mingpt.rlhf import written_mask
 
@@ -319,7 +319,7 @@ def kl(samples: Samples, reference: Any, temperature: float = 1.0, batch_size: i
     )
     with evaluation_mode(reference):
         reference_log_probs = torch.cat([
-            reference.log_probs(idx, needed(idx, attention_mask), temperature)
+            reference.log_probs(idx, needed_mask(idx, attention_mask), temperature)
             for idx, attention_mask in batches
         ])
     log_ratio = (samples.log_probs - reference_log_probs) * samples.completion_mask[:, 1:]
