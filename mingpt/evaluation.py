@@ -291,7 +291,8 @@ def score(samples: Samples, reward_fn: RewardFn, batch_size: int = 256) -> Tenso
         strict=True,
     )
     with evaluation_mode(reward_fn):
-        return torch.cat([rewards.score(reward_fn, *batch) for batch in batches]).cpu()
+        scores = [rewards.score(reward_fn, *batch).rewards for batch in batches]
+    return torch.cat(scores).cpu()
 
 
 @torch.no_grad()
