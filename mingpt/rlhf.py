@@ -452,12 +452,12 @@ class DPOLoss:
             raise ValueError("loss='simpo' has no use for a reference policy: pass None")
         if loss != "simpo" and ref_policy is None:
             raise ValueError(f"loss={loss!r} needs a reference policy, not None")
+        if beta is None:
+            beta = 2.0 if loss == "simpo" else 0.1
+        check_numbers(CN(beta=beta, gamma=gamma), "beta", "gamma")
         self.loss = loss
-        self.gamma = gamma
         self.beta = beta
-        if self.beta is None:
-            self.beta = 2.0 if loss == "simpo" else 0.1
-        check_numbers(CN(beta=self.beta, gamma=gamma), "beta", "gamma")
+        self.gamma = gamma
         self.reference: ActorCritic | None = None
         if ref_policy is not None:
             self.reference = ActorCritic(copy.deepcopy(ref_policy)).eval().requires_grad_(False)
@@ -793,7 +793,7 @@ class PPOTrainer(Trainer):
             )
         self.check_config(config)
         self.choices = choose(config)
-        self.kl_coef = self.choices.kl_coef  # it moves if there is a kl_target
+        self.kl_coef: float = self.choices.kl_coef  # it moves if there is a kl_target
         self.reward_fn = reward_fn
         self.tokenizer = tokenizer
         self.stop_token = config.stop_token
@@ -1097,7 +1097,7 @@ class PPOTrainer(Trainer):
         errors = torch.stack(parts[0][1].log_prob_errors)
         return metrics | {"log_prob_error": errors.max().item()}
 
-    def micro_batches(self, batch: Rollout) -> list[tuple[float, MicroBatch]]:
+    def micro_batches(self, batch: Rollout) -> list[tuple[float, Any]]:
         """Split a minibatch into micro-batches; the losses of all of them add up to its loss.
 
         Each term of the loss is a sum over the micro-batch divided by the whole minibatch's

@@ -328,7 +328,7 @@ class Trainer:
         check_batch(batch)
         return tuple(x.to(self.device, non_blocking=True) for x in batch)
 
-    def micro_batches(self, batch: tuple) -> list[tuple[float, tuple]]:
+    def micro_batches(self, batch: Any) -> list[tuple[float, Any]]:
         """Split a batch: pairs of a micro-batch's share of the whole batch, and the micro-batch.
 
         The shares of all micro-batches in all processes add up to 1, and a micro-batch's mean loss
