@@ -33,10 +33,10 @@ from tqdm import tqdm
 
 from mingpt import rewards
 from mingpt.config import CfgNode, check_numbers
-from mingpt.datasets import encode_prompts, left_pad
+from mingpt.datasets import encode_prompts, end_token, left_pad
 from mingpt.prefix import needed_mask
 from mingpt.rewards import RewardFn
-from mingpt.rlhf import written_mask
+from mingpt.rlhf import is_stop, written_mask
 
 # --------------------------------------------------------------------------------------------------
 # samples of a policy
@@ -50,7 +50,7 @@ class Samples:
     speaks of the action idx[:, t+1].
     """
 
-    prompts: list[str]  # without end-of-text tokens
+    prompts: list[str]  # as the policy read them, without end-of-text tokens
     texts: list[str]  # the completions, decoded, without their end token and padding
     idx: Tensor  # (N, T) token ids
     attention_mask: Tensor  # (N, T) True on real tokens: prompt and completion
@@ -88,7 +88,7 @@ def sample(
     tokenizer: Any,
     max_new_tokens: int,
     temperature: float = 1.0,
-    stop_token: int | None = None,
+    stop_token: int | Sequence[int] | None = None,
     stop_strings: Sequence[str] = (),
     reward_fn: RewardFn | None = None,
     seed: int = 0,
@@ -104,9 +104,9 @@ def sample(
     check_numbers(CfgNode(n=n, batch_size=batch_size), "n", "batch_size", low=1, whole=True)
     check_stop_strings(stop_strings)
     prompts = [prompt for prompt in prompts for _ in range(n)]
+    end = end_token(tokenizer)
     if stop_token is None:
-        stop_token = end_of_text(tokenizer)
-
+        stop_token = end
     idx, attention_mask, completion_mask, log_probs = generate_in_batches(
         policy,
         encode_prompts(prompts, tokenizer),
@@ -116,16 +116,17 @@ def sample(
         temperature=temperature,
         stop_token=stop_token,
     )
+    left_out = {end, *as_list(stop_token)}
     samples = Samples(
-        prompts=[as_text(prompt, tokenizer) for prompt in prompts],
-        texts=completion_texts(idx, completion_mask, tokenizer, stop_token),
+        prompts=decode_rows(idx, attention_mask & ~completion_mask, tokenizer, left_out),
+        texts=decode_rows(idx, completion_mask, tokenizer, left_out),
         idx=idx,
         attention_mask=attention_mask,
         completion_mask=completion_mask,
         log_probs=log_probs,
-        ended=has_ended(idx, completion_mask, stop_token),
+        ended=(completion_mask & is_stop(idx, stop_token)).any(1),
     )
-    samples = cut_at_stop_strings(samples, stop_strings, tokenizer, stop_token)
+    samples = cut_at_stop_strings(samples, stop_strings, tokenizer, left_out)
     if reward_fn is not None:
         samples.rewards = score(samples, reward_fn, batch_size)
     return samples
@@ -157,7 +158,7 @@ def generate_batch(
     *,
     max_new_tokens: int,
     temperature: float,
-    stop_token: int | None,
+    stop_token: int | Sequence[int] | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The same of one batch, in longest + max_new_tokens columns."""
     # The batch is read at the length of its own longest prompt, and padded further only afterwards.
@@ -177,8 +178,9 @@ def generate_batch(
     attention_mask = torch.cat([prompt_mask, completion_mask[:, prompt_length:]], dim=1)
     left = longest - prompt_length
     right = max_new_tokens - log_probs.size(1)  # generate stops early where all rows have ended
+    fill = next(iter(as_list(stop_token)), 0)
     return (
-        F.pad(idx, (left, right), value=0 if stop_token is None else stop_token),
+        F.pad(idx, (left, right), value=fill),
         F.pad(attention_mask, (left, right)),
         F.pad(completion_mask, (left, right)),
         F.pad(log_probs, (longest - 1, right)),
@@ -186,7 +188,7 @@ def generate_batch(
 
 
 def cut_at_stop_strings(
-    samples: Samples, stop_strings: Sequence[str], tokenizer: Any, stop_token: int | None
+    samples: Samples, stop_strings: Sequence[str], tokenizer: Any, left_out: set[int | None]
 ) -> Samples:
     """The samples, cut where their first stop string is complete.
 
@@ -200,7 +202,7 @@ def cut_at_stop_strings(
         if any(string in text for string in stop_strings):
             columns = samples.completion_mask[row].nonzero()[:, 0].tolist()
             ids = samples.idx[row, columns].tolist()
-            texts[row], length = before_stop_string(ids, stop_strings, tokenizer, stop_token)
+            texts[row], length = before_stop_string(ids, stop_strings, tokenizer, left_out)
             ends[row] = columns[length - 1] + 1
             ended[row] = True
     kept = (torch.arange(width) < ends[:, None]).to(samples.idx.device)
@@ -215,7 +217,7 @@ def cut_at_stop_strings(
 
 
 def before_stop_string(
-    ids: list[int], stop_strings: Sequence[str], tokenizer: Any, stop_token: int | None
+    ids: list[int], stop_strings: Sequence[str], tokenizer: Any, left_out: set[int | None]
 ) -> tuple[str, int]:
     """(the text before the first stop string in it, how many of the ids complete that string)."""
     # Token by token, because a stop string may begin and end within a token.
@@ -223,44 +225,29 @@ def before_stop_string(
     starts: list[int] = []
     while not starts:
         length += 1
-        text = decode(ids[:length], tokenizer, stop_token)
+        text = decode(ids[:length], tokenizer, left_out)
         starts = [text.find(string) for string in stop_strings if string in text]
     return text[: min(starts)], length
 
 
-def has_ended(idx: Tensor, completion_mask: Tensor, stop_token: int | None) -> Tensor:
-    """(N,) True where the completion holds the stop token."""
-    if stop_token is None:
-        return torch.zeros(len(idx), dtype=torch.bool, device=idx.device)
-    return (completion_mask & (idx == stop_token)).any(1)
-
-
-def completion_texts(
-    idx: Tensor, completion_mask: Tensor, tokenizer: Any, stop_token: int | None
+def decode_rows(
+    idx: Tensor, mask: Tensor, tokenizer: Any, left_out: set[int | None]
 ) -> list[str]:
-    """The completions of (N, T) ids as strings."""
-    return [
-        decode(ids[mask].tolist(), tokenizer, stop_token)
-        for ids, mask in zip(idx.cpu(), completion_mask.cpu(), strict=True)
-    ]
+    """The text on the mask of each row, (N, T) both."""
+    rows = zip(idx.cpu(), mask.cpu(), strict=True)
+    return [decode(ids[mask].tolist(), tokenizer, left_out) for ids, mask in rows]
 
 
-def as_text(prompt: Any, tokenizer: Any) -> str:
-    """A prompt as a string, decoded where it is ids."""
-    if isinstance(prompt, str):
-        return prompt
-    return decode(torch.as_tensor(prompt).tolist(), tokenizer)
-
-
-def decode(ids: list[int], tokenizer: Any, stop_token: int | None = None) -> str:
-    """The text of ids, without end-of-text and stop tokens."""
-    left_out = (end_of_text(tokenizer), stop_token)
+def decode(ids: list[int], tokenizer: Any, left_out: set[int | None]) -> str:
+    """The text of ids, without some special tokens."""
     return tokenizer.decode([token for token in ids if token not in left_out])
 
 
-def end_of_text(tokenizer: Any) -> int | None:
-    """The tokenizer's end-of-text token: its `eot_token` or `eos_token_id`, None without either."""
-    return getattr(tokenizer, "eot_token", getattr(tokenizer, "eos_token_id", None))
+def as_list(stop_token: int | Sequence[int] | None) -> list[int]:
+    """The stop tokens as a list, which is empty for None."""
+    if stop_token is None:
+        return []
+    return list(stop_token) if isinstance(stop_token, Sequence) else [stop_token]
 
 
 def check_stop_strings(stop_strings: Sequence[str]) -> None:
@@ -304,7 +291,8 @@ def score(samples: Samples, reward_fn: RewardFn, batch_size: int = 256) -> Tenso
         strict=True,
     )
     with evaluation_mode(reward_fn):
-        return torch.cat([rewards.score(reward_fn, *batch) for batch in batches]).cpu()
+        scores = [rewards.score(reward_fn, *batch).rewards for batch in batches]
+    return torch.cat(scores).cpu()
 
 
 @torch.no_grad()
@@ -448,4 +436,6 @@ def win_rate(a: ArrayLike, b: ArrayLike, confidence: float = 0.95) -> WinRate:
     z = NormalDist().inv_cdf((1 + confidence) / 2)
     center = (rate + z**2 / (2 * n)) / (1 + z**2 / n)
     radius = z * math.sqrt(rate * (1 - rate) / n + z**2 / (4 * n**2)) / (1 + z**2 / n)
-    return WinRate(rate, max(0.0, center - radius), min(1.0, center + radius), n)
+    # Wilson's interval always holds the rate; at 0 and 1, rounding must not take it out.
+    low, high = min(rate, center - radius), max(rate, center + radius)
+    return WinRate(rate, max(0.0, low), min(1.0, high), n)
