@@ -1,3 +1,3 @@
-"""minRLHF: from bytes to a preference-tuned language model, in a few files that can be read in an afternoon."""
+"""minRLHF: from bytes to a preference-tuned language model, in files that read in an afternoon."""
 
 __version__ = "0.1.0"

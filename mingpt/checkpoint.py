@@ -1,11 +1,14 @@
 """
-What lets a run be stopped at any moment and go on as if nothing had happened.
+What lets a run be stopped at any moment, and continued as if nothing had happened.
 
-Files that are whole or not there at all, interrupts that wait for the end of an iteration, and the state of every random
-generator.
+Four things make that possible: files that are either complete or not there at all, JSON that any
+program can read back, signals that wait until an iteration is finished, and the state of every
+random generator. The trainer puts them together; RunFolder says what is kept where.
 """
 
 import contextlib
+import json
+import math
 import os
 import random
 import signal
@@ -20,19 +23,24 @@ import torch
 
 from mingpt import distributed
 
+# -- files -----------------------------------------------------------------------------------------
+
 
 @contextlib.contextmanager
 def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
-    """`with atomic_write(path) as f`: a binary file that takes its name only when it is complete and on the disk.
+    """`with atomic_write(path) as f`: a binary file that takes its name only when it is complete.
 
-    Whatever fails on the way, a full disk included, leaves the old file as it was.
+    By then it is on the disk, too. Whatever fails before that, a full disk included, leaves an
+    older file of that name as it was. Missing folders are made.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")  # a name that nobody else writes to
+    # a name that no other process or thread writes to
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
     try:
         with temporary.open("wb") as f:
             yield f
+            # Without fsync a power failure could leave the new name on an empty file.
             f.flush()
             os.fsync(f.fileno())
         temporary.replace(path)
@@ -42,7 +50,7 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write a whole UTF-8 text file atomically."""
+    """Write a UTF-8 text file atomically."""
     with atomic_write(path) as f:
         f.write(text.encode("utf-8"))
 
@@ -53,23 +61,50 @@ def save_torch(path: str | Path, obj: Any) -> None:
         torch.save(obj, f)
 
 
+def to_json(value: Any, indent: int | None = None) -> str:
+    """`value` as strict JSON, in ASCII.
+
+    JSON has no NaN and no infinity, and many programs refuse a file in which Python wrote one all
+    the same. Such a float becomes null.
+    """
+    return json.dumps(replace_non_finite(value), indent=indent, allow_nan=False)
+
+
+def replace_non_finite(value: Any) -> Any:
+    """A copy of nested dicts, lists and tuples in which NaN and infinite floats are None."""
+    if isinstance(value, dict):
+        return {key: replace_non_finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [replace_non_finite(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+# -- signals ---------------------------------------------------------------------------------------
+
+
 @contextlib.contextmanager
 def deferred_signals() -> Iterator[list[int]]:
-    """Within, Ctrl-C and SIGTERM only add themselves to the list that is yielded, so that an iteration can end.
+    """`with deferred_signals() as received`: Ctrl-C and SIGTERM only add their number to a list.
 
-    A second Ctrl-C raises KeyboardInterrupt; SIGTERM may come twice, from torchrun and from whoever ends all processes.
+    So an iteration can end before the program acts on them. A second Ctrl-C raises
+    KeyboardInterrupt, for whoever cannot wait. A second SIGTERM does nothing: torchrun sends one,
+    and whoever stops all processes at once sends another.
     """
-    received = []
+    received: list[int] = []
     if threading.current_thread() is not threading.main_thread():
-        yield received  # signals reach the main thread only
+        yield received  # Python handles signals in the main thread only
         return
 
-    def handle(number, frame):
+    def handle(number: int, frame: Any) -> None:
         received.append(number)
         if received.count(signal.SIGINT) > 1:
             raise KeyboardInterrupt
 
-    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous = {
+        number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)
+    }
     try:
         yield received
     finally:
@@ -78,39 +113,77 @@ def deferred_signals() -> Iterator[list[int]]:
 
 
 def raise_signal(number: int) -> NoReturn:
-    """SIGTERM ends the process with exit code 143, as shells count it; SIGINT is a KeyboardInterrupt."""
-    raise SystemExit(128 + number) if number == signal.SIGTERM else KeyboardInterrupt
+    """Stop as the signal asks: SIGINT raises KeyboardInterrupt, SIGTERM SystemExit(143).
+
+    143 is 128 + 15, the exit code by which shells know a process that SIGTERM ended.
+    """
+    if number == signal.SIGTERM:
+        raise SystemExit(128 + number)
+    raise KeyboardInterrupt
 
 
 def leave_ctrl_c_to_the_parent(worker: int) -> None:
-    """For processes that load data: a terminal sends Ctrl-C to them, too."""
+    """Have a process that loads data ignore Ctrl-C, which a terminal sends to it too.
+
+    For DataLoader's worker_init_fn. The training process decides when its workers end.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def run_script(main: Callable[[list[str]], None]) -> NoReturn:
-    """main(command line), for scripts: errors that the user can mend end in one line, and so do Ctrl-C and SIGTERM."""
+    """Run main(command line) for a script, and exit.
+
+    Errors that the user can mend end in one line instead of a traceback, and so do Ctrl-C and
+    SIGTERM.
+    """
+    interrupted = 128 + signal.SIGINT
+    terminated = 128 + signal.SIGTERM
     signal.signal(signal.SIGTERM, lambda number, frame: raise_signal(number))
+    exit_code: int | str | None = None
     try:
-        sys.exit(main(sys.argv[1:]))
+        main(sys.argv[1:])
     except (ValueError, OSError, ImportError, FloatingPointError) as error:
         sys.exit(f"error: {error}")
-    except (KeyboardInterrupt, SystemExit) as stop:
-        code = 128 + signal.SIGINT if isinstance(stop, KeyboardInterrupt) else stop.code
-        if code in (128 + signal.SIGINT, 128 + signal.SIGTERM) and distributed.rank() == 0:
-            sys.stderr.write("\nstopped; the same command goes on from here\n")
-        sys.exit(code)
+    except KeyboardInterrupt:
+        exit_code = interrupted
+    except SystemExit as stop:
+        exit_code = stop.code
+    if exit_code in (interrupted, terminated) and distributed.rank() == 0:
+        sys.stderr.write("\nstopped; the same command goes on from here\n")
+    sys.exit(exit_code)
 
 
-def get_rng_state() -> dict:
-    """The state of all the generators that `set_seed` seeds, in types that load with weights_only=True."""
-    name, keys, *rest = np.random.get_state()
-    return {"python": random.getstate(), "numpy": (name, keys.tolist(), *rest), "torch": torch.get_rng_state(),
-            "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,  # of this process's card
-            "mps": torch.mps.get_rng_state() if torch.backends.mps.is_available() else None}
+# -- random generators -----------------------------------------------------------------------------
 
 
-def set_rng_state(state: dict) -> None:
-    """Put back what `get_rng_state` returned, as far as its devices are here."""
+def get_rng_state() -> dict[str, Any]:
+    """The state of all the generators that `set_seed` seeds.
+
+    Only in types that load with weights_only=True. None stands for a device that is not here.
+    """
+    numpy_state = np.random.get_state(legacy=False)
+    state: dict[str, Any] = {
+        "python": random.getstate(),
+        "numpy": (
+            numpy_state["bit_generator"],
+            numpy_state["state"]["key"].tolist(),
+            numpy_state["state"]["pos"],
+            numpy_state["has_gauss"],
+            numpy_state["gauss"],
+        ),
+        "torch": torch.get_rng_state(),
+        "cuda": None,
+        "mps": None,
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()  # of this process's own GPU
+    if torch.backends.mps.is_available():
+        state["mps"] = torch.mps.get_rng_state()
+    return state
+
+
+def set_rng_state(state: dict[str, Any]) -> None:
+    """Put back what `get_rng_state` returned, for those devices that are here now."""
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])
     torch.set_rng_state(state["torch"])

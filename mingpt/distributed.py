@@ -1,11 +1,12 @@
 """
-One training run on many devices, or many machines: what the trainer needs of torch.distributed.
+One training run on many devices, or on many machines: what the trainer needs of torch.distributed.
 
     torchrun --nproc_per_node=2 projects/chargpt/chargpt.py
 
-starts the script twice, as processes of rank 0 and 1. Each works on its share of every batch, DistributedDataParallel (Li et al.
-2020) averages their gradients, and so all take the same step. Only rank 0 writes files, logs and draws. Without torchrun
-there is one process, of rank 0, and nothing here has anything to do.
+starts the script twice, as the processes of rank 0 and rank 1. Each of them computes the gradient
+on its own part of every batch. DistributedDataParallel (Li et al. 2020) averages the gradients, so
+that all processes take the same step and hold the same weights. Only rank 0 writes files, logs and
+draws. Without torchrun there is one process, of rank 0, and these functions have nothing to do.
 """
 
 import atexit
@@ -18,38 +19,53 @@ import torch.distributed as dist
 
 
 def join(device: torch.device) -> torch.device:
-    """Join the processes that torchrun has started beside this one, if it did; returns this one's own device.
+    """Join the processes that torchrun has started, if it started this one. Returns its own device.
 
-    ValueError where there is no device for it.
+    Raises ValueError where there is no device for this process.
     """
     launched = dist.is_torchelastic_launched()
     if launched and device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        if device.index >= torch.cuda.device_count():
-            raise ValueError(f"process {device.index} finds {torch.cuda.device_count()} GPUs here: lower --nproc_per_node")
+        device = own_gpu()
     if launched and device.type not in ("cuda", "cpu"):
-        raise ValueError(f"many processes cannot share device={device}: set device=cpu, or run without torchrun")
+        raise ValueError(
+            f"many processes cannot share device={device}: set device=cpu, or run without torchrun"
+        )
     if device.type == "cuda" and device.index is not None:
-        torch.cuda.set_device(device)  # whose random state is the one to keep
-    if not launched:
-        return device
-    if not dist.is_initialized():
+        # Checkpoints hold the random state of the current GPU: make that the one we train on.
+        torch.cuda.set_device(device)
+    if launched and not dist.is_initialized():
+        # gloo exchanges what is on the CPU, nccl what is on the GPUs
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
         atexit.register(leave)
     return device
 
 
-def leave() -> None:
-    """At exit: leave the group, and give gloo's threads the time to let go of the tensors of the last exchange.
+def own_gpu() -> torch.device:
+    """The GPU of this process: the nth process of a machine takes the nth GPU.
 
-    One that does so when the interpreter is already shutting down aborts the process (pytorch/pytorch#179291).
+    Raises ValueError where the machine has no such GPU.
+    """
+    number = int(os.environ["LOCAL_RANK"])
+    available = torch.cuda.device_count()
+    if number >= available:
+        raise ValueError(
+            f"process {number} finds only {available} GPUs on its machine: lower --nproc_per_node"
+        )
+    return torch.device("cuda", number)
+
+
+def leave() -> None:
+    """Leave the group at exit, and give gloo's threads time to release their last tensors.
+
+    A thread that does so while the interpreter is shutting down aborts the process
+    (pytorch/pytorch#179291).
     """
     dist.destroy_process_group()
     time.sleep(0.5)
 
 
 def rank() -> int:
-    """The number of this process, also before it has joined the others."""
+    """The number of this process, counted from 0. Known before it has joined the others."""
     return int(os.environ["RANK"]) if dist.is_torchelastic_launched() else 0
 
 
@@ -59,22 +75,23 @@ def world_size() -> int:
 
 
 def total(numbers: list[float]) -> list[float]:
-    """Each of the numbers, summed over all processes: the same list in each of them."""
+    """The sum of each of the numbers over all processes: the same list in each of them."""
     if world_size() == 1:
         return numbers
-    sums = torch.tensor(numbers, dtype=torch.float64)  # on the CPU, so that no GPU is waited for
+    sums = torch.tensor(numbers, dtype=torch.float64)  # on the CPU, so that no GPU must synchronise
     dist.all_reduce(sums)
     return sums.tolist()
 
 
 def mean(metrics: dict[str, float]) -> dict[str, float]:
-    """Each of the metrics, averaged over all processes."""
-    return {name: x / world_size() for name, x in zip(metrics, total(list(metrics.values())))}
+    """The mean of each of the metrics over all processes."""
+    sums = total(list(metrics.values()))
+    return {name: value / world_size() for name, value in zip(metrics, sums, strict=True)}
 
 
-def gather(thing: Any) -> list:
-    """What each process has, in the order of their ranks."""
-    things = [thing] * world_size()
+def gather(value: Any) -> list[Any]:
+    """The values of all processes, in the order of their ranks."""
+    values = [value] * world_size()
     if world_size() > 1:
-        dist.all_gather_object(things, thing)
-    return things
+        dist.all_gather_object(values, value)
+    return values

@@ -7,24 +7,46 @@ from pathlib import Path
 from mingpt.checkpoint import atomic_write
 from mingpt.utils import import_extra
 
+LONG_LEGEND = 5  # a panel with more curves than this has its legend beside it
 
-def plot_metrics(path: str | Path, panels: dict, title: str | None = None, xlabel: str = "iteration") -> None:
-    """Draw curves side by side into the PNG file `path`; needs matplotlib (extra `projects`).
 
-    panels: {panel title: {label: (xs, ys)}}. Points that are None or NaN are left out.
+def plot_metrics(
+    path: str | Path,
+    panels: dict,
+    title: str | None = None,
+    xlabel: str = "iteration",
+) -> None:
+    """Draw panels of curves side by side into the PNG file `path`.
+
+    panels: {panel title: {label: (xs, ys)}}. Points whose y is None or NaN are left out. Needs
+    matplotlib (extra `projects`).
     """
     plt = import_extra("matplotlib.pyplot", "projects")
-    plt.switch_backend("Agg")  # no window, no display needed
-    width = 5 * len(panels) + 3 * (max(map(len, panels.values())) > 5)  # a long legend stands beside
-    figure, axes = plt.subplots(1, len(panels), figsize=(width, 3.6), squeeze=False, layout="tight")
-    for axis, (name, curves) in zip(axes[0], panels.items()):
-        for label, (xs, ys) in curves.items():
-            points = [(x, y) for x, y in zip(xs, ys) if y is not None and y == y]
-            axis.plot(*zip(*points) if points else ([], []), label=label, lw=1.5)
+    plt.switch_backend("Agg")  # draws into memory: needs neither a window nor a display
+
+    width = 5 * len(panels)
+    if any(len(curves) > LONG_LEGEND for curves in panels.values()):
+        width += 3  # room for the legend
+    figure, axes = plt.subplots(
+        1, len(panels), figsize=(width, 3.6), squeeze=False, layout="tight"
+    )
+    for axis, (name, curves) in zip(axes[0], panels.items(), strict=True):
+        draw_curves(axis, curves)
         axis.set(title=name, xlabel=xlabel)
         axis.grid(alpha=0.3)
-        axis.legend(frameon=False, **({"loc": "upper left", "bbox_to_anchor": (1, 1)} if len(curves) > 5 else {}))
     figure.suptitle(title)
     with atomic_write(path) as f:
         figure.savefig(f, dpi=110, format="png")
     plt.close(figure)
+
+
+def draw_curves(axis, curves: dict) -> None:
+    """Draw {label: (xs, ys)} and a legend on a matplotlib axis."""
+    for label, (xs, ys) in curves.items():
+        points = [(x, y) for x, y in zip(xs, ys, strict=True) if y is not None and y == y]
+        axis.plot([x for x, _ in points], [y for _, y in points], label=label, lw=1.5)
+    if len(curves) > LONG_LEGEND:
+        # the legend's upper left corner at the upper right corner of the panel
+        axis.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+    else:
+        axis.legend(frameon=False)

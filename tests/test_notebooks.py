@@ -11,15 +11,27 @@ import matplotlib
 from tests.common import ROOT, TempDirTestCase, tiny_gpt
 
 
+def code_cells(notebook):
+    """The code of each cell that has some, compiled under a name that tracebacks can show."""
+    cells = json.loads((ROOT / notebook).read_text(encoding="utf-8"))["cells"]
+    for i, cell in enumerate(cells):
+        if cell["cell_type"] == "code":
+            yield compile("".join(cell["source"]), f"{notebook}, cell {i}", "exec")
+
+
 def run(notebook, **environment):
-    """Execute the code cells in one namespace, as a kernel does; return what they printed."""
-    printed, names = io.StringIO(), {"__name__": "__main__"}
+    """Execute the code cells in one namespace, as a kernel does. Returns what they printed."""
+    printed = io.StringIO()
+    names = {"__name__": "__main__"}
     backend = matplotlib.get_backend()
-    with mock.patch.dict(os.environ, environment), contextlib.redirect_stdout(printed), mock.patch("time.sleep"):
-        matplotlib.use("Agg")
-        for i, cell in enumerate(json.loads((ROOT / notebook).read_text(encoding="utf-8"))["cells"]):
-            if cell["cell_type"] == "code":
-                exec(compile("".join(cell["source"]), f"{notebook}, cell {i}", "exec"), names)
+    matplotlib.use("Agg")
+    with (
+        mock.patch.dict(os.environ, environment),
+        mock.patch("time.sleep"),  # between the tries of a download
+        contextlib.redirect_stdout(printed),
+    ):
+        for code in code_cells(notebook):
+            exec(code, names)
     names["plt"].close("all")
     matplotlib.use(backend)
     return printed.getvalue()
@@ -29,10 +41,15 @@ class TestNotebooks(TempDirTestCase):
     def test_demo_sorts_what_it_has_never_seen(self):
         self.assertIn("held out 100.0%", run("demo.ipynb"))
 
-    def test_generate_says_whether_the_model_is_random(self):
-        printed = run("generate.ipynb", MODEL="gpt2", HF_ENDPOINT="http://127.0.0.1:9", MINGPT_HOME=str(self.folder))
-        for words in ("NOT A TRAINED MODEL", "token 'Hello' = id 15496", "--- top_p 0.9"):
-            self.assertIn(words, printed)
+    def test_generate_says_that_its_model_is_random_where_it_cannot_fetch_one(self):
+        nobody = "http://127.0.0.1:9"
+        home = str(self.folder)
+        printed = run("generate.ipynb", MODEL="gpt2", HF_ENDPOINT=nobody, MINGPT_HOME=home)
+        self.assertIn("NOT A TRAINED MODEL", printed)
+        self.assertIn("token 'Hello' = id 15496", printed)
+        self.assertIn("--- top_p 0.9", printed)
+
+    def test_generate_takes_a_model_from_a_folder(self):
         tiny_gpt(vocab_size=50257, block_size=64).save_pretrained(self.folder)
         printed = run("generate.ipynb", MODEL=str(self.folder))
         self.assertNotIn("NOT A TRAINED MODEL", printed)
