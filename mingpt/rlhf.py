@@ -1,37 +1,45 @@
 """
-Reinforcement learning from human feedback: estimators and losses, reward and value models, and the PPO trainer.
+Reinforcement learning from human feedback: estimators, losses, the table of algorithms, PPOTrainer.
 
-The pure functions come first, each the few lines that its paper's equation needs. `PPOTrainer` puts them together:
+The pure functions come first, each the few lines that its paper's equation needs. PPOTrainer puts
+them together. One iteration of it is:
 
-    rollout:     sample completions, remember log π_old of each token
-    score:       r_t = -kl_coef · (log π_old - log π_ref), and the reward of the whole text on the last token
-    advantages:  generalised advantage estimation with the value function
-    update:      some epochs of minibatches on the clipped objective
+    rollout       sample completions, and keep log π_old of each token
+    score         the reward of each whole text, and a penalty for leaving the reference policy:
+                  r_t = -kl_coef · (log π_old - log π_ref), plus the reward on the last token
+    advantages    how much better than expected each token was
+    update        some epochs of minibatches on the clipped objective
 
-Sources: Schulman et al. 2015 (GAE, arXiv:1506.02438), Schulman et al. 2017 (PPO, arXiv:1707.06347), Ziegler et al. 2019
-(RL on language models, arXiv:1909.08593), Stiennon et al. 2020 (arXiv:2009.01325), Huang et al. 2024 (arXiv:2403.17031).
+Sources: Schulman et al. 2015 (GAE, arXiv:1506.02438), Schulman et al. 2017 (PPO, arXiv:1707.06347),
+Ziegler et al. 2019 (RL on language models, arXiv:1909.08593), Stiennon et al. 2020
+(arXiv:2009.01325), Huang et al. 2024 (arXiv:2403.17031). Each function names its own.
 
-Which token a number speaks of is where RLHF code goes wrong most often. All (B, T-1) tensors here are indexed by t and speak
-of the *action* idx[:, t+1], taken in the *state* idx[:, :t+1]. For one row, left-padded, of a 2-token prompt:
+Most mistakes in RLHF code are about which token a number belongs to. Here all (B, T-1) tensors are
+indexed by t and speak of the *action* idx[:, t+1], taken in the *state* idx[:, :t+1]. Take one row
+whose prompt has 2 tokens and is padded on the left. The second <eot> only fills the row up:
 
     position           0     1     2     3     4     5     6
-    idx                pad   p     p     a     b     <eot> <eot>      the second <eot> fills the row up
-    attention_mask     0     1     1     1     1     1     0          what the models may read
-    completion_mask    0     0     0     1     1     1     0          what the policy wrote, its <eot> included
+    idx                pad   p     p     a     b     <eot> <eot>
+    attention_mask     0     1     1     1     1     1     0       what the models may read
+    completion_mask    0     0     0     1     1     1     0       what the policy wrote, with <eot>
 
     t                  0     1     2     3     4     5
     action idx[t+1]    p     p     a     b     <eot> -
-    mask               0     0     1     1     1     0                completion_mask[:, 1:]
-    log_probs[t]       -     -     x     x     x     -                log π(idx[t+1] | idx[:t+1])
-    values[t]          -     -     x     x     x     -                V(idx[:t+1]): what the state before the action promises
+    mask               0     0     1     1     1     0             completion_mask[:, 1:]
+    log_probs[t]       -     -     x     x     x     -             log π(idx[t+1] | idx[:t+1])
+    values[t]          -     -     x     x     x     -             V(idx[:t+1]), before the action
     rewards[t]         0     0     kl    kl    kl+score  0
 """
 
 import copy
+import dataclasses
 import functools
 import math
 import zlib
-from collections.abc import Callable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,65 +47,114 @@ from torch.nn import functional as F
 
 from mingpt import distributed
 from mingpt.checkpoint import get_rng_state, set_rng_state
-from mingpt.datasets import encode_prompts, left_pad
-from mingpt.model import GPT, last_real
-from mingpt.rewards import RewardError, RewardFn, TextReward, score  # noqa: F401
-from mingpt.heads import ActorCritic, RewardModel, ValueHead, ValueModel
-from mingpt.trainer import Trainer
 from mingpt.config import CfgNode as CN, check_numbers
+from mingpt.datasets import Prompts, end_token
+from mingpt.heads import ActorCritic, RewardModel, ValueHead, ValueModel, first_column
+from mingpt.model import GPT, last_real
+from mingpt.rewards import RewardError, RewardFn, Scores, TextReward, check_reward_fn, score
+from mingpt.trainer import Trainer
 
-# ---------------------------------------------------------------------------------------------------------------------
-# estimators and losses: (B, T) tensors, mask 1 on the completion's tokens; what lies off the mask never matters
+__all__ = [
+    "ALGORITHMS",
+    "ActorCritic",
+    "Algorithm",
+    "DPOLoss",
+    "PPOTrainer",
+    "RewardError",
+    "RewardModel",
+    "Rollout",
+    "TextReward",
+    "ValueHead",
+    "ValueModel",
+    "comparison_loss",
+    "comparison_scores",
+    "dpo_loss",
+    "gae",
+    "group_mean_advantages",
+    "grpo_advantages",
+    "ipo_loss",
+    "kl_estimate",
+    "masked",
+    "masked_mean",
+    "masked_whiten",
+    "ppo_policy_loss",
+    "reward_loss",
+    "rloo_advantages",
+    "simpo_loss",
+    "value_loss",
+    "written_mask",
+]
+
+# --------------------------------------------------------------------------------------------------
+# Estimators: (B, T) tensors, with a mask that is 1 on the completion's tokens. What lies off the
+# mask never matters.
 
 
 def masked(x: Tensor, mask: Tensor) -> Tensor:
-    """x with exact zeros off the mask, so that junk there, NaN and infinities too, reaches neither value nor gradient."""
+    """x with zeros off the mask.
+
+    The zeros are exact: NaN or infinity off the mask reaches neither a value nor a gradient.
+    """
     return torch.where(mask.bool(), x, torch.zeros_like(x))
 
 
 def masked_mean(x: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
-    """Mean of x over the masked entries, in all or along dim; 0 where there are none."""
-    total, count = masked(x, mask), mask.to(x.dtype)
+    """Mean of x over the masked entries, of all or along dim; 0 where there are none."""
+    total = masked(x, mask)
+    count = mask.to(x.dtype)
     if dim is None:
         return total.sum() / count.sum().clamp(min=1)
     return total.sum(dim) / count.sum(dim).clamp(min=1)
 
 
 def masked_whiten(x: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
-    """x scaled to unit variance over the mask, and to zero mean unless shift_mean is False; 0 off the mask."""
+    """x scaled to unit variance over the mask, and shifted to mean 0; 0 off the mask.
+
+    With shift_mean=False the mean stays what it was (Ziegler et al. whiten rewards in this way).
+    """
     x = masked(x, mask)
     mean = masked_mean(x, mask)
-    # the 1e-8 keeps the rounding errors of a constant from being blown up to unit variance
-    whitened = (x - mean) * (masked_mean((x - mean) ** 2, mask) + 1e-8).rsqrt()
+    variance = masked_mean((x - mean) ** 2, mask)
+    # Without the 1e-8, the rounding errors of a constant would be blown up to unit variance.
+    whitened = (x - mean) * (variance + 1e-8).rsqrt()
     return masked(whitened if shift_mean else whitened + mean, mask)
 
 
 def kl_estimate(log_probs: Tensor, ref_log_probs: Tensor, kind: str = "k1") -> Tensor:
-    """Per-token estimates of KL(π || π_ref) from tokens sampled by π, in nats (Schulman 2020, joschu.net/blog/kl-approx).
+    """Per-token estimates of KL(π || π_ref) from tokens sampled by π, in nats.
 
-    k1 = -log r is unbiased; k2 = (log r)²/2 has less variance and some bias; k3 = r - 1 - log r is unbiased and never
-    negative, where r = π_ref / π.
+    With r = π_ref / π (Schulman 2020, joschu.net/blog/kl-approx.html):
+
+        k1 = -log r             unbiased
+        k2 = (log r)² / 2       less variance, some bias
+        k3 = r - 1 - log r      unbiased, and never negative
     """
     log_ratio = ref_log_probs - log_probs
     if kind == "k1":
         return -log_ratio
     if kind == "k2":
-        return log_ratio ** 2 / 2
+        return log_ratio**2 / 2
     if kind == "k3":
         return log_ratio.expm1() - log_ratio
     raise ValueError(f"kind={kind!r} must be k1, k2 or k3")
 
 
-def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float = 1.0, lam: float = 0.95) -> tuple[Tensor, Tensor]:
-    """Generalised advantage estimation (Schulman et al. 2015, equation 16): (advantages, returns), zero off the mask.
+def gae(
+    rewards: Tensor, values: Tensor, mask: Tensor, gamma: float = 1.0, lam: float = 0.95
+) -> tuple[Tensor, Tensor]:
+    """Generalised advantage estimation: (advantages, returns), both (B, T), zero off the mask.
 
-        δ_t = r_t + γ V_{t+1} - V_t,    A_t = δ_t + γλ A_{t+1},    returns_t = A_t + V_t
+        δ_t = r_t + γ V_{t+1} - V_t
+        A_t = δ_t + γλ A_{t+1}              (Schulman et al. 2015, equation 16)
+        returns_t = A_t + V_t
 
-    The episode ends with the last masked token: behind it, V and A are 0.
+    The episode ends with the last masked token. Behind it, V and A are 0.
     """
-    rewards, values = masked(rewards, mask), masked(values, mask)
+    rewards = masked(rewards, mask)
+    values = masked(values, mask)
+    next_value = torch.zeros_like(rewards[:, 0])
+    next_advantage = torch.zeros_like(rewards[:, 0])
     backwards = []
-    next_value = next_advantage = torch.zeros_like(rewards[:, 0])
     for t in reversed(range(rewards.size(1))):
         delta = rewards[:, t] + gamma * next_value - values[:, t]
         next_advantage = masked(delta + gamma * lam * next_advantage, mask[:, t])
@@ -107,377 +164,1257 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float = 1.0, lam: 
     return advantages, advantages + values
 
 
-def ppo_policy_loss(log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, mask: Tensor,
-                    clip_range: float = 0.2) -> tuple[Tensor, Tensor]:
-    """The clipped surrogate objective, negated (Schulman et al. 2017, equation 7): (loss, clip_fraction).
-
-        L = -mean min(ρ A, clip(ρ, 1-ε, 1+ε) A),    ρ = π / π_old
-
-    clip_fraction is the share of tokens where the clipped term is the smaller one, that is where no gradient flows.
-    """
-    ratio = masked(log_probs - old_log_probs, mask).exp()
-    advantages = masked(advantages, mask)
-    unclipped, clipped = ratio * advantages, ratio.clamp(1 - clip_range, 1 + clip_range) * advantages
-    loss = -masked_mean(torch.minimum(unclipped, clipped), mask)
-    return loss, masked_mean((clipped < unclipped).to(loss.dtype), mask).detach()
-
-
-def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, clip_range: float = 0.2) -> Tensor:
-    """Squared error of the value function, with its 1/2, clipped like the ratio (the PPO paper's code, `baselines`).
-
-        L = 1/2 mean max((V - R)², (clip(V, V_old - ε, V_old + ε) - R)²)
-    """
-    values, old_values, returns = masked(values, mask), masked(old_values, mask), masked(returns, mask)
-    clipped = old_values + (values - old_values).clamp(-clip_range, clip_range)
-    return 0.5 * masked_mean(torch.maximum((values - returns) ** 2, (clipped - returns) ** 2), mask)
-
-
-def reward_loss(chosen: Tensor, rejected: Tensor, margin: float = 0.0) -> Tensor:
-    """Negative log-likelihood of the comparisons under Bradley-Terry: -mean log σ(r_chosen - r_rejected - margin)."""
-    return -F.logsigmoid(chosen - rejected - margin).mean()
-
-
-def dpo_loss(chosen_log_probs: Tensor, rejected_log_probs: Tensor, ref_chosen_log_probs: Tensor, ref_rejected_log_probs: Tensor,
-             beta: float = 0.1) -> Tensor:
-    """Direct preference optimisation (Rafailov et al. 2023, equation 7), on sums of the completions' log-probs, (B,) each.
-
-        L = -mean log σ(β (log π(chosen)/π_ref(chosen) - log π(rejected)/π_ref(rejected)))
-    """
-    return reward_loss(beta * (chosen_log_probs - ref_chosen_log_probs), beta * (rejected_log_probs - ref_rejected_log_probs))
+# Without a value function, the baseline is what the other completions of the same prompt earned.
+# The samples of one prompt are adjacent: scores (B,) hold B / group_size groups.
 
 
 def rloo_advantages(scores: Tensor, group_size: int) -> Tensor:
-    """REINFORCE leave-one-out (Ahmadian et al. 2024): each score less the mean of the others in its group, (B,) -> (B,)."""
+    """REINFORCE leave-one-out (Ahmadian et al. 2024): (B,) -> (B,).
+
+    Each score less the mean of the others in its group.
+    """
     groups = grouped(scores, group_size)
-    return ((groups - groups.mean(1, keepdim=True)) * group_size / (group_size - 1)).flatten()
+    centred = groups - groups.mean(1, keepdim=True)
+    # s - mean(others) = (s - mean(all)) · k / (k - 1)
+    return (centred * group_size / (group_size - 1)).flatten()
+
+
+def group_mean_advantages(scores: Tensor, group_size: int) -> Tensor:
+    """Each score less the mean of its group (Liu et al. 2025, Dr. GRPO): (B,) -> (B,)."""
+    groups = grouped(scores, group_size)
+    centred = groups - groups.mean(1, keepdim=True)
+    return centred.masked_fill(equal_groups(groups), 0.0).flatten()
 
 
 def grpo_advantages(scores: Tensor, group_size: int) -> Tensor:
-    """Group-relative advantages (Shao et al. 2024): scores in standard deviations (n-1) from their group's mean, (B,) -> (B,)."""
+    """Group-relative advantages (Shao et al. 2024): (B,) -> (B,).
+
+    Each score less the mean of its group, in standard deviations (n - 1) of its group.
+    """
     groups = grouped(scores, group_size)
-    advantages = (groups - groups.mean(1, keepdim=True)) / (groups.std(1, keepdim=True) + 1e-8)
-    same = groups.amax(1, keepdim=True) == groups.amin(1, keepdim=True)  # where rounding errors are all that differs
-    return advantages.masked_fill(same, 0.0).flatten()
+    centred = groups - groups.mean(1, keepdim=True)
+    advantages = centred / (groups.std(1, keepdim=True) + 1e-8)
+    return advantages.masked_fill(equal_groups(groups), 0.0).flatten()
 
 
 def grouped(scores: Tensor, group_size: int) -> Tensor:
-    """(B,) -> (B / group_size, group_size): the samples of one prompt are adjacent."""
+    """(B,) -> (B / group_size, group_size). ValueError if groups of that size do not fit."""
     if group_size < 2 or len(scores) % group_size:
-        raise ValueError(f"group_size={group_size!r} must be 2 or more and divide the {len(scores)} scores")
+        raise ValueError(
+            f"group_size={group_size!r} must be 2 or more and divide the {len(scores)} scores"
+        )
     return scores.view(-1, group_size)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# learning from comparisons
+def equal_groups(groups: Tensor) -> Tensor:
+    """Which groups have equal scores only, (N, group_size) -> (N, 1).
+
+    The mean of equal numbers is not always that number. Without this check, a rounding error over
+    a standard deviation of nearly 0 would become an advantage.
+    """
+    return groups.amax(1, keepdim=True) == groups.amin(1, keepdim=True)
 
 
-def comparison_scores(model: nn.Module, batch: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """A RewardModel's scores of a batch of `Comparisons`: of the chosen (B, 1) and of the rejected completions (B, K-1)."""
+# --------------------------------------------------------------------------------------------------
+# The losses of PPO and its family
+
+
+def average(
+    x: Tensor,
+    mask: Tensor,
+    loss_mean: str = "token",
+    max_new_tokens: int | None = None,
+    denominator: float | None = None,
+) -> Tensor:
+    """Average the terms x (B, T) of a loss over the completions, in one of three ways.
+
+        token       all tokens alike: the sum over all tokens / the number of tokens
+        sequence    each completion's mean, then the mean over the completions
+        constant    each completion's sum / max_new_tokens, then the mean over the completions
+
+    denominator: where x is a part of a minibatch only, what the whole minibatch's sum is divided
+    by (see `average_denominator`). Then the results of the parts add up to that of the minibatch.
+    """
+    terms = masked_mean(x, mask, dim=1) if loss_mean == "sequence" else masked(x, mask)
+    if denominator is None:
+        denominator = max(average_denominator(mask, loss_mean, max_new_tokens), 1.0)
+    return terms.sum() / denominator
+
+
+def average_denominator(mask: Tensor, loss_mean: str, max_new_tokens: int | None = None) -> float:
+    """What `average` divides its sum by: tokens, completions, or completions · max_new_tokens."""
+    if loss_mean == "token":
+        return float(mask.sum())
+    completions = float(mask.any(1).sum())
+    if loss_mean == "sequence":
+        return completions
+    if loss_mean == "constant" and max_new_tokens is not None:
+        return completions * max_new_tokens
+    raise ValueError(
+        f"loss_mean={loss_mean!r} must be token, sequence, or constant with max_new_tokens, which "
+        f"is {max_new_tokens}"
+    )
+
+
+def ppo_policy_loss(
+    log_probs: Tensor,
+    old_log_probs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    clip_range: float | Sequence[float] = 0.2,
+    ratio: str = "token",
+    loss_mean: str = "token",
+    max_new_tokens: int | None = None,
+    denominator: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The clipped surrogate objective, negated (Schulman et al. 2017, equation 7).
+
+        L = -mean min(ρ A, clip(ρ, 1-ε, 1+ε) A)
+
+    clip_range: ε, or a pair (below, above) for clip(ρ, 1-below, 1+above) (Yu et al. 2025, DAPO).
+    ratio: `token`, ρ = π / π_old of each token; or `sequence`, their geometric mean over the
+        completion (Zheng et al. 2025, GSPO, equation 7).
+    loss_mean, max_new_tokens, denominator: what the mean runs over, as in `average`.
+
+    Returns (loss, clip_fraction). clip_fraction is the share of tokens where the clipped term is
+    the smaller one, so that no gradient flows.
+    """
+    below, above = clip_bounds(clip_range)
+    log_ratio = masked(log_probs - old_log_probs, mask)
+    if ratio == "sequence":
+        log_ratio = masked_mean(log_ratio, mask, dim=1)[:, None].expand_as(log_ratio)
+    elif ratio != "token":
+        raise ValueError(f"ratio={ratio!r} must be token or sequence")
+    rho = log_ratio.exp()
+    advantages = masked(advantages, mask)
+    unclipped = rho * advantages
+    clipped = rho.clamp(1 - below, 1 + above) * advantages
+    objective = torch.minimum(unclipped, clipped)
+    loss = -average(objective, mask, loss_mean, max_new_tokens, denominator)
+    clip_fraction = masked_mean((clipped < unclipped).to(loss.dtype), mask)
+    return loss, clip_fraction.detach()
+
+
+def clip_bounds(clip_range: float | Sequence[float]) -> tuple[float, float]:
+    """(below, above) of a clip_range, which may be one number for both.
+
+    ValueError for anything else than one or two numbers from 0 on.
+    """
+    bounds = (clip_range, clip_range) if isinstance(clip_range, (int, float)) else tuple(clip_range)
+    if len(bounds) != 2 or not all(0 <= bound < math.inf for bound in bounds):
+        raise ValueError(
+            f"clip_range={clip_range!r} must be a number from 0 on, or two: (below, above)"
+        )
+    return bounds
+
+
+def value_loss(
+    values: Tensor,
+    old_values: Tensor,
+    returns: Tensor,
+    mask: Tensor,
+    clip_range: float = 0.2,
+    denominator: float | None = None,
+) -> Tensor:
+    """Squared error of the value function, clipped like the ratio (the PPO paper's `baselines`).
+
+        L = 1/2 mean max((V - R)², (clip(V, V_old - ε, V_old + ε) - R)²)
+
+    The mean runs over all tokens alike. denominator: as in `average`.
+    """
+    values = masked(values, mask)
+    old_values = masked(old_values, mask)
+    returns = masked(returns, mask)
+    clipped = old_values + (values - old_values).clamp(-clip_range, clip_range)
+    squared_error = torch.maximum((values - returns) ** 2, (clipped - returns) ** 2)
+    return 0.5 * average(squared_error, mask, denominator=denominator)
+
+
+# --------------------------------------------------------------------------------------------------
+# Losses on comparisons: (B,) tensors, one number for each chosen and each rejected completion
+
+
+def reward_loss(chosen: Tensor, rejected: Tensor, margin: float = 0.0) -> Tensor:
+    """Negative log-likelihood of comparisons under Bradley-Terry, on rewards.
+
+        L = -mean log σ(r_chosen - r_rejected - margin)
+    """
+    return -F.logsigmoid(chosen - rejected - margin).mean()
+
+
+def dpo_loss(
+    chosen_log_probs: Tensor,
+    rejected_log_probs: Tensor,
+    ref_chosen_log_probs: Tensor,
+    ref_rejected_log_probs: Tensor,
+    beta: float = 0.1,
+) -> Tensor:
+    """Direct preference optimisation (Rafailov et al. 2023, equation 7).
+
+        L = -mean log σ(β (log π(chosen) / π_ref(chosen) - log π(rejected) / π_ref(rejected)))
+
+    The log-probs are sums over the completions' tokens.
+    """
+    chosen_reward = beta * (chosen_log_probs - ref_chosen_log_probs)
+    rejected_reward = beta * (rejected_log_probs - ref_rejected_log_probs)
+    return reward_loss(chosen_reward, rejected_reward)
+
+
+def ipo_loss(
+    chosen_log_probs: Tensor,
+    rejected_log_probs: Tensor,
+    ref_chosen_log_probs: Tensor,
+    ref_rejected_log_probs: Tensor,
+    beta: float = 0.1,
+) -> Tensor:
+    """Identity preference optimisation (Azar et al. 2023, equation 17; their τ is our β).
+
+        L = mean (h - 1/(2β))²,   h = log π(chosen) / π_ref(chosen)
+                                      - log π(rejected) / π_ref(rejected)
+
+    The log-probs are sums over the completions' tokens. Unlike DPO's, this loss has its minimum at
+    a finite h, so that certain preferences do not drive the policy ever further away.
+    """
+    chosen_log_ratio = chosen_log_probs - ref_chosen_log_probs
+    rejected_log_ratio = rejected_log_probs - ref_rejected_log_probs
+    return ((chosen_log_ratio - rejected_log_ratio - 1 / (2 * beta)) ** 2).mean()
+
+
+def simpo_loss(
+    chosen_log_probs: Tensor,
+    rejected_log_probs: Tensor,
+    chosen_lengths: Tensor,
+    rejected_lengths: Tensor,
+    beta: float = 2.0,
+    gamma: float = 1.0,
+) -> Tensor:
+    """Simple preference optimisation (Meng et al. 2024, equation 6), without a reference policy.
+
+        L = -mean log σ(β/|chosen| · log π(chosen) - β/|rejected| · log π(rejected) - γ)
+
+    The log-probs are sums over the completions' tokens, the lengths their numbers of tokens.
+    """
+    chosen_reward = beta * chosen_log_probs / chosen_lengths
+    rejected_reward = beta * rejected_log_probs / rejected_lengths
+    return reward_loss(chosen_reward, rejected_reward, margin=gamma)
+
+
+# --------------------------------------------------------------------------------------------------
+# Learning from comparisons, with the Trainer. A batch of `Comparisons` is (idx, attention_mask,
+# completion_mask), all (B, K, T): K completions of one prompt, the chosen one first.
+
+
+def comparison_scores(model: nn.Module, batch: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+    """A RewardModel's scores of the chosen (B, 1) and of the rejected completions (B, K-1)."""
     B, K, _ = batch[0].shape
-    return model(*(x.flatten(0, 1) for x in batch), group_size=K).view(B, K).split([1, K - 1], dim=1)
+    rows = [x.flatten(0, 1) for x in batch]  # (B·K, T)
+    scores = model(*rows, rows_per_prompt=K).view(B, K)
+    return scores[:, :1], scores[:, 1:]
 
 
-def comparison_loss(model: nn.Module, batch: tuple[Tensor, Tensor, Tensor], centering: float = 0.0) -> tuple[Tensor, dict]:
-    """The Trainer's loss_fn for a RewardModel on batches of `Comparisons`: (the loss, its accuracy).
+def comparison_loss(
+    model: nn.Module, batch: tuple[Tensor, ...], centering: float = 0.0
+) -> tuple[Tensor, dict]:
+    """The Trainer's loss_fn for a RewardModel on batches of `Comparisons`: (loss, accuracy).
 
         L = reward_loss + centering · mean (r_chosen + r_rejected)²
 
-    Bradley-Terry leaves the mean of each prompt's rewards free. The second term draws it to 0, so that what is left to vary is how
-    good the completions are (Eisenstein et al. 2023, arXiv:2312.09244); 0.01 is enough.
+    Bradley-Terry leaves the mean of each prompt's rewards free. The second term draws it to 0, so
+    that rewards differ by how good the completions are and not by prompt (Eisenstein et al. 2023,
+    arXiv:2312.09244). A centering of 0.01 is enough.
     """
     check_numbers(CN(centering=centering), "centering")
     chosen, rejected = comparison_scores(model, batch)
     loss = reward_loss(chosen, rejected) + centering * (chosen + rejected).square().mean()
-    return loss, {"accuracy": (chosen > rejected).float().mean()}
+    accuracy = (chosen > rejected).float().mean()
+    return loss, {"accuracy": accuracy}
 
 
 class DPOLoss:
-    """The Trainer's loss_fn for DPO on batches of `Comparisons`; the model to train is ActorCritic(policy).
+    """The Trainer's loss_fn for DPO, IPO or SimPO; the model to train is ActorCritic(policy).
 
-    ref_policy: where the policy starts from, or the policy itself before it is trained; a frozen copy is kept.
+    ref_policy: where the policy starts from (or the policy itself, before it is trained); a frozen
+        copy is kept. SimPO has no reference: pass None.
+    beta: by default 0.1 for dpo and ipo, 2.0 for simpo.
+    loss: dpo, ipo or simpo.
+    gamma: the target margin of simpo.
     """
 
-    def __init__(self, ref_policy: nn.Module, beta: float = 0.1):
-        self.reference, self.beta = ActorCritic(copy.deepcopy(ref_policy)).eval().requires_grad_(False), beta
+    def __init__(
+        self,
+        ref_policy: nn.Module | None,
+        beta: float | None = None,
+        loss: str = "dpo",
+        gamma: float = 1.0,
+    ):
+        if loss not in ("dpo", "ipo", "simpo"):
+            raise ValueError(f"loss={loss!r} must be dpo, ipo or simpo")
+        if loss == "simpo" and ref_policy is not None:
+            raise ValueError("loss='simpo' has no use for a reference policy: pass None")
+        if loss != "simpo" and ref_policy is None:
+            raise ValueError(f"loss={loss!r} needs a reference policy, not None")
+        if beta is None:
+            beta = 2.0 if loss == "simpo" else 0.1
+        check_numbers(CN(beta=beta, gamma=gamma), "beta", "gamma")
+        self.loss = loss
+        self.beta = beta
+        self.gamma = gamma
+        self.reference: ActorCritic | None = None
+        if ref_policy is not None:
+            self.reference = ActorCritic(copy.deepcopy(ref_policy)).eval().requires_grad_(False)
 
-    def __call__(self, model: nn.Module, batch: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, dict]:
-        K = batch[0].size(1)
-        idx, attention_mask, mask = (x.flatten(0, 1) for x in batch)
-        start = int(mask.any(0).long().argmax()) - 1  # the column of the first action
-        sums = [masked(m(idx, attention_mask, 1.0, start, K)[0], mask[:, 1:]).sum(1).view(-1, K) for m in (model, self.reference.to(idx.device))]
-        (chosen, rejected), (ref_chosen, ref_rejected) = (x.split([1, K - 1], dim=1) for x in sums)
-        accuracy = (chosen - ref_chosen > rejected - ref_rejected).float().mean()
-        return dpo_loss(chosen, rejected, ref_chosen, ref_rejected, self.beta), {"accuracy": accuracy}
+    def __call__(self, model: nn.Module, batch: tuple[Tensor, ...]) -> tuple[Tensor, dict]:
+        """(loss, accuracy): how often the chosen completion has the larger implicit reward."""
+        log_probs = completion_log_probs(model, batch)  # (B, K)
+        chosen, rejected = log_probs[:, :1], log_probs[:, 1:]
+        if self.reference is None:
+            lengths = batch[2].sum(2)
+            chosen_length, rejected_length = lengths[:, :1], lengths[:, 1:]
+            loss = simpo_loss(
+                chosen, rejected, chosen_length, rejected_length, self.beta, self.gamma
+            )
+            prefers_chosen = chosen / chosen_length > rejected / rejected_length
+        else:
+            ref_log_probs = completion_log_probs(self.reference.to(batch[0].device), batch)
+            ref_chosen, ref_rejected = ref_log_probs[:, :1], ref_log_probs[:, 1:]
+            loss_fn = dpo_loss if self.loss == "dpo" else ipo_loss
+            loss = loss_fn(chosen, rejected, ref_chosen, ref_rejected, self.beta)
+            prefers_chosen = chosen - ref_chosen > rejected - ref_rejected
+        return loss, {"accuracy": prefers_chosen.float().mean()}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the trainer
+def completion_log_probs(model: nn.Module, batch: tuple[Tensor, ...]) -> Tensor:
+    """The log-probability of each completion, summed over its tokens: (B, K).
+
+    model: an ActorCritic, which reads a prompt once for all K completions.
+    """
+    B, K, _ = batch[0].shape
+    idx, attention_mask, completion_mask = (x.flatten(0, 1) for x in batch)  # (B·K, T)
+    log_probs, _ = model(
+        idx,
+        attention_mask,
+        temperature=1.0,
+        prefix_length=first_column(completion_mask) - 1,
+        rows_per_prompt=K,
+    )
+    return masked(log_probs, completion_mask[:, 1:]).sum(1).view(B, K)
+
+
+# --------------------------------------------------------------------------------------------------
+# The family. An algorithm is a row of independent choices. PPOTrainer asks for a choice, never for
+# an algorithm's name, and any choice can be set by itself as an option of the same name.
+
+GROUP_ADVANTAGES: dict[str, Callable[[Tensor, int], Tensor]] = {
+    "leave_one_out": rloo_advantages,
+    "group_mean": group_mean_advantages,
+    "group_standardized": grpo_advantages,
+}
+
+
+@dataclass(frozen=True)
+class Algorithm:
+    """What an algorithm of PPO's family decides."""
+
+    # Where the advantage of a token comes from. With a value function: gae. Without: return (the
+    # rewards from here to the end), or the completion's score against others of its prompt:
+    # leave_one_out, group_mean or group_standardized.
+    advantage: str
+    # Whether advantages are then whitened over all tokens of the rollout.
+    whiten_advantages: bool = False
+    # Where the penalty for leaving the reference policy stands: reward, loss or none.
+    kl_penalty: str = "reward"
+    # How that penalty is estimated on the sampled tokens: k1, k2 or k3 (see `kl_estimate`).
+    kl_estimator: str = "k1"
+    # The penalty's weight β, reward per nat.
+    kl_coef: float = 0.05
+    # What the loss is averaged over: token, sequence or constant (see `average`).
+    loss_mean: str = "token"
+    # Whose ratio π / π_old is clipped: that of each token, or the geometric mean of a sequence.
+    ratio: str = "token"
+    # How far the ratio may go: one number, or two, (below, above).
+    clip_range: float | tuple[float, float] = 0.2
+    # Whether groups whose completions all earned the same are left out of the loss.
+    skip_equal_groups: bool = False
+    # Passes over a rollout.
+    ppo_epochs: int = 4
+    # Episodes that begin with the same prompt.
+    group_size: int = 1
+
+
+ALGORITHMS = {
+    # Schulman et al. 2017; on language models Ziegler et al. 2019
+    "ppo": Algorithm(advantage="gae", whiten_advantages=True),
+    # Williams 1992: one step a rollout, on which the ratio is 1 and nothing is clipped
+    "reinforce": Algorithm(advantage="return", whiten_advantages=True, ppo_epochs=1),
+    # Hu 2025, REINFORCE++
+    "reinforce_pp": Algorithm(advantage="return", whiten_advantages=True),
+    # Ahmadian et al. 2024. The paper's action is the whole completion; we keep token ratios.
+    "rloo": Algorithm(advantage="leave_one_out", group_size=4),
+    # Shao et al. 2024
+    "grpo": Algorithm(
+        advantage="group_standardized",
+        kl_penalty="loss",
+        kl_estimator="k3",
+        kl_coef=0.04,
+        loss_mean="sequence",
+        group_size=4,
+    ),
+    # Liu et al. 2025, GRPO without its biases towards length and difficulty
+    "dr_grpo": Algorithm(
+        advantage="group_mean",
+        kl_penalty="none",
+        kl_coef=0.0,
+        loss_mean="constant",
+        group_size=4,
+    ),
+    # Yu et al. 2025. The paper also samples until the batch is full and shapes overlong rewards.
+    "dapo": Algorithm(
+        advantage="group_standardized",
+        kl_penalty="none",
+        kl_coef=0.0,
+        clip_range=(0.2, 0.28),
+        skip_equal_groups=True,
+        group_size=4,
+    ),
+    # Zheng et al. 2025
+    "gspo": Algorithm(
+        advantage="group_standardized",
+        kl_penalty="none",
+        kl_coef=0.0,
+        loss_mean="sequence",
+        ratio="sequence",
+        clip_range=(3e-4, 4e-4),
+        group_size=4,
+    ),
+}
+
+CHOICES = [field.name for field in dataclasses.fields(Algorithm)]
+
+
+def choose(config: CN) -> Algorithm:
+    """The row of config.algorithm, with the choices that config sets itself in place of the row's.
+
+    ValueError for an unknown algorithm, an unknown choice, or choices that do not go together.
+    """
+    if config.algorithm not in ALGORITHMS:
+        raise ValueError(f"algorithm={config.algorithm!r} must be one of {', '.join(ALGORITHMS)}")
+    own = {name: getattr(config, name) for name in CHOICES if getattr(config, name) is not None}
+    choices = dataclasses.replace(ALGORITHMS[config.algorithm], **own)
+    check_choices(choices)
+    return choices
+
+
+def check_choices(choices: Algorithm) -> None:
+    """ValueError for an unknown choice, or for choices that do not go together."""
+    allowed = {
+        "advantage": ("gae", "return", *GROUP_ADVANTAGES),
+        "kl_penalty": ("reward", "loss", "none"),
+        "kl_estimator": ("k1", "k2", "k3"),
+        "loss_mean": ("token", "sequence", "constant"),
+        "ratio": ("token", "sequence"),
+        "whiten_advantages": (True, False),
+        "skip_equal_groups": (True, False),
+    }
+    for name, values in allowed.items():
+        value = getattr(choices, name)
+        if value not in values:
+            options = ", ".join(str(value) for value in values)
+            raise ValueError(f"{name}={value!r} must be one of {options}")
+    check_numbers(choices, "ppo_epochs", "group_size", low=1, whole=True)
+    check_numbers(choices, "kl_coef")
+    clip_bounds(choices.clip_range)
+
+    compares = choices.advantage in GROUP_ADVANTAGES
+    if compares and choices.group_size == 1:
+        raise ValueError(
+            f"advantage={choices.advantage} compares completions of one prompt, and group_size=1 "
+            "samples only one: set group_size to 2 or more"
+        )
+    if choices.skip_equal_groups and choices.group_size == 1:
+        raise ValueError(
+            "skip_equal_groups=True with group_size=1 would skip every episode: set group_size to "
+            "2 or more"
+        )
+    if choices.ratio == "sequence" and not compares:
+        raise ValueError(
+            f"ratio=sequence needs one advantage for the whole completion, and "
+            f"advantage={choices.advantage} gives one for each token: use "
+            f"{', '.join(GROUP_ADVANTAGES)}, or ratio=token"
+        )
+    if choices.kl_penalty == "none" and choices.kl_coef > 0:
+        raise ValueError(
+            f"kl_coef={choices.kl_coef} has no effect with kl_penalty=none: leave it out, or set "
+            "kl_penalty to reward or loss"
+        )
+    if choices.kl_penalty == "loss" and choices.kl_estimator == "k1":
+        raise ValueError(
+            "kl_estimator=k1 in the loss has a gradient of zero on average: use k2 or k3 there, "
+            "or kl_penalty=reward"
+        )
+
+
+# --------------------------------------------------------------------------------------------------
+# What flows from one step of an iteration to the next
+
+
+@dataclass
+class Rollout:
+    """A batch of episodes, and everything that the update needs to know of them.
+
+    B episodes; T columns for prompt and completion. (B, T-1) tensors speak of the actions
+    idx[:, 1:], see the drawing at the top of this file.
+    """
+
+    idx: Tensor  # (B, T) token ids: left-padded prompts, then completions
+    attention_mask: Tensor  # (B, T) True on real tokens
+    mask: Tensor  # (B, T-1) True on the actions of the policy
+    old_log_probs: Tensor  # (B, T-1) log π_old, of the policy that sampled them
+    ref_log_probs: Tensor  # (B, T-1) log π_ref
+    old_values: Tensor  # (B, T-1) V before the update; zeros without a value function
+    kl: Tensor  # (B, T-1) log π_old - log π_ref on the mask, in nats
+    scores: Tensor  # (B,) rewards of the whole texts, less the penalty for a missing end
+    ended: Tensor  # (B,) whether the episode ended by itself
+    prompt_index: Tensor  # (B,) which of the prompts each row continues
+    advantages: Tensor  # (B, T-1)
+    returns: Tensor  # (B, T-1) what the value function should have said
+    counted: Tensor  # (B,) whether the episode has a part in the loss
+    prefix_length: int  # columns before the state of the first action
+    rows_per_prompt: int  # adjacent rows that share the prefix, so that it is read once
+    metrics: dict[str, float]  # what the reward function reports of itself
+
+    def __len__(self) -> int:
+        return len(self.idx)
+
+    @property
+    def loss_mask(self) -> Tensor:
+        """(B, T-1): the actions that have a part in the loss."""
+        return self.mask & self.counted[:, None]
+
+    def select(self, rows: Tensor | slice) -> "Rollout":
+        """Some of the episodes."""
+        tensors = {
+            field.name: getattr(self, field.name)[rows]
+            for field in dataclasses.fields(self)
+            if torch.is_tensor(getattr(self, field.name))
+        }
+        return dataclasses.replace(self, **tensors)
+
+
+@dataclass
+class MicroBatch:
+    """Some episodes of a minibatch, and what the sums over the whole minibatch are divided by."""
+
+    episodes: Rollout
+    tokens: float  # tokens of the minibatch that have a part in the loss, in all processes
+    denominator: float  # ... or completions, or completions * max_new_tokens: by loss_mean
+    log_prob_errors: list[Tensor]  # largest |log π - log π_old|, noted by the loss
+
+
+# --------------------------------------------------------------------------------------------------
+# The trainer
 
 
 class PPOTrainer(Trainer):
-    """Teaches a policy to get reward without straying far from where it started.
+    """Teaches a policy to earn reward without moving far from where it started.
 
-    policy: a GPT, or any module with its `log_probs` and `generate` (which for ppo needs a value_model of its own).
-    reward_fn(idx (B, T), attention_mask (B, T), completion_mask (B, T)) -> (B,), a RewardModel, or a TextReward.
-    prompts: (N, T) LongTensor, a list of lists of ids, or with a tokenizer a list of strings; unlike lengths are left-padded.
-    value_model: by default `ValueModel.from_gpt(policy)`. ref_policy: by default a frozen copy of policy.
+    policy: a GPT, or any module with its `log_probs` and `generate`. (Algorithms with a value
+        function then need a value_model.)
+    reward_fn: a RewardModel, a TextReward, or any function of idx, attention_mask and
+        completion_mask, all (B, T), that returns rewards (B,).
+    prompts: a list of texts (needs the tokenizer), a list of lists of token ids, an (N, T)
+        LongTensor, or dicts with "prompt" and further columns for a TextReward's functions.
+    value_model: by default `ValueModel.from_gpt(policy)`, for algorithms that need one.
+    ref_policy: by default a frozen copy of the policy.
 
-    One iteration of the Trainer's loop is one round of rollout, score, advantages and update, without dropout. Where the reward
-    function fails, a RewardError names the sample, and (with one process) the checkpoint is that of the iteration's beginning.
+    One iteration of the Trainer's loop is a rollout, its scores, advantages and the update, all
+    without dropout. If the reward function fails, a RewardError names the sample; with one process,
+    a checkpoint of the iteration's beginning is saved first.
     """
+
+    model: ActorCritic
 
     @staticmethod
     def get_default_config() -> CN:
         """The Trainer's options, some with other defaults, and PPO's own."""
         C = Trainer.get_default_config()
-        C.algorithm = "ppo"           # or without a value function: rloo, grpo, and reinforce with one plain step a rollout
-        C.baseline = True             # reinforce: returns less the rollout's mean, in standard deviations; False: as they are
+        C.algorithm = "ppo"           # a row of ALGORITHMS
+        # The algorithm's choices, documented at `Algorithm`. None: as the row has it.
+        C.advantage = None            # gae, return, leave_one_out, group_mean, group_standardized
+        C.whiten_advantages = None    # to mean 0 and variance 1 over the rollout's tokens
+        C.kl_penalty = None           # in the reward, in the loss, or none
+        C.kl_estimator = None         # k1, k2 or k3
+        C.kl_coef = None              # β, reward per nat
+        C.loss_mean = None            # over tokens (token), completions (sequence), or constant
+        C.ratio = None                # of each token, or of the whole sequence
+        C.clip_range = None           # ε, or a pair (below, above)
+        C.skip_equal_groups = None    # leave out groups whose completions all earned the same
+        C.ppo_epochs = None           # passes over a rollout
+        C.group_size = None           # episodes that begin with the same prompt
+        # The rollout.
         C.batch_size = 64             # episodes in a rollout
-        C.group_size = None           # episodes of the same prompt, which is read once for them; None: 4 for rloo and grpo, else 1
-        C.minibatch_size = None       # episodes per optimizer step; None: all of them
-        C.ppo_epochs = 4              # passes over a rollout
-        C.approxkl_max = None         # nats per token: no further pass where the policy is that far from the rollout's
-        C.max_new_tokens = 64
-        C.stop_token = None           # ends an episode; None: the tokenizer's end-of-text, if there is a tokenizer
-        C.missing_eos_penalty = 0.0   # taken off the score of an episode that did not end by itself
-        C.whiten_rewards = False      # ppo, reinforce: rewards to unit variance over the rollout's tokens, their mean kept
-        C.temperature = 1.0
+        C.max_new_tokens = 64         # tokens in a completion, at most
+        C.temperature = 1.0           # divides the logits, in sampling and in all log-probs
+        C.stop_token = None           # id(s) that end an episode; None: the tokenizer's end
+        C.missing_eos_penalty = 0.0   # taken off the score of an episode that did not end
+        C.log_samples = 4             # episodes of each logged rollout for samples.jsonl
+        # Rewards and advantages.
+        C.whiten_rewards = False      # rewards to variance 1 over the rollout's tokens
+        C.kl_target = None            # nats per episode: adapt kl_coef towards it
+        C.kl_horizon = 10_000         # ... over so many episodes
+        C.gamma = 1.0                 # discount of a reward one token later
+        C.gae_lambda = 0.95           # gae: 0 trusts the value function, 1 the sampled rewards
+        # The update.
+        C.minibatch_size = None       # episodes per optimizer step; None: all of the rollout
+        C.approxkl_max = None         # no further pass once the policy has moved so far, nats/token
+        C.value_clip_range = 0.2      # how far a value may move in one update
+        C.value_coef = 0.1            # the value function's weight in the loss
+        C.value_lr_ratio = 1.0        # its learning rate, as a multiple of the policy's
+        C.shared_trunk = False        # it is a head on the policy's trunk, not a model of its own
+        # Other defaults than the Trainer's. eps as in the PPO papers' code (Huang et al. 2024).
         C.learning_rate = 1e-4
-        C.eps = 1e-5                  # Adam's, as in the PPO papers' code (Huang et al. 2024)
+        C.eps = 1e-5
         C.weight_decay = 0.0
         C.log_every = 1
         C.checkpoint_every = 20
-        C.kl_coef = 0.05              # β, reward per nat
-        C.kl_target = None            # nats per episode: adapt kl_coef towards it (Ziegler et al. 2019, section 2.2)
-        C.kl_horizon = 10_000         # ... over so many episodes
-        C.gamma = 1.0
-        C.gae_lambda = 0.95
-        C.clip_range = 0.2
-        C.value_clip_range = 0.2
-        C.value_coef = 0.1
-        C.value_lr_ratio = 1.0        # the value function's learning rate, as a multiple of the policy's
-        C.shared_trunk = False        # the value function is a head on the policy's trunk, not a model of its own
         return C
 
-    def __init__(self, config: CN, policy: nn.Module, reward_fn: RewardFn, prompts, value_model: nn.Module | None = None,
-                 ref_policy: nn.Module | None = None, tokenizer=None):
-        if config.algorithm not in ("ppo", "reinforce", "rloo", "grpo"):
-            raise ValueError(f"algorithm={config.algorithm!r} must be ppo, reinforce, rloo or grpo")
-        if config.algorithm != "ppo" and (value_model is not None or config.shared_trunk):
-            raise ValueError(f"algorithm={config.algorithm!r} has no use for a value_model or shared_trunk=True: leave them out")
-        if config.shared_trunk and value_model is not None:
-            raise ValueError("shared_trunk=True does not go with a value_model, which has a trunk of its own: leave one of them out")
+    def __init__(
+        self,
+        config: CN,
+        policy: nn.Module,
+        reward_fn: RewardFn,
+        prompts: Any,
+        value_model: nn.Module | None = None,
+        ref_policy: nn.Module | None = None,
+        tokenizer: Any = None,
+    ):
         if ref_policy is policy:
-            raise ValueError("ref_policy is the policy itself, which will be trained: pass a copy of it, or nothing")
-        if config.algorithm == "ppo" and value_model is None:
-            if not isinstance(policy, GPT):
-                raise ValueError(f"a {type(policy).__name__} is no GPT to make a value function from: pass one as value_model, "
-                                 "with forward(idx, attention_mask) -> (B, T), or choose another algorithm")
-            value_model = ValueHead(policy.config.n_embd) if config.shared_trunk else ValueModel.from_gpt(policy)
-        self.stop_token = config.stop_token if config.stop_token is not None else getattr(tokenizer, "eot_token", None)
-        self.block_size = getattr(getattr(policy, "config", None), "block_size", math.inf)
-        self.group_size = config.group_size or (4 if config.algorithm in ("rloo", "grpo") else 1)
-        self.reward_fn, self.tokenizer, self.kl_coef = reward_fn, tokenizer, config.kl_coef
-        super().__init__(config, ActorCritic(policy, value_model),
-                         encode_prompts(prompts, tokenizer), loss_fn=self.policy_and_value_loss, collate_fn=left_pad)
+            raise ValueError(
+                "ref_policy is the policy itself, which will be trained: pass a copy of it, or None"
+            )
+        self.check_config(config)
+        self.choices = choose(config)
+        self.kl_coef: float = self.choices.kl_coef  # it moves if there is a kl_target
+        self.reward_fn = reward_fn
+        self.tokenizer = tokenizer
+        self.stop_token = config.stop_token
+        if self.stop_token is None:
+            self.stop_token = end_token(tokenizer)
+        policy_config = getattr(policy, "config", None)
+        self.block_size: float = getattr(policy_config, "block_size", math.inf)
+        value_model = self.make_value_model(config, policy, value_model)
+        super().__init__(
+            config,
+            ActorCritic(policy, value_model),
+            Prompts(prompts, tokenizer),
+            loss_fn=self.policy_and_value_loss,
+            collate_fn=Prompts.collate,
+        )
+
         self.policy = policy
-        self.log_prob_error = 0.0  # largest difference in a minibatch between the log-probs of the rollout and of the update
+        # The reward model and the reference are used as they are, without dropout.
         if isinstance(reward_fn, nn.Module):
-            reward_fn.to(self.device).eval()  # a reward model: it, too, without dropout
-        self.ref_policy = (ref_policy or copy.deepcopy(policy)).to(self.device).eval().requires_grad_(False)
+            reward_fn.to(self.device).eval()
+        self.ref_policy = copy.deepcopy(policy) if ref_policy is None else ref_policy
+        self.ref_policy.to(self.device).eval().requires_grad_(False)
         self.ref_checksum = checksum(self.ref_policy)
+        self.last_rollout: Rollout | None = None
 
-    def check_config(self) -> None:
-        super().check_config()
-        C = self.config
-        check_numbers(C, "ppo_epochs", "max_new_tokens", low=1, whole=True)
-        check_numbers(C, "group_size", low=2 if C.algorithm in ("rloo", "grpo") else 1, whole=True, optional=True)
-        check_numbers(C, "minibatch_size", low=self.world_size, high=C.batch_size, whole=True, optional=True)
-        check_numbers(C, "kl_coef", "clip_range", "value_clip_range", "value_coef", "value_lr_ratio", "missing_eos_penalty")
-        check_numbers(C, "gamma", "gae_lambda", high=1)
-        check_numbers(C, "kl_target", "approxkl_max", low=1e-6, optional=True)
-        check_numbers(C, "kl_horizon", low=C.batch_size)
-        if C.kl_target is not None and C.kl_coef == 0:
-            raise ValueError(f"kl_coef=0 can't adapt towards kl_target={C.kl_target}, for it is multiplied: begin above 0")
-        if C.missing_eos_penalty and self.stop_token is None:
-            raise ValueError(f"missing_eos_penalty={C.missing_eos_penalty} where nothing ends an episode: set stop_token, or pass a tokenizer")
-        for name, processes in (("batch_size", self.world_size), ("minibatch_size", self.world_size), ("micro_batch_size", 1)):
-            if (size := getattr(C, name)) and size % (self.group_size * processes):
-                raise ValueError(f"{name}={size} must be a multiple of group_size={self.group_size}" + f" times {processes} processes" * (processes > 1))
+    def make_value_model(
+        self, config: CN, policy: nn.Module, value_model: nn.Module | None
+    ) -> nn.Module | None:
+        """The value function that the algorithm needs, if any. ValueError if it cannot be had."""
+        if self.choices.advantage != "gae":
+            if value_model is not None or config.shared_trunk:
+                raise ValueError(
+                    f"advantage={self.choices.advantage} needs no value function: leave out "
+                    "value_model and shared_trunk"
+                )
+            return None
+        if config.shared_trunk and value_model is not None:
+            raise ValueError(
+                "shared_trunk=True makes a value function on the policy's trunk, and a value_model "
+                "was passed: leave one of them out"
+            )
+        if value_model is not None:
+            return value_model
+        if not isinstance(policy, GPT):
+            raise ValueError(
+                f"a value function can be made from a GPT, not from a {type(policy).__name__}: "
+                "pass a value_model with forward(idx, attention_mask) -> (B, T), or choose an "
+                "algorithm without one"
+            )
+        if config.shared_trunk:
+            return ValueHead(policy.config.n_embd)
+        return ValueModel.from_gpt(policy)
 
-    def check_data(self) -> None:
-        """ValueError for no prompts, or such that do not fit; there may be few: many episodes begin with the same one."""
-        C, longest = self.config, max(map(len, self.train_dataset), default=0)
-        if longest == 0:
-            raise ValueError("prompts is empty: give one or more")
-        if longest + C.max_new_tokens > self.block_size + 1:  # the last token is only predicted, never read
-            raise ValueError(f"prompts of up to {longest} tokens and max_new_tokens={C.max_new_tokens} do not fit into the "
-                             f"policy's block_size={self.block_size}: their sum may be {self.block_size + 1}")
-        if isinstance(self.reward_fn, RewardModel) and longest + C.max_new_tokens > self.reward_fn.config.block_size:
-            raise ValueError(f"prompts of up to {longest} tokens and max_new_tokens={C.max_new_tokens} do not fit into the reward "
-                             f"model's block_size={self.reward_fn.config.block_size}")
-
-    def state_dict(self) -> dict:
-        return super().state_dict() | {"kl_coef": self.kl_coef, "ref_checksum": self.ref_checksum}
-
-    def load_state_dict(self, state: dict) -> None:
-        if state["ref_checksum"] != self.ref_checksum:
-            raise ValueError(f"{self.folder.path} holds a run with another reference policy: start from the same one, or choose another work_dir")
-        super().load_state_dict(state)
-        self.kl_coef = state["kl_coef"]
-
-    def batch_indices(self) -> Iterator[list[int]]:
-        """The Trainer's; for groups, the first prompts of each batch, each of them group_size times: an epoch counts episodes, not prompts."""
-        k = self.group_size
-        return ([i for i in indices[:len(indices) // k] for _ in range(k)] for indices in super(PPOTrainer, self).batch_indices())
-
-    # -- one iteration -------------------------------------------------------------------------------------------------
+    # -- one iteration -----------------------------------------------------------------------------
 
     def train_step(self, batch: tuple) -> dict:
-        """Rollout, score, advantages, update."""
-        self.model.eval()  # no dropout
+        """Rollout with scores and advantages, then the update."""
+        self.model.eval()  # no dropout, in the rollout and in the update
         rng = get_rng_state()
         try:
             rollout = self.rollout(*batch)
         except RewardError:
-            set_rng_state(rng)  # so that the run, when it goes on, samples the same texts once more
+            # Back to the iteration's beginning, so that a continued run samples the same texts.
+            set_rng_state(rng)
             if self.world_size == 1 and self.iter_num > 0:
                 self.save_checkpoint()
             raise
-        self.tokens += rollout["mask"].sum().item() * self.world_size
+        self.last_rollout = rollout
+        self.tokens += int(rollout.mask.sum()) * self.world_size
         metrics = distributed.mean(self.update(rollout) | self.describe(rollout))
-        if self.config.kl_target is not None:
-            error = metrics["objective/kl"] / self.config.kl_target - 1
-            self.kl_coef *= 1 + min(max(error, -0.2), 0.2) * self.config.batch_size / self.config.kl_horizon
+        metrics |= mean_by_name(distributed.gather(rollout.metrics))
+        self.adapt_kl_coef(metrics["objective/kl"])
         return metrics
 
+    def adapt_kl_coef(self, kl: float) -> None:
+        """Move kl_coef towards what holds the KL at kl_target (Ziegler et al. 2019, section 2.2).
+
+        The relative error is clipped at 0.2, and works over kl_horizon episodes.
+        """
+        if self.config.kl_target is None:
+            return
+        error = kl / self.config.kl_target - 1
+        error = min(max(error, -0.2), 0.2)
+        self.kl_coef *= 1 + error * self.config.batch_size / self.config.kl_horizon
+
     @torch.no_grad()
-    def rollout(self, prompts: Tensor, prompt_mask: Tensor) -> dict:
-        """Sample an episode for each prompt, and all that the update needs to know of it: a dict of tensors, B first."""
-        C = self.config
-        self.start = prompts.size(1) - 1  # the column of the first action
-        self.shared = self.group_size if self.start else 1  # rows with a beginning that need be read only once: they stay together
-        log_probs = lambda policy: self.in_parts(lambda i, m: ActorCritic(policy)(i, m, C.temperature, self.start, self.shared)[0], idx, attention_mask)
-        values_of = lambda i, m: self.model.values(i, m, self.start, self.shared)
+    def rollout(self, prompts: Tensor, prompt_mask: Tensor, prompt_index: Tensor) -> Rollout:
+        """Sample an episode for each row of prompts, score it, and estimate its advantages.
+
+        prompts, prompt_mask: (B, P), left-padded. prompt_index: (B,), their rows in the dataset.
+        """
+        prompt_length = prompts.size(1)
+        # The first action is taken in the state behind the prompt's last token. The columns before
+        # it are a prefix, which the rows of a group share. A prompt of one token has none.
+        prefix_length = prompt_length - 1
+        rows_per_prompt = self.choices.group_size if prefix_length > 0 else 1
+        sharing = (prefix_length, rows_per_prompt)
+
+        # Sample the completions. In half precision, sampling token by token rounds differently
+        # from one pass over the whole row. Then the log-probs are computed as the update will.
         with self.autocast():
-            idx, sampled = self.policy.generate(prompts, C.max_new_tokens, temperature=C.temperature, do_sample=True, return_log_probs=True,
-                                                attention_mask=prompt_mask, stop_token=self.stop_token)
-            completion_mask = written_mask(idx, prompts.size(1), self.stop_token)
-            attention_mask = torch.cat([prompt_mask, completion_mask[:, prompts.size(1):]], dim=1)
-            # in half precision, sampling token by token rounds otherwise than reading the whole: there the update's way of it counts
-            old_log_probs = F.pad(sampled, (self.start, 0)) if self.precision == "fp32" else log_probs(self.policy)
-            ref_log_probs, values = log_probs(self.ref_policy), self.in_parts(values_of, idx, attention_mask)
+            idx, sampled_log_probs = self.sample(prompts, prompt_mask)
+            completion_mask = written_mask(idx, prompt_length, self.stop_token)
+            attention_mask = torch.cat([prompt_mask, completion_mask[:, prompt_length:]], dim=1)
+            if self.precision == "fp32":
+                old_log_probs = F.pad(sampled_log_probs, (prefix_length, 0))
+            else:
+                old_log_probs = self.log_probs(self.policy, idx, attention_mask, *sharing)
+            ref_log_probs = self.log_probs(self.ref_policy, idx, attention_mask, *sharing)
+            values = self.values(idx, attention_mask, *sharing)
+
         mask = completion_mask[:, 1:]
-        ended = (completion_mask & (idx == (-1 if self.stop_token is None else self.stop_token))).any(1)
-        reward_fn = functools.partial(self.reward_fn, group_size=self.shared) if isinstance(self.reward_fn, RewardModel) else self.reward_fn
-        scores = score(reward_fn, idx, attention_mask, completion_mask, self.tokenizer) - C.missing_eos_penalty * ~ended
-        kl, values = masked(kl_estimate(old_log_probs, ref_log_probs), mask), masked(values, mask)
-        advantages, returns = self.advantages(scores, kl, values, mask)
-        return {"idx": idx, "attention_mask": attention_mask, "mask": mask, "old_log_probs": old_log_probs, "ref_log_probs": ref_log_probs,
-                "kl": kl, "scores": scores, "ended": ended, "old_values": values, "returns": returns, "advantages": advantages}
+        values = masked(values, mask)
+        kl = masked(kl_estimate(old_log_probs, ref_log_probs), mask)
 
-    def in_parts(self, f: Callable, idx: Tensor, attention_mask: Tensor) -> Tensor:
-        """f(idx, attention_mask), a micro-batch at a time, as in the update."""
-        size = self.config.micro_batch_size or len(idx)
-        return torch.cat([f(i, m) for i, m in zip(idx.split(size), attention_mask.split(size))])
+        # Score the texts.
+        scored = self.score(idx, attention_mask, completion_mask, prompt_index, rows_per_prompt)
+        ended = (completion_mask & is_stop(idx, self.stop_token)).any(1)
+        scores = scored.rewards - self.config.missing_eos_penalty * ~ended
 
-    def advantages(self, scores: Tensor, kl: Tensor, values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """The algorithm's (advantages, returns), both (B, T-1), from scores (B,) and the KL and values of each token (B, T-1)."""
-        C = self.config
-        if C.algorithm == "grpo":  # the penalty stands in the loss instead
-            return grpo_advantages(scores, self.group_size)[:, None].expand_as(kl), values
-        rewards = -self.kl_coef * kl
+        # From scores and penalties to the reward of each token, and to advantages.
+        rewards = self.token_rewards(scores, old_log_probs, ref_log_probs, mask)
+        advantages, returns = self.advantages(rewards, values, mask)
+        return Rollout(
+            idx=idx,
+            attention_mask=attention_mask,
+            mask=mask,
+            old_log_probs=old_log_probs,
+            ref_log_probs=ref_log_probs,
+            old_values=values,
+            kl=kl,
+            scores=scores,
+            ended=ended,
+            prompt_index=prompt_index,
+            advantages=advantages,
+            returns=returns,
+            counted=self.counted(rewards.sum(1)),
+            prefix_length=prefix_length,
+            rows_per_prompt=rows_per_prompt,
+            metrics=scored.metrics,
+        )
+
+    # -- the parts of a rollout --------------------------------------------------------------------
+
+    def sample(self, prompts: Tensor, prompt_mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Continue the prompts (B, P): idx (B, P + n), and log-probs of the new tokens (B, n).
+
+        From the whole softmax: no top-k and no top-p, or the ratio would not start at 1.
+        """
+        return self.policy.generate(  # type: ignore[operator]  # a policy need not be a GPT
+            prompts,
+            self.config.max_new_tokens,
+            temperature=self.config.temperature,
+            do_sample=True,
+            attention_mask=prompt_mask,
+            stop_token=self.stop_token,
+            return_log_probs=True,
+        )
+
+    def log_probs(
+        self,
+        policy: nn.Module,
+        idx: Tensor,
+        attention_mask: Tensor,
+        prefix_length: int,
+        rows_per_prompt: int,
+    ) -> Tensor:
+        """log π of all actions behind the prefix, (B, T-1), a micro-batch at a time."""
+        model = ActorCritic(policy)
+        parts = []
+        for part, part_mask in self.in_micro_batches(idx, attention_mask):
+            log_probs, _ = model(
+                part, part_mask, self.config.temperature, prefix_length, rows_per_prompt
+            )
+            parts.append(log_probs)
+        return torch.cat(parts)
+
+    def values(
+        self, idx: Tensor, attention_mask: Tensor, prefix_length: int, rows_per_prompt: int
+    ) -> Tensor:
+        """V of all states behind the prefix, (B, T-1), a micro-batch at a time."""
+        parts = []
+        for part, part_mask in self.in_micro_batches(idx, attention_mask):
+            parts.append(self.model.values(part, part_mask, prefix_length, rows_per_prompt))
+        return torch.cat(parts)
+
+    def in_micro_batches(self, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+        """The rows of some tensors, micro_batch_size at a time, as in the update."""
+        size = self.config.micro_batch_size or len(tensors[0])
+        return zip(*(x.split(size) for x in tensors), strict=True)
+
+    def score(
+        self,
+        idx: Tensor,
+        attention_mask: Tensor,
+        completion_mask: Tensor,
+        prompt_index: Tensor,
+        rows_per_prompt: int,
+    ) -> Scores:
+        """The rewards of the whole texts."""
+        reward_fn = self.reward_fn
+        if isinstance(reward_fn, RewardModel):
+            reward_fn = functools.partial(reward_fn, rows_per_prompt=rows_per_prompt)
+        return score(
+            reward_fn,
+            idx,
+            attention_mask,
+            completion_mask,
+            tokenizer=self.tokenizer,
+            columns=self.train_dataset.columns_of(prompt_index),
+            step=self.iter_num,
+            max_steps=self.max_iters,
+        )
+
+    def token_rewards(
+        self, scores: Tensor, log_probs: Tensor, ref_log_probs: Tensor, mask: Tensor
+    ) -> Tensor:
+        """The reward of each action, (B, T-1): the KL penalty on each, the score on the last."""
+        rewards = torch.zeros_like(log_probs)
+        if self.choices.kl_penalty == "reward":
+            penalty = kl_estimate(log_probs, ref_log_probs, self.choices.kl_estimator)
+            rewards = masked(-self.kl_coef * penalty, mask)
         rewards[torch.arange(len(scores)), last_real(mask)] += scores
-        if C.algorithm == "rloo":  # a whole completion is one action, the penalty a part of its score
-            return rloo_advantages(rewards.sum(1), self.group_size)[:, None].expand_as(kl), values
-        if C.whiten_rewards:
+        if self.config.whiten_rewards:
             rewards = self.whiten(rewards, mask, shift_mean=False)
-        # reinforce has no values: they are 0, and λ = 1 makes the advantage the return (Williams 1992)
-        advantages, returns = gae(rewards, values, mask, C.gamma, C.gae_lambda if C.algorithm == "ppo" else 1.0)
-        plain = C.algorithm == "reinforce" and not C.baseline
-        return advantages if plain else self.whiten(advantages, mask), returns
+        return rewards
+
+    def advantages(self, rewards: Tensor, values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """(advantages, returns), both (B, T-1), from the rewards and values of each action."""
+        choices = self.choices
+        if choices.advantage in GROUP_ADVANTAGES:
+            # The whole completion is one action: all its tokens get the same advantage.
+            estimate = GROUP_ADVANTAGES[choices.advantage]
+            advantages = estimate(rewards.sum(1), choices.group_size)[:, None].expand_as(rewards)
+            returns = values
+        else:
+            # Without a value function V is 0, and λ = 1 makes the advantage the return itself.
+            lam = self.config.gae_lambda if choices.advantage == "gae" else 1.0
+            advantages, returns = gae(rewards, values, mask, self.config.gamma, lam)
+        if choices.whiten_advantages:
+            advantages = self.whiten(advantages, mask)
+        return advantages, returns
+
+    def counted(self, episode_rewards: Tensor) -> Tensor:
+        """Which episodes have a part in the loss, (B,): those of equal groups may be skipped."""
+        if not self.choices.skip_equal_groups:
+            return torch.ones_like(episode_rewards, dtype=torch.bool)
+        groups = grouped(episode_rewards, self.choices.group_size)
+        return (~equal_groups(groups)).expand_as(groups).flatten()
 
     def whiten(self, x: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
         """`masked_whiten` over the episodes of all processes."""
-        parts = distributed.gather(x[mask].cpu())
-        whole = torch.cat(parts)
-        white = masked_whiten(whole, torch.ones_like(whole), shift_mean).split([len(part) for part in parts])[self.rank]
-        return torch.zeros_like(x).masked_scatter(mask, white.to(x.device))
+        of_each_process = distributed.gather(x[mask].cpu())
+        joined = torch.cat(of_each_process)
+        whitened = masked_whiten(joined, torch.ones_like(joined), shift_mean)
+        own = whitened.split([len(part) for part in of_each_process])[self.rank]
+        return torch.zeros_like(x).masked_scatter(mask, own.to(x.device))
 
-    def update(self, rollout: dict) -> dict:
-        """Epochs of minibatches over the rollout; returns the mean of their metrics.
+    # -- the update --------------------------------------------------------------------------------
 
-        REINFORCE takes one step on all of it: there the ratio is 1, and PPO's gradient that of the plain policy gradient.
-        """
-        C, rows, size = self.config, [], len(rollout["idx"])
-        share = (C.minibatch_size or C.batch_size) // self.world_size
-        epochs, minibatch_size = (1, size) if C.algorithm == "reinforce" else (C.ppo_epochs, share)
-        for _ in range(epochs):
-            order = torch.arange(size).view(-1, self.shared)[torch.randperm(size // self.shared)].flatten()
-            for index in order.split(minibatch_size):
-                minibatch = {name: x[index.to(self.device)] for name, x in rollout.items()}
-                self.log_prob_error = 0.0
-                rows.append(self.optimizer_step(self.micro_batches(minibatch)) | {"log_prob_error": self.log_prob_error})
-            if rows[-1]["policy/approxkl"] > (C.approxkl_max or math.inf):
+    def update(self, rollout: Rollout) -> dict[str, float]:
+        """Passes over the rollout, a minibatch at a time; the mean of the minibatches' metrics."""
+        minibatch_size = self.config.minibatch_size or self.config.batch_size
+        steps: list[dict[str, float]] = []
+        skipped = 0
+        for _ in range(self.choices.ppo_epochs):
+            for rows in self.shuffled(rollout).split(minibatch_size // self.world_size):
+                metrics = self.minibatch_step(rollout.select(rows.to(self.device)))
+                if metrics is None:
+                    skipped += 1
+                else:
+                    steps.append(metrics)
+            if self.went_too_far(steps):
                 break
-        metrics = {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
-        return metrics | {"log_prob_error": rows[0]["log_prob_error"]}  # before the first step the two must agree
+        if not steps:
+            self.loss = torch.tensor(0.0)
+            steps = [{"loss": 0.0, "lr": self.learning_rate(), "grad_norm": 0.0}]
+        metrics = {name: sum(step[name] for step in steps) / len(steps) for name in steps[0]}
+        # Policy and sampler must agree before the first step; later the policy has moved.
+        metrics["log_prob_error"] = steps[0].get("log_prob_error", 0.0)
+        if self.choices.skip_equal_groups:
+            metrics["skipped_steps"] = float(skipped)
+        return metrics
 
-    def micro_batches(self, minibatch: dict) -> Iterator[tuple[Tensor, dict]]:
-        """(weight, micro-batch) pairs, weighted by the tokens of their completions."""
-        size = self.config.micro_batch_size or len(minibatch["idx"])
-        for start in range(0, len(minibatch["idx"]), size):
-            part = {name: x[start:start + size] for name, x in minibatch.items()}
-            yield part["mask"].sum().item(), part
+    def shuffled(self, rollout: Rollout) -> Tensor:
+        """The rows of the rollout in a random order, (B,); rows that share a prefix stay together.
+        """
+        groups = torch.arange(len(rollout)).view(-1, rollout.rows_per_prompt)
+        return groups[torch.randperm(len(groups))].flatten()
 
-    def policy_and_value_loss(self, model: nn.Module, batch: dict) -> tuple[Tensor, dict]:
-        """The loss of a micro-batch, and its metrics."""
-        C = self.config
-        mask, old_log_probs = batch["mask"], batch["old_log_probs"]
-        log_probs, values = model(batch["idx"], batch["attention_mask"], C.temperature, self.start, self.shared)
-        log_ratio = masked(log_probs - old_log_probs, mask).detach()
-        loss, clip_fraction = ppo_policy_loss(log_probs, old_log_probs, batch["advantages"], mask, C.clip_range)
-        self.log_prob_error = max(self.log_prob_error, log_ratio.abs().max().item())
-        metrics = {"loss/policy": loss.detach(), "policy/clipfrac": clip_fraction, "policy/approxkl": masked_mean(log_ratio ** 2 / 2, mask),
-                   "val/ratio": masked_mean(log_ratio.exp(), mask)}
-        if C.algorithm == "ppo":
-            v_loss = value_loss(values, batch["old_values"], batch["returns"], mask, C.value_clip_range)
-            loss, metrics["loss/value"] = loss + C.value_coef * v_loss, v_loss.detach()
-        if C.algorithm == "grpo":  # k3, averaged over all tokens, where the paper averages over each completion's first
-            k3 = kl_estimate(masked(log_probs, mask), masked(batch["ref_log_probs"], mask), "k3")
-            loss = loss + self.kl_coef * masked_mean(k3, mask)
+    def went_too_far(self, steps: list[dict[str, float]]) -> bool:
+        """Whether the last step has found the policy further from the rollout's than allowed."""
+        if self.config.approxkl_max is None or not steps:
+            return False
+        return steps[-1]["policy/approxkl"] > self.config.approxkl_max
+
+    def minibatch_step(self, minibatch: Rollout) -> dict[str, float] | None:
+        """One optimizer step; its metrics, or None where no episode has a part in the loss."""
+        parts = self.micro_batches(minibatch)
+        if parts[0][1].tokens == 0:
+            return None
+        metrics = self.optimizer_step(parts)
+        errors = torch.stack(parts[0][1].log_prob_errors)
+        return metrics | {"log_prob_error": errors.max().item()}
+
+    def micro_batches(self, batch: Rollout) -> list[tuple[float, Any]]:
+        """Split a minibatch into micro-batches; the losses of all of them add up to its loss.
+
+        Each term of the loss is a sum over the micro-batch divided by the whole minibatch's
+        denominator, so the shares are all 1.
+        """
+        mask = batch.loss_mask
+        tokens, denominator = distributed.total(
+            [
+                average_denominator(mask, "token"),
+                average_denominator(mask, self.choices.loss_mean, self.config.max_new_tokens),
+            ]
+        )
+        errors: list[Tensor] = []
+        size = self.config.micro_batch_size or len(batch)
+        starts = range(0, len(batch), size)
+        parts = [batch.select(slice(start, start + size)) for start in starts]
+        return [(1.0, MicroBatch(part, tokens, denominator, errors)) for part in parts]
+
+    def policy_and_value_loss(self, model: nn.Module, batch: MicroBatch) -> tuple[Tensor, dict]:
+        """A micro-batch's part of the minibatch's loss, and its parts of the metrics."""
+        choices = self.choices
+        episodes = batch.episodes
+        mask = episodes.loss_mask
+        averaging: dict[str, Any] = {
+            "loss_mean": choices.loss_mean,
+            "max_new_tokens": self.config.max_new_tokens,
+            "denominator": batch.denominator,
+        }
+        log_probs, values = model(
+            episodes.idx,
+            episodes.attention_mask,
+            self.config.temperature,
+            episodes.prefix_length,
+            episodes.rows_per_prompt,
+        )
+
+        # The clipped surrogate.
+        loss, clip_fraction = ppo_policy_loss(
+            log_probs,
+            episodes.old_log_probs,
+            episodes.advantages,
+            mask,
+            choices.clip_range,
+            choices.ratio,
+            **averaging,
+        )
+
+        # How far the policy is from the one that wrote the episodes. Means over tokens.
+        log_ratio = masked(log_probs - episodes.old_log_probs, mask).detach()
+        batch.log_prob_errors.append(log_ratio.abs().max())
+        share = mask.sum() / batch.tokens
+        metrics = {
+            "loss/policy": loss.detach(),
+            "policy/clipfrac": share * clip_fraction,
+            "policy/approxkl": share * masked_mean(log_ratio**2 / 2, mask),
+            "val/ratio": share * masked_mean(log_ratio.exp(), mask),
+        }
+
+        # The value function's squared error.
+        if choices.advantage == "gae":
+            v_loss = value_loss(
+                values,
+                episodes.old_values,
+                episodes.returns,
+                mask,
+                self.config.value_clip_range,
+                denominator=batch.tokens,
+            )
+            loss = loss + self.config.value_coef * v_loss
+            metrics["loss/value"] = v_loss.detach()
+
+        # The KL penalty, where it stands in the loss and not in the rewards.
+        if choices.kl_penalty == "loss":
+            kl = kl_estimate(
+                masked(log_probs, mask),
+                masked(episodes.ref_log_probs, mask),
+                choices.kl_estimator,
+            )
+            loss = loss + self.kl_coef * average(kl, mask, **averaging)
         return loss, metrics
 
-    def describe(self, rollout: dict) -> dict:
-        """What the rollout looked like, under the field's usual names."""
-        mask, returns = rollout["mask"], rollout["returns"]
-        kl, scores = rollout["kl"].sum(1).mean(), rollout["scores"].mean()
-        metrics = {"objective/kl": kl, "objective/scores": scores, "objective/rlhf_reward": scores - self.kl_coef * kl,
-                   "objective/entropy": -masked_mean(rollout["old_log_probs"], mask), "episode_length": mask.sum(1).float().mean(),
-                   "ended": rollout["ended"].float().mean(), "kl_coef": torch.tensor(self.kl_coef)}
-        if self.config.algorithm == "ppo":
-            residual = masked_mean((returns - rollout["old_values"]) ** 2, mask)
+    # -- what a person watches ---------------------------------------------------------------------
+
+    def describe(self, rollout: Rollout) -> dict[str, float]:
+        """What the rollout looked like, under the field's usual names. See RLHF.md's glossary."""
+        mask = rollout.mask
+        kl = rollout.kl.sum(1).mean()
+        score = rollout.scores.mean()
+        metrics = {
+            "objective/kl": kl,
+            "objective/scores": score,
+            "objective/rlhf_reward": score - self.kl_coef * kl,
+            "objective/entropy": -masked_mean(rollout.old_log_probs, mask),
+            "episode_length": mask.sum(1).float().mean(),
+            "ended": rollout.ended.float().mean(),
+            "kl_coef": torch.tensor(self.kl_coef),
+        }
+        if self.choices.advantage == "gae":
+            returns = rollout.returns
+            residual = masked_mean((returns - rollout.old_values) ** 2, mask)
             variance = masked_mean((returns - masked_mean(returns, mask)) ** 2, mask)
             metrics["val/explained_variance"] = 1 - residual / variance.clamp(min=1e-8)
+        if self.choices.group_size > 1:
+            groups = grouped(rollout.scores, self.choices.group_size)
+            metrics["equal_groups"] = equal_groups(groups).float().mean()
         return {name: value.item() for name, value in metrics.items()}
 
+    def watched(self) -> dict[str, float]:
+        """The metrics that the progress bar shows."""
+        return {
+            "reward": self.metrics["objective/scores"],
+            "kl": self.metrics["objective/kl"],
+            "length": self.metrics["episode_length"],
+        }
 
-# ---------------------------------------------------------------------------------------------------------------------
-# masks, and which policy is which
+    def samples(self, n: int | None = None) -> list[dict[str, Any]]:
+        """The first n episodes of the last rollout (None: all), for people to read.
+
+        Dicts of prompt and completion (texts, or lists of ids without a tokenizer), reward, kl
+        (nats) and length (tokens). With many processes, those of this process.
+        """
+        rollout = self.last_rollout
+        if rollout is None:
+            return []
+        kls = rollout.kl.sum(1).tolist()
+        rows = []
+        for i in range(len(rollout) if n is None else min(n, len(rollout))):
+            written = F.pad(rollout.mask[i], (1, 0))  # of the columns of idx
+            prompt = rollout.idx[i][rollout.attention_mask[i] & ~written]
+            completion = rollout.idx[i][written]
+            rows.append(
+                {
+                    "prompt": self.readable(prompt),
+                    "completion": self.readable(completion),
+                    "reward": rollout.scores[i].item(),
+                    "kl": kls[i],
+                    "length": len(completion),
+                }
+            )
+        return rows
+
+    def readable(self, ids: Tensor) -> str | list[int]:
+        """The text of some ids without end tokens; the ids themselves without a tokenizer."""
+        if self.tokenizer is None:
+            return ids.tolist()
+        return self.tokenizer.decode(ids[~is_stop(ids, self.stop_token)].tolist())
+
+    def after_step(self) -> None:
+        """The Trainer's, and some of what was written goes into work_dir/samples.jsonl."""
+        if self.is_due(self.config.log_every) and self.config.log_samples:
+            rows = [{"iter": self.iter_num, **row} for row in self.samples(self.config.log_samples)]
+            self.folder.log_samples(rows)
+        super().after_step()
+
+    # -- batches, checkpoints and checks -----------------------------------------------------------
+
+    def batch_indices(self) -> Iterator[list[int]]:
+        """The Trainer's batches; with groups, each of the first prompts group_size times.
+
+        An epoch counts episodes, not prompts.
+        """
+        group_size = self.choices.group_size
+        for indices in super().batch_indices():
+            prompts = indices[: len(indices) // group_size]
+            yield [i for i in prompts for _ in range(group_size)]
+
+    def state_dict(self) -> dict[str, Any]:
+        """The Trainer's state, and the penalty's."""
+        own = {"kl_coef": self.kl_coef, "ref_checksum": self.ref_checksum}
+        return super().state_dict() | own
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what `state_dict` returned. ValueError for another reference policy."""
+        if state["ref_checksum"] != self.ref_checksum:
+            raise ValueError(
+                f"{self.folder.path} holds a run with another reference policy: start from the "
+                "same one, or choose another work_dir"
+            )
+        super().load_state_dict(state)
+        self.kl_coef = state["kl_coef"]
+
+    @classmethod
+    def effective_options(cls, options: dict[str, Any]) -> dict[str, Any]:
+        """The options, with defaults for missing ones and the row's choices in place of None."""
+        options = dict(options)
+        # Checkpoints from before there was a table have `baseline` in place of whiten_advantages,
+        # and REINFORCE ignored their ppo_epochs.
+        baseline = options.pop("baseline", None)
+        if baseline is not None and options["algorithm"] == "reinforce":
+            options |= {"whiten_advantages": baseline, "ppo_epochs": None}
+        options = super().effective_options(options)
+        row = ALGORITHMS[options["algorithm"]]
+        return options | {name: getattr(row, name) for name in CHOICES if options[name] is None}
+
+    @classmethod
+    def check_config(cls, config: CN, world_size: int = 1) -> None:
+        """ValueError for options that are unknown, missing, out of range or contradictory."""
+        super().check_config(config, world_size)
+        choices = choose(config)
+        check_numbers(config, "max_new_tokens", low=1, whole=True)
+        check_numbers(config, "log_samples", whole=True)
+        check_numbers(config, "value_clip_range", "value_coef", "value_lr_ratio")
+        check_numbers(config, "missing_eos_penalty")
+        check_numbers(config, "temperature", low=1e-6)
+        check_numbers(config, "gamma", "gae_lambda", high=1)
+        check_numbers(config, "kl_target", "approxkl_max", low=1e-6, optional=True)
+        check_numbers(config, "kl_horizon", low=config.batch_size)
+        highest = config.batch_size
+        check_numbers(
+            config, "minibatch_size", low=world_size, high=highest, whole=True, optional=True
+        )
+        check_kl_target(config, choices)
+        if config.whiten_rewards and choices.advantage in GROUP_ADVANTAGES:
+            raise ValueError(
+                f"whiten_rewards=True needs a reward for each token, and advantage="
+                f"{choices.advantage} takes the whole completion as one action: leave it out"
+            )
+        check_group_sizes(config, choices, world_size)
+
+    def check_data(self) -> None:
+        """ValueError for no prompts, or prompts that are too long; TypeError for no reward_fn.
+
+        There may be few prompts: many episodes begin with the same one.
+        """
+        check_reward_fn(self.reward_fn, self.train_dataset.columns)
+        longest = max((len(ids) for ids in self.train_dataset.ids), default=0)
+        if longest == 0:
+            raise ValueError("prompts is empty: give one or more")
+        if self.config.missing_eos_penalty and self.stop_token is None:
+            raise ValueError(
+                f"missing_eos_penalty={self.config.missing_eos_penalty}, but nothing ends an "
+                "episode: set stop_token, or pass a tokenizer"
+            )
+        tokens = longest + self.config.max_new_tokens
+        described = (
+            f"prompts of up to {longest} tokens and max_new_tokens={self.config.max_new_tokens} "
+        )
+        if tokens > self.block_size + 1:  # the last token is only predicted, never read
+            raise ValueError(
+                f"{described}do not fit into the policy's block_size={self.block_size}: their sum "
+                f"may be {self.block_size + 1}"
+            )
+        if isinstance(self.reward_fn, RewardModel):
+            reward_block_size = self.reward_fn.config.block_size
+            if tokens > reward_block_size:
+                raise ValueError(
+                    f"{described}do not fit into the reward model's block_size={reward_block_size}"
+                )
 
 
-def written_mask(idx: Tensor, prompt_length: int, stop_token: int | None = None) -> Tensor:
-    """True on what was generated behind the prompt, up to and including the first stop token: (B, T) -> (B, T)."""
+def check_kl_target(config: CN, choices: Algorithm) -> None:
+    """ValueError for a kl_target that kl_coef cannot be adapted towards."""
+    if config.kl_target is None:
+        return
+    if choices.kl_penalty == "none":
+        raise ValueError(
+            f"kl_target={config.kl_target} adapts the weight of the KL penalty, and "
+            "kl_penalty=none has none: leave one of them out"
+        )
+    if choices.kl_coef == 0:
+        raise ValueError(
+            f"kl_coef=0 cannot adapt towards kl_target={config.kl_target}, because it is adapted "
+            "by factors: begin above 0"
+        )
+
+
+def check_group_sizes(config: CN, choices: Algorithm, world_size: int) -> None:
+    """ValueError unless whole groups fit into every batch, minibatch and micro-batch."""
+    processes = {"batch_size": world_size, "minibatch_size": world_size, "micro_batch_size": 1}
+    for name, count in processes.items():
+        size = getattr(config, name)
+        if size and size % (choices.group_size * count):
+            times = f" times {count} processes" if count > 1 else ""
+            raise ValueError(
+                f"{name}={size} must be a multiple of group_size={choices.group_size}{times}"
+            )
+
+
+# --------------------------------------------------------------------------------------------------
+# masks, metrics, and which policy is which
+
+
+def is_stop(idx: Tensor, stop_token: int | Sequence[int] | None) -> Tensor:
+    """Where idx holds a stop token: a mask of idx's shape."""
+    if stop_token is None:
+        return torch.zeros_like(idx, dtype=torch.bool)
+    return torch.isin(idx, torch.as_tensor(stop_token, device=idx.device))
+
+
+def written_mask(
+    idx: Tensor, prompt_length: int, stop_token: int | Sequence[int] | None = None
+) -> Tensor:
+    """True on what was generated behind the prompt, up to its first stop token: (B, T) -> (B, T).
+
+    The first stop token belongs to the completion. One in the prompt means nothing.
+    """
     mask = torch.ones_like(idx, dtype=torch.bool)
     mask[:, :prompt_length] = False
-    if stop_token is not None:
-        stops = (idx == stop_token) & mask
-        mask &= stops.cumsum(1) - stops.long() == 0  # no stop token before this one
-    return mask
+    stops = is_stop(idx, stop_token) & mask
+    stops_before = stops.cumsum(1) - stops.long()
+    return mask & (stops_before == 0)
+
+
+def mean_by_name(rows: list[dict[str, float]]) -> dict[str, float]:
+    """The mean of each metric over the rows that have it."""
+    values: dict[str, list[float]] = defaultdict(list)
+    for row in rows:
+        for name, value in row.items():
+            values[name].append(value)
+    return {name: sum(numbers) / len(numbers) for name, numbers in values.items()}
 
 
 def checksum(module: nn.Module) -> int:
-    """CRC-32 of all of a module's weights and buffers, to tell one reference policy from another."""
+    """CRC-32 of a module's weights and buffers, to tell one reference policy from another."""
     crc = 0
     for x in module.state_dict().values():
         crc = zlib.crc32(x.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy(), crc)

@@ -4,10 +4,17 @@ The training loop. It knows nothing of language or of GPT: a model, a dataset an
     trainer = Trainer(config, model, train_dataset)
     trainer.run()
 
-One iteration fetches batch i, computes the loss, steps the optimizer, calls back, and now and then logs, evaluates and saves; each of
-these is a method, so that a subclass (PPOTrainer is one) can replace a part and keep the others. With a `work_dir` a run can be killed
-at any moment and continued: a checkpoint holds weights, optimizer, random states and position in the data, and batch i depends on
-(seed, i) alone, so that the same weights come out, bit for bit on the CPU. Under `torchrun` many processes share each batch.
+One iteration fetches a batch, computes the loss, steps the optimizer and calls the callbacks. Now
+and then it also evaluates, logs a row of metrics and saves a checkpoint. Each of these is a method,
+so that a subclass can replace one and keep the others; PPOTrainer in rlhf.py is such a subclass.
+
+With a `work_dir`, a run can be killed at any moment and continued. A checkpoint holds the weights,
+the optimizer, the random states and the position in the data. Which examples form batch i depends
+on (seed, i) alone. So a continued run ends with the same weights, bit for bit on the CPU, as a run
+that was never interrupted.
+
+Under `torchrun`, several processes share each batch, and DistributedDataParallel averages their
+gradients.
 """
 
 import contextlib
@@ -19,238 +26,350 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from mingpt import distributed
-from mingpt.checkpoint import deferred_signals, get_rng_state, leave_ctrl_c_to_the_parent, raise_signal, set_rng_state
-from mingpt.run_folder import RunFolder
+from mingpt.checkpoint import (
+    deferred_signals,
+    get_rng_state,
+    leave_ctrl_c_to_the_parent,
+    raise_signal,
+    set_rng_state,
+)
 from mingpt.config import CfgNode as CN, check_numbers
+from mingpt.run_folder import RunFolder
 from mingpt.utils import adamw, keep_freed_memory, pick_device, pick_precision, set_seed
 
 logger = logging.getLogger("mingpt")
 
-# what a resumed run may change (and its end, if no schedule hangs on it); anything else would make it another run
-FREE_TO_CHANGE = {"device", "num_workers", "log_every", "eval_every", "checkpoint_every", "tensorboard", "work_dir"}
+EVENTS = ("on_train_begin", "on_batch_end", "on_evaluate", "on_log", "on_train_end")
+
+# Options that a continued run may change. Any other change would make it a different run. (It may
+# also train longer, unless the learning rate's schedule depends on the end: see `resume`.)
+FREE_TO_CHANGE = {
+    "device",
+    "num_workers",
+    "log_every",
+    "eval_every",
+    "checkpoint_every",
+    "tensorboard",
+    "work_dir",
+}
 
 
 class Trainer:
     """Trains `model` on `train_dataset` with AdamW.
 
-    loss_fn(model, batch) calls model(...) and returns the loss, or (loss, dict of metrics); by default `model(*batch)[-1]`. Where it is a
-    mean over something else than the examples (tokens, say), weight_fn(batch) counts that, to weight the parts of a batch by.
-    valid_dataset is evaluated every `eval_every` iterations. Raises ValueError or TypeError for unusable options or data.
+    train_dataset, valid_dataset: map-style datasets, with a length and items by index.
+    loss_fn(model, batch): calls model(...) and returns the loss, or (loss, dict of metrics). By
+        default the loss is `model(*batch)[-1]`, as GPT returns it.
+    collate_fn(items): makes a batch, a tuple of tensors, of a list of items (as for a DataLoader).
+    weight_fn(batch): how much a part of a batch counts. The loss is a mean; where it is a mean over
+        tokens and not over examples, weight_fn must count these tokens.
+
+    Raises ValueError or TypeError for options or data that cannot be used, before training begins.
     """
 
     @staticmethod
     def get_default_config() -> CN:
         """Every option and its default."""
         C = CN()
-        C.device = "auto"
-        C.precision = "auto"         # fp32, bf16 or fp16 autocast
-        C.compile = False            # torch.compile the model: it starts later and runs faster
-        C.num_workers = 0            # processes that load data beside the training one
-        C.max_iters = None           # stop after so many iterations,
-        C.epochs = None              # or so many passes over the data; both None: until interrupted
-        C.batch_size = 64            # examples per optimizer step, of all processes together
-        C.micro_batch_size = None    # examples per forward and backward pass, where a batch does not fit into memory
+        C.device = "auto"            # auto is cuda, else mps, else cpu
+        C.precision = "auto"         # fp32, or autocast to bf16 or fp16
+        C.compile = False            # torch.compile the model: starts later, runs faster
+        C.num_workers = 0            # processes that load data beside the one that trains
+        C.max_iters = None           # stop after this many iterations,
+        C.epochs = None              # ... or this many passes over the data; None and None: never
+        C.batch_size = 64            # examples per optimizer step, in all processes together
+        C.micro_batch_size = None    # examples per forward and backward pass; None: all at once
         C.learning_rate = 3e-4
-        C.lr_schedule = "constant"   # or linear, cosine: from learning_rate to lr_final_fraction of it at the end
+        C.lr_schedule = "constant"   # or linear, cosine: decay to lr_final_fraction at the end
         C.lr_final_fraction = 0.0
-        C.warmup_iters = 0           # linear, from 0
-        C.betas = (0.9, 0.95)
-        C.eps = 1e-8
-        C.weight_decay = 0.1         # only on the weights of matrix products
-        C.grad_norm_clip = 1.0
-        C.work_dir = None            # where metrics.jsonl and checkpoints go; None writes nothing
+        C.warmup_iters = 0           # the learning rate first rises linearly from 0
+        C.betas = (0.9, 0.95)        # of Adam
+        C.eps = 1e-8                 # of Adam
+        C.weight_decay = 0.1         # on the weights of matrix products only
+        C.grad_norm_clip = 1.0       # largest norm of the gradient; None: no limit
+        C.work_dir = None            # folder for metrics.jsonl and checkpoints; None writes nothing
         C.log_every = 10             # iterations between rows of metrics
-        C.eval_every = None          # ... between evaluations, None for never
-        C.checkpoint_every = 500     # ... between checkpoints
-        C.tensorboard = False        # the metrics to TensorBoard, too
+        C.eval_every = None          # iterations between evaluations; None: never
+        C.checkpoint_every = 500     # iterations between checkpoints
+        C.tensorboard = False        # write the metrics for TensorBoard, too
         return C
 
-    def __init__(self, config: CN, model: nn.Module, train_dataset: Dataset, valid_dataset: Dataset | None = None,
-                 loss_fn: Callable | None = None, collate_fn: Callable | None = None, weight_fn: Callable | None = None):
+    def __init__(
+        self,
+        config: CN,
+        model: nn.Module,
+        train_dataset: Any,
+        valid_dataset: Any = None,
+        loss_fn: Callable | None = None,
+        collate_fn: Callable | None = None,
+        weight_fn: Callable | None = None,
+    ):
         self.config = config
-        self.train_dataset, self.valid_dataset, self.collate_fn = train_dataset, valid_dataset, collate_fn
-        self.loss_fn = loss_fn or (lambda model, batch: model(*batch)[-1])
-        self.weight_fn = weight_fn or (lambda batch: len(batch[0]))
-        self.callbacks = defaultdict(list)
-        self.description = Path(config.work_dir).name if config.work_dir else "training"  # in the progress bar and the log
+        self.train_dataset = train_dataset
+        self.valid_dataset = valid_dataset
+        self.loss_fn = loss_fn or default_loss
+        self.collate_fn = collate_fn
+        self.weight_fn = weight_fn or count_examples
+        self.callbacks: dict[str, list[Callable]] = defaultdict(list)
+
+        # Join the other processes, if torchrun has started any. Then check everything.
         self.device = distributed.join(pick_device(config.device))
-        self.rank, self.world_size = distributed.rank(), distributed.world_size()
-        self.check_config()
+        self.rank = distributed.rank()
+        self.world_size = distributed.world_size()
+        self.check_config(config, self.world_size)
         self.check_data()
         self.folder = RunFolder(config.work_dir, config.tensorboard)
+        self.description = Path(config.work_dir).name if config.work_dir else "training"
+
+        # The model, its optimizer, and the wrapper whose forward leads to every loss.
         self.precision = pick_precision(config.precision, self.device)
         keep_freed_memory()
         self.model = model.to(self.device)
         if config.compile:
             model.compile()
-        self.optimizer = model.configure_optimizers(config) if hasattr(model, "configure_optimizers") else adamw(model, config)
-        self.wrapped = model if self.world_size == 1 else DistributedDataParallel(model)  # whose forward leads to the loss
+        make_optimizer = getattr(model, "configure_optimizers", None)
+        self.optimizer = make_optimizer(config) if make_optimizer else adamw(model, config)
+        self.wrapped = DistributedDataParallel(model) if self.world_size > 1 else model
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
-        self.seed = distributed.gather(torch.initial_seed())[0]  # the last `set_seed`: fixes which examples form batch i
+
+        # The last `set_seed` fixes which examples form batch i, in all processes alike. Dropout and
+        # sampling are drawn by each process for itself.
+        self.seed = distributed.gather(torch.initial_seed())[0]
         if self.rank > 0:
-            set_seed(self.seed + self.rank)  # each process draws its own dropout and samples
+            set_seed(self.seed + self.rank)
 
-        self.iter_num = 0  # iterations done; the callbacks see the number of the current one, counted from 0
-        self.iter_time = self.iter_dt = 0.0          # when the last one ended, and what it took, in seconds
-        self.seconds = self.resumed_seconds = 0.0    # of training in all, and in the runs before this one
-        self.tokens = 0                              # seen in this run: the elements of each batch's first tensor
-        self.loss = self.metrics = None              # of the last iteration: a detached scalar; all that is known of it
-        self.valid_loss, self.best_valid_loss = None, math.inf
+        self.iter_num = 0                        # iterations done; callbacks see the current one's
+        self.iter_time = 0.0                     # when the last iteration ended
+        self.iter_dt = 0.0                       # how long the last iteration took, in seconds
+        self.seconds = 0.0                       # of training in all
+        self.resumed_seconds = 0.0               # ... of which in the runs before this one
+        self.tokens = 0                          # elements of each batch's first tensor, this run
+        self.loss: Tensor | None = None          # of the last iteration, a detached scalar
+        self.metrics: dict[str, float] = {}      # all that is known of the last iteration
+        self.valid_loss: float | None = None
+        self.best_valid_loss = math.inf
 
-    # -- callbacks, as in minGPT ---------------------------------------------------------------------------------------
+    # -- callbacks, as in minGPT -------------------------------------------------------------------
 
     def add_callback(self, onevent: str, callback: Callable) -> None:
-        """Have callback(trainer) called on an event: on_train_begin, on_batch_end, on_evaluate, on_log, on_train_end."""
+        """Have callback(trainer) called on an event, one of EVENTS."""
+        check_event(onevent)
         self.callbacks[onevent].append(callback)
 
     def set_callback(self, onevent: str, callback: Callable) -> None:
-        """The same, in the place of all others of that event."""
+        """Have callback(trainer) called on an event, instead of all earlier callbacks."""
+        check_event(onevent)
         self.callbacks[onevent] = [callback]
 
     def trigger_callbacks(self, onevent: str) -> None:
+        """Call the callbacks of an event, in the order in which they were added."""
         for callback in self.callbacks[onevent]:
             callback(self)
 
-    # -- the loop ------------------------------------------------------------------------------------------------------
+    # -- the loop ----------------------------------------------------------------------------------
 
     def run(self) -> None:
-        """Train until the stop rule holds, from the last checkpoint in work_dir if there is one.
+        """Train until max_iters or epochs is reached, from the last checkpoint if there is one.
 
-        Ctrl-C finishes the iteration, saves a checkpoint and raises KeyboardInterrupt, SIGTERM likewise SystemExit(143).
+        Ctrl-C finishes the iteration, saves a checkpoint and raises KeyboardInterrupt. SIGTERM does
+        the same and raises SystemExit(143).
         """
         self.model.train()
         self.resume()
         batches = self.batches()
-        bar = tqdm(total=self.max_iters, initial=self.iter_num, desc=self.description, disable=self.rank > 0 or None, dynamic_ncols=True)
         self.trigger_callbacks("on_train_begin")
         self.iter_time = time.time()
-        with bar, logging_redirect_tqdm(), deferred_signals() as signals:
+        with self.progress_bar() as bar, logging_redirect_tqdm(), deferred_signals() as signals:
             while self.max_iters is None or self.iter_num < self.max_iters:
-                for group in self.optimizer.param_groups:
-                    group["lr"] = self.learning_rate() * group.get("lr_ratio", 1.0)
-                self.metrics = self.train_step(next(batches))
-                now = time.time()
-                self.iter_dt, self.iter_time = now - self.iter_time, now
-                self.seconds += self.iter_dt
-                self.metrics["tokens/s"] = self.tokens / (self.seconds - self.resumed_seconds)
-                self.trigger_callbacks("on_batch_end")
-                self.iter_num += 1
-                self.after_step()
-                bar.set_postfix({name: self.metrics[name] for name in ("loss", "lr", "tokens/s")}, refresh=False)
+                self.iteration(next(batches))
+                bar.set_postfix(self.watched(), refresh=False)
                 bar.update()
-                terminate, stop = distributed.total([signals.count(signal.SIGTERM), len(signals)])  # in all processes at once
-                if stop:
-                    self.save_checkpoint()
-                    raise_signal(signal.SIGTERM if terminate else signal.SIGINT)
+                self.stop_if_asked(signals)
         self.save_checkpoint()
         self.trigger_callbacks("on_train_end")
 
+    def iteration(self, batch: tuple) -> None:
+        """Everything that happens for one batch."""
+        # Set the learning rate. Some parameters may train at a multiple of it.
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate() * group.get("lr_ratio", 1.0)
+
+        # Learn from the batch.
+        self.metrics = self.train_step(batch)
+
+        # Keep time.
+        now = time.time()
+        self.iter_dt = now - self.iter_time
+        self.iter_time = now
+        self.seconds += self.iter_dt
+        self.metrics["tokens/s"] = self.tokens / max(self.seconds - self.resumed_seconds, 1e-9)
+
+        self.trigger_callbacks("on_batch_end")
+        self.iter_num += 1
+        self.after_step()
+
     def train_step(self, batch: tuple) -> dict:
-        """One iteration: a batch in, an optimizer step, metrics out."""
+        """One iteration's learning: a batch in, an optimizer step, metrics out."""
         self.tokens += batch[0].numel() * self.world_size
         return self.optimizer_step(self.micro_batches(batch))
 
     def after_step(self) -> None:
-        """What is due now and then: evaluation, a row of metrics, a checkpoint."""
-        due = lambda every: every and (self.iter_num % every == 0 or self.iter_num == self.max_iters)
-        if self.valid_dataset is not None and due(self.config.eval_every):
-            self.metrics["valid_loss"] = self.evaluate()
-            logger.info("%s: iteration %d, train loss %.4f, validation loss %.4f", self.description, self.iter_num,
-                        self.metrics["loss"], self.valid_loss)
-        if due(self.config.log_every) or "valid_loss" in self.metrics:
-            self.folder.log({"iter": self.iter_num, **self.metrics, "seconds": round(self.seconds, 3)})
+        """Evaluate, log and save, as far as each is due after this iteration."""
+        if self.valid_dataset is not None and self.is_due(self.config.eval_every):
+            self.evaluate()
+            logger.info(
+                "%s: iteration %d, train loss %.4f, validation loss %.4f",
+                self.description,
+                self.iter_num,
+                self.metrics["loss"],
+                self.valid_loss,
+            )
+        if self.is_due(self.config.log_every) or "valid_loss" in self.metrics:
+            row = {"iter": self.iter_num, **self.metrics, "seconds": round(self.seconds, 3)}
+            self.folder.log(row)
             self.trigger_callbacks("on_log")
-        if self.iter_num != self.max_iters and due(self.config.checkpoint_every):  # the last one is saved by run()
+        # The last checkpoint is saved by run().
+        if self.is_due(self.config.checkpoint_every) and self.iter_num != self.max_iters:
             self.save_checkpoint()
+
+    def is_due(self, every: int | None) -> bool:
+        """Whether something that happens every so many iterations, and at the end, is due now."""
+        if not every:
+            return False
+        return self.iter_num % every == 0 or self.iter_num == self.max_iters
+
+    def stop_if_asked(self, signals: list[int]) -> None:
+        """End the run after this iteration if any process has received Ctrl-C or SIGTERM."""
+        received = [float(signals.count(signal.SIGTERM)), float(len(signals))]
+        terminations, all_signals = distributed.total(received)
+        if all_signals:
+            self.save_checkpoint()
+            raise_signal(signal.SIGTERM if terminations else signal.SIGINT)
+
+    def progress_bar(self) -> tqdm:
+        """A bar on a terminal; in a file, and in all processes but the first, nothing."""
+        return tqdm(
+            total=self.max_iters,
+            initial=self.iter_num,
+            desc=self.description,
+            disable=True if self.rank > 0 else None,
+            dynamic_ncols=True,
+        )
+
+    def watched(self) -> dict[str, float]:
+        """The metrics that the progress bar shows."""
+        return {name: self.metrics[name] for name in ("loss", "lr", "tokens/s")}
 
     @property
     def max_iters(self) -> int | None:
-        """Iterations in all by the stop rule (None: no end). A last, partial pass over the data counts as a pass."""
-        ends = [self.config.max_iters] if self.config.max_iters is not None else []
+        """Iterations in all, None for no end. A last, partial pass over the data is a pass."""
+        ends = []
+        if self.config.max_iters is not None:
+            ends.append(self.config.max_iters)
         if self.config.epochs is not None:
-            ends.append(math.ceil(self.config.epochs * len(self.train_dataset) / self.config.batch_size))
+            examples = self.config.epochs * len(self.train_dataset)
+            ends.append(math.ceil(examples / self.config.batch_size))
         return min(ends, default=None)
 
-    # -- batches -------------------------------------------------------------------------------------------------------
+    # -- batches -----------------------------------------------------------------------------------
 
-    def batches(self) -> Iterator:
-        """Endless iterator over this process's share of the batches, on the device, from number iter_num on."""
-        share = self.config.batch_size // self.world_size
-        indices = (batch[self.rank * share:][:share] for batch in self.batch_indices())
-        generator = torch.Generator().manual_seed((self.seed + self.rank + 10**6 * self.iter_num) % 2**63)  # for the workers
-        loader = DataLoader(self.train_dataset, batch_sampler=indices, num_workers=self.config.num_workers, generator=generator,
-                            collate_fn=self.collate_fn, pin_memory=self.device.type == "cuda", worker_init_fn=leave_ctrl_c_to_the_parent)
+    def batches(self) -> Iterator[tuple]:
+        """This process's part of every batch from number iter_num on, on the device. Endless."""
+        part_size = self.config.batch_size // self.world_size
+        first = self.rank * part_size
+        indices = (batch[first : first + part_size] for batch in self.batch_indices())
+        # Loading workers get a seed of their own for each start, so that none repeats another's.
+        worker_seed = (self.seed + self.rank + 10**6 * self.iter_num) % 2**63
+        loader = DataLoader(
+            self.train_dataset,
+            batch_sampler=indices,
+            num_workers=self.config.num_workers,
+            generator=torch.Generator().manual_seed(worker_seed),
+            collate_fn=self.collate_fn,
+            pin_memory=self.device.type == "cuda",
+            worker_init_fn=leave_ctrl_c_to_the_parent,
+        )
         return (self.to_device(batch) for batch in iter(loader))
 
     def batch_indices(self) -> Iterator[list[int]]:
-        """Lists of dataset indices, batch by batch: the data in an endless row of passes, each in a new random order."""
-        n, size = len(self.train_dataset), self.config.batch_size
+        """Lists of dataset indices, one list a batch, for all processes together. Endless.
 
-        def examples(epoch: int, done: int) -> Iterator[int]:
-            while True:
-                order = torch.randperm(n, generator=torch.Generator().manual_seed((self.seed + epoch) % 2**63))
-                for part in order[done:].split(2**16):  # a list of them all could fill the memory
-                    yield from part.tolist()
-                epoch, done = epoch + 1, 0
-
-        stream = examples(*divmod(self.iter_num * size, n))
+        The examples come in pass after pass over the data, each pass in a new random order.
+        """
+        batch_size = self.config.batch_size
+        examples_seen = self.iter_num * batch_size
+        examples = self.shuffled_examples(*divmod(examples_seen, len(self.train_dataset)))
         while True:
-            yield list(itertools.islice(stream, size))
+            yield list(itertools.islice(examples, batch_size))
+
+    def shuffled_examples(self, epoch: int, done: int) -> Iterator[int]:
+        """Dataset indices from the done-th of an epoch on. An epoch's order is that of its seed."""
+        while True:
+            generator = torch.Generator().manual_seed((self.seed + epoch) % 2**63)
+            order = torch.randperm(len(self.train_dataset), generator=generator)
+            # As a list of Python numbers a large dataset's order could fill the memory.
+            for piece in order[done:].split(2**16):
+                yield from piece.tolist()
+            epoch += 1
+            done = 0
 
     def to_device(self, batch: tuple) -> tuple:
-        """The batch on the device; TypeError if it is no tuple of tensors, or they are not all of the same length."""
-        if not isinstance(batch, (tuple, list)) or not all(map(torch.is_tensor, batch)) or len({len(x) for x in batch}) != 1:
-            shapes = [tuple(getattr(x, "shape", ())) for x in batch] if isinstance(batch, (tuple, list)) else ""
-            raise TypeError(f"a batch must be a tuple of equally long tensors, not {type(batch).__name__} {shapes}: pass a collate_fn")
+        """The batch on the device. TypeError unless it is a tuple of equally long tensors."""
+        check_batch(batch)
         return tuple(x.to(self.device, non_blocking=True) for x in batch)
 
-    def micro_batches(self, batch: tuple) -> Iterator[tuple]:
-        """Split a batch into (weight, micro-batch) pairs."""
+    def micro_batches(self, batch: Any) -> list[tuple[float, Any]]:
+        """Split a batch: pairs of a micro-batch's share of the whole batch, and the micro-batch.
+
+        The shares of all micro-batches in all processes add up to 1, and a micro-batch's mean loss
+        times its share is what it adds to the mean loss of the batch.
+        """
         size = self.config.micro_batch_size or len(batch[0])
-        for part in zip(*(x.split(size) for x in batch)):
-            yield self.weight_fn(part), part
+        parts = list(zip(*(x.split(size) for x in batch), strict=True))
+        weights = [self.weight_fn(part) for part in parts]
+        [total_weight] = distributed.total([float(sum(weights))])
+        shares = [weight / (total_weight or 1.0) for weight in weights]
+        return list(zip(shares, parts, strict=True))
 
-    # -- the step, and evaluation -------------------------------------------------------------------------------------
+    # -- the optimizer step ------------------------------------------------------------------------
 
-    def autocast(self) -> torch.autocast:
-        """The context in which matrix products have the precision that was asked for."""
-        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision)
-        return torch.autocast(self.device.type, dtype, enabled=dtype is not None)
+    def optimizer_step(self, micro_batches: Iterable[tuple[float, Any]]) -> dict[str, float]:
+        """One step of the optimizer on (share, micro-batch) pairs.
 
-    def compute_loss(self, model: nn.Module, batch) -> tuple[Tensor, dict]:
-        """(loss, metrics) of a batch, in the precision that was asked for."""
-        with self.autocast():
-            result = self.loss_fn(model, batch)
-        return result if isinstance(result, tuple) else (result, {})
-
-    def optimizer_step(self, micro_batches: Iterable[tuple]) -> dict:
-        """One step on the micro-batches' mean loss, by their weights. Returns loss, lr, grad_norm and the loss's own metrics.
-
-        Raises FloatingPointError, before any weight has changed, where the loss or the gradient is NaN or infinite.
+        Returns the batch's loss, lr, grad_norm, and the metrics of the loss_fn. Raises
+        FloatingPointError, before any weight has changed, if the loss or its gradient is not
+        finite.
         """
         self.optimizer.zero_grad(set_to_none=True)
-        parts = list(micro_batches)
-        whole = distributed.total([float(sum(weight for weight, _ in parts))])[0] or 1.0
-        sums = defaultdict(float)
-        for i, (weight, batch) in enumerate(parts):
-            alone = self.world_size > 1 and i < len(parts) - 1  # the gradients of the processes meet once, at the end
-            with self.wrapped.no_sync() if alone else contextlib.nullcontext():
-                loss, extra = self.compute_loss(self.wrapped, batch)
-                self.scaler.scale(loss * (weight / whole * self.world_size)).backward()  # DDP divides by the world size
+        sums: dict[str, Any] = defaultdict(float)
+        pairs = list(micro_batches)
+        for i, (share, micro_batch) in enumerate(pairs):
+            # The processes exchange their gradients once, behind the last micro-batch.
+            with self.gradient_exchange(is_last=i == len(pairs) - 1):
+                loss, extra = self.compute_loss(self.wrapped, micro_batch)
+                # DDP averages over the processes, and we want their sum: undo its division.
+                self.scaler.scale(loss * (share * self.world_size)).backward()
             for name, value in {"loss": loss.detach(), **extra}.items():
-                sums[name] += weight / whole * value if weight else 0.0  # a mean over nothing may be NaN
+                # A micro-batch without any weight adds nothing: a mean over nothing may be NaN.
+                sums[name] += share * value if share else 0.0
+
+        # Clip the gradient, in its true scale.
         self.scaler.unscale_(self.optimizer)
-        grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_norm_clip or math.inf)
-        metrics = dict(zip(sums, distributed.total([float(x) for x in sums.values()])))
+        max_norm = self.config.grad_norm_clip or math.inf
+        grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), max_norm)
+
+        totals = distributed.total([float(value) for value in sums.values()])
+        metrics = dict(zip(sums, totals, strict=True))
         metrics |= {"lr": self.learning_rate(), "grad_norm": float(grad_norm)}
         self.loss = torch.tensor(metrics["loss"])
         self.check_finite(metrics)
@@ -258,94 +377,255 @@ class Trainer:
         self.scaler.update()
         return metrics
 
-    def check_finite(self, metrics: dict) -> None:
-        """FloatingPointError where the loss or the gradient norm is NaN or infinite; fp16's scaler deals with the latter itself."""
-        if not math.isfinite(metrics["loss"]) or not (math.isfinite(metrics["grad_norm"]) or self.scaler.is_enabled()):
-            raise FloatingPointError(
-                f"iteration {self.iter_num}: loss {metrics['loss']}, gradient norm {metrics['grad_norm']}, learning rate "
-                f"{metrics['lr']:.3g}. This step touched no weight, and the last checkpoint stays. Look for a learning rate that "
-                "is too high, a missing warmup, or NaN in the data")
+    def gradient_exchange(self, is_last: bool) -> contextlib.AbstractContextManager:
+        """The context for a backward pass: between processes, only the last one exchanges."""
+        if isinstance(self.wrapped, DistributedDataParallel) and not is_last:
+            return self.wrapped.no_sync()
+        return contextlib.nullcontext()
+
+    def compute_loss(self, model: nn.Module, batch: Any) -> tuple[Tensor, dict]:
+        """(loss, metrics) of a batch, in the precision that was asked for."""
+        with self.autocast():
+            result = self.loss_fn(model, batch)
+        return result if isinstance(result, tuple) else (result, {})
+
+    def autocast(self) -> torch.autocast:
+        """The context in which matrix products have the precision that was asked for."""
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision)
+        return torch.autocast(self.device.type, dtype, enabled=dtype is not None)
+
+    def check_finite(self, metrics: dict[str, float]) -> None:
+        """FloatingPointError if the loss or the gradient's norm is NaN or infinite."""
+        # In fp16 a gradient may overflow: the scaler then skips the step and lowers its scale.
+        gradient_is_fine = math.isfinite(metrics["grad_norm"]) or self.scaler.is_enabled()
+        if math.isfinite(metrics["loss"]) and gradient_is_fine:
+            return
+        raise FloatingPointError(
+            f"iteration {self.iter_num}: loss {metrics['loss']}, gradient norm "
+            f"{metrics['grad_norm']}, learning rate {metrics['lr']:.3g}. This step has changed no "
+            "weight, and the last checkpoint is still there. Look for a learning rate that is too "
+            "high, a missing warmup, or NaN in the data"
+        )
 
     def learning_rate(self) -> float:
-        """The schedule: linear warmup, then constant, linear or cosine decay to lr_final_fraction at max_iters."""
-        C, i = self.config, self.iter_num
-        if i < C.warmup_iters:
-            return C.learning_rate * (i + 1) / C.warmup_iters
+        """Linear warmup, then constant, or linear or cosine decay to lr_final_fraction."""
+        C = self.config
+        if self.iter_num < C.warmup_iters:
+            return C.learning_rate * (self.iter_num + 1) / C.warmup_iters
         if C.lr_schedule == "constant":
             return C.learning_rate
-        progress = (i - C.warmup_iters) / max(1, self.max_iters - C.warmup_iters)
-        left = 1 - progress if C.lr_schedule == "linear" else (1 + math.cos(math.pi * progress)) / 2
-        return C.learning_rate * (C.lr_final_fraction + (1 - C.lr_final_fraction) * left)
+        assert self.max_iters is not None  # check_config saw to it
+        progress = (self.iter_num - C.warmup_iters) / max(1, self.max_iters - C.warmup_iters)
+        if C.lr_schedule == "linear":
+            remaining = 1 - progress
+        else:
+            remaining = (1 + math.cos(math.pi * progress)) / 2
+        return C.learning_rate * (C.lr_final_fraction + (1 - C.lr_final_fraction) * remaining)
+
+    # -- evaluation --------------------------------------------------------------------------------
 
     @torch.no_grad()
     def evaluate(self) -> float:
-        """Mean loss over valid_dataset, its batches weighted as in training; the best weights are kept as best.pt."""
+        """The mean loss over valid_dataset, weighted as in training.
+
+        The metrics of the loss_fn are averaged in the same way. All of them go into the current
+        row of metrics, as `valid_loss` and `valid_<name>`. The best weights so far are kept in
+        work_dir as best.pt.
+        """
         was_training = self.model.training
         self.model.eval()
-        order, size = range(len(self.valid_dataset)), self.config.micro_batch_size or self.config.batch_size // self.world_size
-        share = [order[i:i + size] for i in order[::size]][self.rank::self.world_size]
-        # a generator of its own: a loader that starts draws from it, and evaluating must not change the training
-        loader = DataLoader(self.valid_dataset, batch_sampler=share, collate_fn=self.collate_fn, generator=torch.Generator())
-        losses = [(self.weight_fn(batch), self.compute_loss(self.model, batch)[0].item()) for batch in map(self.to_device, loader)]
+        sums: dict[str, float] = defaultdict(float)
+        total_weight = 0.0
+        for batch in self.validation_batches():
+            weight = self.weight_fn(batch)
+            if not weight:
+                continue  # a mean over nothing may be NaN
+            loss, extra = self.compute_loss(self.model, batch)
+            for name, value in {**extra, "loss": loss}.items():
+                sums[name] += weight * float(value)
+            total_weight += weight
         self.model.train(was_training)
-        loss, weight = distributed.total([float(sum(w * loss for w, loss in losses if w)), float(sum(w for w, _ in losses))])
-        self.valid_loss = loss / (weight or math.nan)
+
+        # Each process has evaluated some of the batches. One may have had none.
+        [total_weight] = distributed.total([total_weight])
+        names = list(dict.fromkeys(itertools.chain(*distributed.gather(list(sums)))))
+        totals = distributed.total([sums[name] for name in names])
+        means = {name: x / total_weight for name, x in zip(names, totals, strict=True)}
+        self.metrics |= {f"valid_{name}": mean for name, mean in means.items()}
+        self.valid_loss = means.get("loss", math.nan)
         if self.valid_loss < self.best_valid_loss:
             self.best_valid_loss = self.valid_loss
             self.folder.save_best(self.model.state_dict())
         self.trigger_callbacks("on_evaluate")
         return self.valid_loss
 
-    # -- checkpoints and resume ----------------------------------------------------------------------------------------
+    def validation_batches(self) -> Iterator[tuple]:
+        """This process's batches of valid_dataset, in order, on the device."""
+        size = self.config.micro_batch_size or self.config.batch_size // self.world_size
+        order = range(len(self.valid_dataset))
+        batches = [list(order[start : start + size]) for start in order[::size]]
+        loader = DataLoader(
+            self.valid_dataset,
+            batch_sampler=batches[self.rank :: self.world_size],
+            collate_fn=self.collate_fn,
+            # A loader draws a number when it starts. From a generator of its own, so that an
+            # evaluation does not change the training that follows.
+            generator=torch.Generator(),
+        )
+        return map(self.to_device, loader)
 
-    def state_dict(self) -> dict:
-        """All that a resumed run needs; a subclass adds its own. With many processes, each must call it."""
-        return {"iter_num": self.iter_num, "seed": self.seed, "best_valid_loss": self.best_valid_loss, "seconds": self.seconds,
-                "finished": self.iter_num == self.max_iters, "config": self.config.to_dict(), "rng": distributed.gather(get_rng_state()),
-                **{name: getattr(self, name).state_dict() for name in ("model", "optimizer", "scaler")}}
+    # -- checkpoints and resume --------------------------------------------------------------------
 
-    def load_state_dict(self, state: dict) -> None:
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that a continued run needs. With many processes, each must call it."""
+        return {
+            "iter_num": self.iter_num,
+            "seed": self.seed,
+            "best_valid_loss": self.best_valid_loss,
+            "seconds": self.seconds,
+            "finished": self.iter_num == self.max_iters,
+            "config": self.config.to_dict(),
+            "rng": distributed.gather(get_rng_state()),
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over what `state_dict` returned."""
-        self.iter_num, self.seed, self.best_valid_loss = state["iter_num"], state["seed"], state["best_valid_loss"]
-        self.seconds = self.resumed_seconds = state["seconds"]
-        for name in ("model", "optimizer", "scaler"):
-            getattr(self, name).load_state_dict(state[name])
+        self.iter_num = state["iter_num"]
+        self.seed = state["seed"]
+        self.best_valid_loss = state["best_valid_loss"]
+        self.seconds = state["seconds"]
+        self.resumed_seconds = state["seconds"]
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
         set_rng_state(state["rng"][self.rank])
 
     def save_checkpoint(self) -> None:
+        """Write work_dir/checkpoint.pt, completely or not at all."""
         if self.config.work_dir:
             self.folder.save_checkpoint(self.state_dict())
 
     def resume(self) -> None:
-        """Continue from the checkpoint, if there is one; ValueError if it is from a run with other options."""
-        free = FREE_TO_CHANGE | ({"max_iters", "epochs"} if self.config.lr_schedule == "constant" else set())
-        if state := self.folder.load_checkpoint(self.config, free):
+        """Continue from the checkpoint, if there is one.
+
+        ValueError if it is from a run with other options. A run may be made longer, unless its
+        learning rate decays towards the end.
+        """
+        free = set(FREE_TO_CHANGE)
+        if self.config.lr_schedule == "constant":
+            free |= {"max_iters", "epochs"}
+        state = self.folder.load_checkpoint(self.config, free, self.effective_options)
+        if state:
             self.load_state_dict(state)
-            logger.info("%s: at iteration %d already, from %s", self.description, self.iter_num, self.folder.checkpoint)
+            logger.info(
+                "%s: continues from %s, after iteration %d",
+                self.description,
+                self.folder.checkpoint,
+                self.iter_num,
+            )
 
-    # -- checks --------------------------------------------------------------------------------------------------------
+    # -- checks ------------------------------------------------------------------------------------
 
-    def check_config(self) -> None:
-        """ValueError for options that do not exist, are out of range or do not go together."""
-        C, known = self.config, type(self).get_default_config()
-        if unknown := vars(C).keys() - vars(known).keys():
-            raise ValueError(f"{type(self).__name__} has no options {sorted(unknown)}; it has {sorted(vars(known))}")
-        check_numbers(C, "batch_size", low=1, whole=True)
-        check_numbers(C, "max_iters", "micro_batch_size", "log_every", "eval_every", "checkpoint_every", low=1, whole=True, optional=True)
-        check_numbers(C, "num_workers", whole=True)
-        check_numbers(C, "learning_rate", "lr_final_fraction", "warmup_iters", "eps", "weight_decay")
-        check_numbers(C, "epochs", "grad_norm_clip", optional=True)
-        if C.lr_schedule not in ("constant", "linear", "cosine"):
-            raise ValueError(f"lr_schedule={C.lr_schedule!r} must be constant, linear or cosine")
-        if C.lr_schedule != "constant" and C.max_iters is None and C.epochs is None:
-            raise ValueError(f"lr_schedule={C.lr_schedule!r} needs an end to decay to: set max_iters or epochs")
-        if C.batch_size % self.world_size:
-            raise ValueError(f"batch_size={C.batch_size} cannot be shared equally by {self.world_size} processes")
+    @classmethod
+    def effective_options(cls, options: dict[str, Any]) -> dict[str, Any]:
+        """The options, with the defaults of those that are missing.
+
+        A checkpoint may lack an option that was added after it was made.
+        """
+        return cls.get_default_config().to_dict() | options
+
+    @classmethod
+    def check_config(cls, config: CN, world_size: int = 1) -> None:
+        """ValueError for options that are unknown, missing, out of range or contradictory."""
+        known = vars(cls.get_default_config())
+        unknown = sorted(vars(config).keys() - known.keys())
+        if unknown:
+            raise ValueError(f"{cls.__name__} has no options {unknown}; it has {sorted(known)}")
+        missing = sorted(known.keys() - vars(config).keys())
+        if missing:
+            raise ValueError(
+                f"the config lacks the options {missing} of {cls.__name__}: begin with "
+                f"{cls.__name__}.get_default_config()"
+            )
+        check_numbers(config, "batch_size", low=1, whole=True)
+        intervals = ("log_every", "eval_every", "checkpoint_every")
+        check_numbers(
+            config, "max_iters", "micro_batch_size", *intervals, low=1, whole=True, optional=True
+        )
+        check_numbers(config, "num_workers", whole=True)
+        rates = ("learning_rate", "lr_final_fraction")
+        check_numbers(config, *rates, "warmup_iters", "eps", "weight_decay")
+        check_numbers(config, "epochs", "grad_norm_clip", optional=True)
+        check_schedule(config)
+        if config.batch_size % world_size:
+            raise ValueError(
+                f"batch_size={config.batch_size} cannot be divided equally among {world_size} "
+                "processes: choose a multiple"
+            )
 
     def check_data(self) -> None:
-        """ValueError for data that can't be trained on."""
-        for dataset in (self.train_dataset, *([] if self.valid_dataset is None else [self.valid_dataset])):
+        """ValueError for data that cannot be trained on."""
+        for dataset in (self.train_dataset, self.valid_dataset):
+            if dataset is None and dataset is not self.train_dataset:
+                continue  # no validation
             if not hasattr(dataset, "__len__") or len(dataset) == 0:
-                raise ValueError("a dataset is empty or has no length; it must be a map-style Dataset with examples")
-        if (n := len(self.train_dataset)) < self.config.batch_size:
-            raise ValueError(f"train_dataset has {n} examples, fewer than batch_size={self.config.batch_size}: lower that")
+                raise ValueError(
+                    "a dataset is empty or has no length; it must be a map-style Dataset with "
+                    "examples"
+                )
+        examples = len(self.train_dataset)
+        if examples < self.config.batch_size:
+            raise ValueError(
+                f"train_dataset has {examples} examples, fewer than batch_size="
+                f"{self.config.batch_size}: lower batch_size"
+            )
+
+
+# --------------------------------------------------------------------------------------------------
+# defaults and checks
+
+
+def default_loss(model: nn.Module, batch: tuple) -> Tensor:
+    """The loss that a model returns last, as GPT returns (logits, loss)."""
+    return model(*batch)[-1]
+
+
+def count_examples(batch: tuple) -> int:
+    """The weight of a part of a batch whose loss is a mean over examples."""
+    return len(batch[0])
+
+
+def check_event(onevent: str) -> None:
+    """ValueError for an event that never happens."""
+    if onevent not in EVENTS:
+        raise ValueError(f"onevent={onevent!r} never happens; there are {', '.join(EVENTS)}")
+
+
+def check_schedule(config: CN) -> None:
+    """ValueError for an unknown schedule, or one that decays towards no end."""
+    if config.lr_schedule not in ("constant", "linear", "cosine"):
+        raise ValueError(
+            f"lr_schedule={config.lr_schedule!r} must be constant, linear or cosine"
+        )
+    if config.lr_schedule != "constant" and config.max_iters is None and config.epochs is None:
+        raise ValueError(
+            f"lr_schedule={config.lr_schedule!r} needs an end to decay to: set max_iters or epochs"
+        )
+
+
+def check_batch(batch: Any) -> None:
+    """TypeError unless the batch is a tuple or list of equally long tensors."""
+    if not isinstance(batch, (tuple, list)):
+        raise TypeError(
+            f"a batch must be a tuple of equally long tensors, not {type(batch).__name__}: pass a "
+            "collate_fn that makes one"
+        )
+    if not all(map(torch.is_tensor, batch)) or len({len(x) for x in batch}) != 1:
+        parts = [tuple(x.shape) if torch.is_tensor(x) else type(x).__name__ for x in batch]
+        raise TypeError(
+            f"a batch must be a tuple of equally long tensors, not of {parts}: pass a collate_fn "
+            "that makes one"
+        )

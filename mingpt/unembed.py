@@ -1,41 +1,64 @@
 """
-Hidden states to logits: the product with the vocabulary's matrix, the largest of a small GPT, which may be the embedding's as well.
+From hidden states to logits: one product with the vocabulary's matrix, in two fast ways.
 
-A product is a product, but not on every processor as fast: these two are `F.linear`, done in the way that suits their shapes.
+Both compute `F.linear(x, weight)` and nothing else. They exist because this matrix, (V, C), is the
+largest of a small GPT, so that how its product is done shows in the speed of the whole model:
+
+- `Unembed` is for training, when the matrix is tied to the embedding and gets two gradients;
+- `next_logits` is for generation, when there are only a few rows to multiply.
+
+On a first reading, take both for `F.linear` and go on. projects/bench/readme.md has the timings.
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-FEW = 8  # rows
+# With more rows than this, F.linear is the faster way on every processor we measured.
+MAX_SWAPPED_ROWS = 8
 
 
 class Unembed(torch.autograd.Function):
-    """F.linear for a tied weight: its gradient is no view, so that autograd adds the embedding's to it without a third matrix."""
+    """F.linear for a weight that is tied to the embedding: x (B, T, C), weight (V, C) -> (B, T, V).
 
-    generate_vmap_rule = True  # for torch.func
+    A tied weight gets two gradients, which autograd adds up. F.linear returns its own as a view
+    (the transpose of what it computed). Autograd cannot add to a view in place, so it would fill a
+    third matrix of that size. The gradient returned here is no view.
+    """
+
+    generate_vmap_rule = True  # lets torch.func take per-example gradients through it
+
     @staticmethod
     def forward(x: Tensor, weight: Tensor) -> Tensor:
+        """The logits: x Wᵀ."""
         return F.linear(x, weight)
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        """Keep x and the weight for the backward pass."""
         ctx.save_for_backward(*inputs)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
-        x, weight = ctx.saved_tensors  # under autocast they have more bits than grad
-        return grad @ weight.to(grad.dtype), (grad.flatten(0, 1).t() @ x.flatten(0, 1).to(grad.dtype)).to(weight.dtype)
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        """The gradients of x (grad W) and of the weight (gradᵀ x); grad is (B, T, V)."""
+        x, weight = ctx.saved_tensors
+        # Under autocast, grad is in half precision and what was saved is not.
+        grad_x = grad @ weight.to(grad.dtype)
+        grad_weight = grad.flatten(0, 1).t() @ x.flatten(0, 1).to(grad.dtype)
+        return grad_x, grad_weight.to(weight.dtype)
 
 
 def next_logits(x: Tensor, weight: Tensor) -> Tensor:
-    """F.linear of a decoding step: hidden states (B, C), weight (V, C) -> logits (B, V).
+    """F.linear for one step of generation: hidden states (B, C), weight (V, C) -> logits (B, V).
 
-    Where MKL gives x Wᵀ of up to 8 rows to one thread only, as on AMD's processors, W xᵀ is shared by all, and 2 to 6 times as fast; a
-    single row must be there twice for that, or it becomes a product with a vector (projects/bench).
+    For a few rows, MKL computes x Wᵀ on a single thread (seen on AMD's processors). It computes the
+    same product the other way round, W xᵀ, on all threads, which is 2 to 6 times as fast.
     """
     B = len(x)
-    if x.device.type != "cpu" or B > FEW:
+    if x.device.type != "cpu" or B > MAX_SWAPPED_ROWS:
         return F.linear(x, weight)
-    return (weight @ x.repeat(1 + (B == 1), 1).t()).t()[:B]
+    # A single row would make this a product of matrix and vector, which is slow again: double it.
+    rows = x.repeat(2, 1) if B == 1 else x.contiguous()
+    return (weight @ rows.t()).t()[:B]

@@ -1,20 +1,39 @@
 """
-Pretrained weights, in and out, in Hugging Face's formats: `from_pretrained` and `save_pretrained` of every model here.
+Pretrained weights, in and out, in Hugging Face's formats.
 
-    GPT.from_pretrained("gpt2")             a name on the hub, "user/repo" too
-    GPT.from_pretrained("out/sft")          a folder with config.json and weights, as transformers and save_pretrained write it
-    GPT.from_pretrained("ckpt.pt")          a file: .safetensors, or a state dict of PyTorch's, minGPT's and nanoGPT's included
+Every model here has the two methods of `Pretrained`, `from_pretrained` and `save_pretrained`:
 
-GPT-2's weights come in many dialects. The blocks' matrices may be (in, out), as TensorFlow and transformers have them, or (out, in),
-as in nn.Linear; names may lack `transformer.`; causal masks may lie between the weights; the head may be the embedding.
-Sources: `transformers` for config.json and the names, github.com/huggingface/safetensors for the format of the files.
+    GPT.from_pretrained("gpt2")        a name on the Hugging Face hub, "user/repo" as well
+    GPT.from_pretrained("out/sft")     a folder that transformers or save_pretrained wrote
+    GPT.from_pretrained("ckpt.pt")     one file: .safetensors, or a state dict of PyTorch's
+
+GPT-2 is one architecture, but its files come in many dialects. Who writes what:
+
+    transformers    The matrices of the blocks are (in, out), as in OpenAI's TensorFlow code. Names
+                    begin with "transformer." (GPT2LMHeadModel) or lack it (GPT2Model). Until 2023
+                    causal masks stood among the weights. A tied head may be left out.
+    minGPT          The matrices are (out, in), as in nn.Linear. Causal masks among the weights, and
+                    a head that is not tied. Its scripts write their options into a config.json.
+    nanoGPT         {"model": weights, "model_args": options}. Compiled, it has "_orig_mod." before
+                    every name. With bias=False, nothing in it has a bias.
+    this library    `save_pretrained` writes transformers' dialect. State dicts of our models have
+                    (out, in), and before the names what wraps the model (DDP, ActorCritic).
+
+The tables below name the differences. Behind them comes `Pretrained`, and then the steps of
+`from_pretrained` in the order in which it takes them: find the file, read its tensors under our
+names, read the options, build the model, check that all fits.
+
+Sources: `transformers` for the names and config.json; github.com/huggingface/safetensors for the
+file format.
 """
 
 import contextlib
 import json
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, ClassVar, Self
 from urllib.parse import quote
 from zipfile import is_zipfile
 
@@ -25,172 +44,484 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from mingpt.checkpoint import atomic_write, write_text
-from mingpt.download import download, home, NotFound
+from mingpt.config import CfgNode
+from mingpt.download import NotFound, download, home
 
-FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
-CONV1D = re.compile(r"\.(c_attn|c_proj|c_fc)\.weight$")  # the matrices that transformers stores as (in, out)
-SKIPPED = re.compile(r"\.attn\.(masked_)?bias$|^value_model\.")  # causal masks (GPT computes its own), and the other half of PPO
-PREFIXES = re.compile(r"^(_orig_mod\.|module\.|policy\.|transformer\.)+")  # of torch.compile, DDP, PPOTrainer; of the trunk
-OURS = {"n_positions": "block_size", "tie_word_embeddings": "tie_weights"}  # what config.json calls otherwise; and what must not be otherwise:
-GPT2_ONLY = {"model_type": ("gpt2",), "activation_function": ("gelu_new", "gelu_pytorch_tanh"), "layer_norm_epsilon": (1e-5,),
-             "scale_attn_weights": (True,), "scale_attn_by_inverse_layer_idx": (False,), "add_cross_attention": (False,)}
+# The names under which a folder or a repository keeps its weights; the first that exists is taken.
+WEIGHT_FILES = (
+    "model.safetensors",  # the usual one since 2023
+    "model.safetensors.index.json",  # large models are cut into several files: this lists them
+    "pytorch_model.bin",  # a state dict, saved with torch.save: the usual one until 2023
+    "pytorch_model.bin.index.json",  # ... and the list of its pieces
+)
+
+# What may stand before GPT-2's own names, once or several times.
+PREFIXES = (
+    "_orig_mod.",  # torch.compile
+    "module.",  # DistributedDataParallel
+    "policy.",  # ActorCritic, the policy and value function that PPOTrainer trains as one module
+    "transformer.",  # GPT2LMHeadModel, minGPT, nanoGPT and our models; GPT2Model lacks it
+)
+
+# What stands in files of weights and is not read.
+SKIPPED = (
+    re.compile(r"\.attn\.bias$"),  # a causal mask (minGPT; transformers until 2023): we compute it
+    re.compile(r"\.attn\.masked_bias$"),  # what masked scores were set to (transformers until 2023)
+    re.compile(r"^value_model\."),  # the other half of an ActorCritic
+)
+
+# The blocks' matrices, which transformers keeps in its class Conv1D as (in, out): the reverse of
+# nn.Linear's. Embeddings and heads are the same everywhere.
+CONV1D = re.compile(r"\.(c_attn|c_proj|c_fc)\.weight$")
+
+# Options of config.json that have another name here.
+OURS = {
+    "n_positions": "block_size",  # how many tokens the model can read at once
+    "tie_word_embeddings": "tie_weights",  # whether the embedding is the head's matrix as well
+}
+
+# Options of config.json that our GPT has no choice in, and their values here. Where an option is
+# missing, transformers takes the first of these. Weights that were trained with any other value
+# would load without an error, and then compute something else than what they learned.
+GPT2_ONLY: dict[str, tuple[Any, ...]] = {
+    "model_type": ("gpt2",),  # the architecture
+    "activation_function": ("gelu_new", "gelu_pytorch_tanh"),  # two names of the tanh GELU
+    "layer_norm_epsilon": (1e-5,),  # added to the variance in every LayerNorm
+    "scale_attn_weights": (True,),  # scores are divided by the square root of the head's size
+    "scale_attn_by_inverse_layer_idx": (False,),  # ... and by the layer's number (Mistral's GPT-2s)
+    "add_cross_attention": (False,),  # a decoder that also reads an encoder
+}
 
 
-class Pretrained:
-    """Gives a model `from_pretrained` and `save_pretrained`; it has a config, a trunk named `transformer`, and a head."""
+class Pretrained(nn.Module):
+    """Gives a model `from_pretrained` and `save_pretrained`.
+
+    A subclass is made from a config alone. It keeps that as `config`, its trunk as `transformer`,
+    and either `lm_head` (a GPT) or `head` (a reward or value model).
+    """
+
+    presets: ClassVar[dict[str, tuple[int, int, int]]]  # {name: (n_layer, n_head, n_embd)}
+    config: CfgNode
+
+    @staticmethod
+    def get_default_config() -> CfgNode:
+        """All options of the model, with their defaults."""
+        raise NotImplementedError
 
     @classmethod
-    def from_pretrained(cls, name_or_path: str | Path, revision: str = "main", **options):
-        """The model in evaluation mode, from the hub, a folder or a file; options replace those of its config.
+    def from_pretrained(
+        cls,
+        name_or_path: str | Path,
+        revision: str = "main",
+        **options: Any,
+    ) -> Self:
+        """The model in evaluation mode, in fp32, from the hub, a folder or a file.
 
-        Hub files are kept in $MINGPT_HOME (one folder a revision: branch, tag or commit); HF_ENDPOINT and HF_TOKEN are honoured. A
-        bare state dict does not tell its number of heads: pass n_head if its sizes are no preset's. Safetensors in fp32 are mapped, not
-        read, the blocks' matrices transposed as they lie there: neither training nor `save_pretrained` writes into that file, and
-        nobody should while the model lives. ValueError for what is not there, damaged, would run code, or does not fit.
+        revision: a branch, tag or commit of the hub. options replace those of the model's config,
+        dropout for instance. A bare state dict does not tell its number of heads: where its sizes
+        are not those of a preset, pass n_head.
+
+        Files of the hub are kept in $MINGPT_HOME, a folder for each revision. HF_ENDPOINT and
+        HF_TOKEN are honoured. Safetensors in fp32 are not read but mapped into memory, which takes
+        no time: the file must stay unchanged while the model lives. Training the model does not
+        change the file, and `save_pretrained` may replace it.
+
+        Raises ValueError for a name or path that does not exist, for files that are damaged or
+        could run code, and for weights that do not fit their config.
         """
         path = Path(name_or_path).expanduser()
-        path = path if path.exists() else hub_folder(str(name_or_path), revision)
-        tensors, extra = open_tensors(weights_file(path))
+        if not path.exists():
+            path = hub_folder(str(name_or_path), revision)
+        tensors, model_args = read_tensors(weights_file(path))
         config = cls.get_default_config()
-        if unknown := options.keys() - vars(config).keys():
-            raise ValueError(f"a model has no options {sorted(unknown)}; it has {', '.join(vars(config))}")
-        config.merge_from_dict(read_config(cls, path, tensors, extra) | options)
+        check_known(options, config)
+        config.merge_from_dict(read_options(cls, path, tensors, model_args) | options)
         if config.n_head is None:
-            raise ValueError(f"{path} does not tell the number of heads that share its {config.n_embd} channels: pass n_head")
-        with torch.device("meta"), NoInit():  # no time and no memory for random weights
+            raise ValueError(
+                f"{path} does not tell how many heads share its {config.n_embd} channels: "
+                "pass n_head"
+            )
+        # Built with shapes alone, without memory and values: the file's tensors take their place.
+        with torch.device("meta"), NoInit():
             model = cls(config).eval()
-        if tied := hasattr(model, "lm_head") and config.tie_weights:
-            tensors.pop("lm_head.weight", None)
-        model.load_state_dict(fitting(tensors, model, path), strict=False, assign=True)
-        if tied:
-            model.lm_head.weight = model.transformer.wte.weight
+        fill(model, tensors, path)
         return model
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write folder/model.safetensors and config.json; a GPT's are those of transformers' GPT2LMHeadModel."""
-        C = self.config
-        tensors = {name: (p.t() if CONV1D.search(name) else p).contiguous() for name, p in self.named_parameters()}
-        config = {"architectures": ["GPT2LMHeadModel" if hasattr(self, "lm_head") else type(self).__name__], "model_type": "gpt2",
-                  "n_layer": C.n_layer, "n_head": C.n_head, "n_embd": C.n_embd, "n_positions": C.block_size,
-                  "vocab_size": C.vocab_size, "embd_pdrop": C.embd_pdrop, "resid_pdrop": C.resid_pdrop, "attn_pdrop": C.attn_pdrop,
-                  "tie_word_embeddings": C.tie_weights, "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5,
-                  **dict.fromkeys(("bos_token_id", "eos_token_id"), 50256 if C.vocab_size > 50256 else None)}  # GPT-2's
+        """Write model.safetensors and config.json into the folder.
+
+        A GPT is written as transformers' GPT2LMHeadModel, and transformers reads it. A reward or
+        value model is written in the same format, but its head has no counterpart there: it is
+        read by this library.
+        """
+        tensors = {}
+        for name, parameter in self.named_parameters():  # a tied head is the embedding: once only
+            matrix = parameter.t() if CONV1D.search(name) else parameter
+            tensors[name] = matrix.contiguous()
         with atomic_write(Path(folder) / "model.safetensors") as f:
-            save_file(tensors, f.name, metadata={"format": "pt"})
-        write_text(Path(folder) / "config.json", json.dumps(config, indent=2, default=lambda number: number.item()) + "\n")
+            save_file(tensors, f.name, metadata={"format": "pt"})  # transformers asks for "format"
+        config = json.dumps(transformers_config(self), indent=2, default=plain_number)
+        write_text(Path(folder) / "config.json", config + "\n")
+
+
+def transformers_config(model: Pretrained) -> dict[str, Any]:
+    """The config.json of a model, by transformers' names."""
+    config = model.config
+    architecture = "GPT2LMHeadModel" if hasattr(model, "lm_head") else type(model).__name__
+    end_of_text = 50256 if config.vocab_size > 50256 else None  # its id in GPT-2's vocabulary
+    return {
+        "architectures": [architecture],
+        "model_type": "gpt2",
+        "n_layer": config.n_layer,
+        "n_head": config.n_head,
+        "n_embd": config.n_embd,
+        "n_positions": config.block_size,
+        "vocab_size": config.vocab_size,
+        "embd_pdrop": config.embd_pdrop,
+        "resid_pdrop": config.resid_pdrop,
+        "attn_pdrop": config.attn_pdrop,
+        "tie_word_embeddings": config.tie_weights,
+        "activation_function": "gelu_new",
+        "layer_norm_epsilon": 1e-5,
+        "bos_token_id": end_of_text,  # GPT-2 begins and ends a text with the same token
+        "eos_token_id": end_of_text,
+    }
+
+
+def plain_number(number: Any) -> Any:
+    """A number of NumPy's or PyTorch's as Python's, for json.dumps."""
+    return number.item()
+
+
+# --- 1. Find the file ----------------------------------------------------------------------------
 
 
 def hub_folder(name: str, revision: str) -> Path:
-    """The local folder of a model on the hub, downloaded unless it is there already. ValueError if there is no such model."""
+    """The local folder with a model of the hub, downloaded unless it is already there.
+
+    Raises ValueError where the hub has no such model, or no weights of it that we read.
+    """
+    # a name is also a part of a path on this machine: nothing like "../.." may get through
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):
-        raise ValueError(f"{name!r} is neither a file or folder here nor a name on the hub, like 'gpt2' or 'user/repo'")
-    endpoint, revision = os.environ.get("HF_ENDPOINT") or "https://huggingface.co", quote(revision, safe="")
-    folder, base = home() / "hub" / name.replace("/", "--") / revision, f"{endpoint.rstrip('/')}/{name}/resolve/{revision}"
-    headers = {"Authorization": f"Bearer {os.environ['HF_TOKEN']}"} if os.environ.get("HF_TOKEN") else {}
-    fetch = lambda file: download(f"{base}/{file}", folder / file, headers=headers)
+        raise ValueError(
+            f"got {name!r}; expected an existing file or folder, "
+            "or a name on the hub, like 'gpt2' or 'user/repo'"
+        )
+    endpoint = os.environ.get("HF_ENDPOINT")
+    if not endpoint:
+        endpoint = "https://huggingface.co"
+    revision = quote(revision, safe="")  # "refs/pr/1" is one step of a path, not three
+    url = f"{endpoint.rstrip('/')}/{name}/resolve/{revision}"
+    folder = home() / "hub" / name.replace("/", "--") / revision
+    token = os.environ.get("HF_TOKEN")
+    headers = {"Authorization": f"Bearer {token}"} if token else {}
+
+    def fetch(file: str) -> Path:
+        return download(f"{url}/{file}", folder / file, headers=headers)
+
     fetch("config.json")
-    for file in [f for f in FILES if (folder / f).exists()] or FILES:
-        with contextlib.suppress(NotFound):  # then it is one of the other three
+    cached = [file for file in WEIGHT_FILES if (folder / file).exists()]
+    for file in cached if cached else WEIGHT_FILES:
+        with contextlib.suppress(NotFound):  # the model has its weights under another name
             for shard in shards(fetch(file)):
                 fetch(shard.name)
             return folder
-    raise ValueError(f"{name!r} has no weights at {endpoint}: none of {', '.join(FILES)}")
+    raise ValueError(f"{name!r} has no weights at {endpoint}: none of {', '.join(WEIGHT_FILES)}")
 
 
 def weights_file(path: Path) -> Path:
-    """The file with the weights, or the index of such files: path itself, or the first of FILES in it."""
-    for file in (path, *(path / name for name in FILES)):
+    """The file with the weights, or the index of such files: path itself, or one in this folder."""
+    for file in (path, *(path / name for name in WEIGHT_FILES)):
         if file.is_file():
             return file
-    raise ValueError(f"{path} holds no weights: none of {', '.join(FILES)}. For another file, give its own name")
+    raise ValueError(
+        f"{path} contains no weights: none of {', '.join(WEIGHT_FILES)}. "
+        "If they have another name, pass the path of that file"
+    )
 
 
 def shards(path: Path) -> list[Path]:
-    """The files that an index lists, all beside it; just [path] if path is no index."""
-    index = read_json(path).get("weight_map") if path.name.endswith(".index.json") else {"all": path.name}
-    files = sorted({str(file) for file in index.values()}) if isinstance(index, dict) else []
-    if files and all(Path(file).name == file for file in files):
-        return [path.with_name(file) for file in files]
-    raise ValueError(f"{path}: weight_map must name files in the same folder, not {files[:3]}")
+    """The files that an index lists, all in its folder; just [path] where path is not an index.
+
+    An index is JSON: {"weight_map": {name of a tensor: name of its file}}. Raises ValueError where
+    it names files elsewhere: one from the internet must not choose what is read on this machine.
+    """
+    if not path.name.endswith(".index.json"):
+        return [path]
+    weight_map = read_json(path).get("weight_map")
+    files = []
+    if isinstance(weight_map, dict):
+        files = sorted({str(file) for file in weight_map.values()})
+    if not files or any(Path(file).name != file for file in files):
+        raise ValueError(
+            f"{path} has a weight_map with the files {files[:3]}; "
+            "expected names of files in the same folder"
+        )
+    return [path.with_name(file) for file in files]
 
 
-class NoInit(TorchFunctionMode):
-    """Leaves out what torch.nn.init does: the weights will come from a file."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        return kwargs["tensor"] if getattr(func, "__module__", None) == "torch.nn.init" else func(*args, **kwargs or {})
-
-
-def open_tensors(path: Path) -> tuple[dict, dict]:
-    """({name: tensor}, nanoGPT's model_args), with the wrappers' prefixes and the mask buffers gone; safetensors are only mapped."""
-    tensors, extra = {}, {}
-    for file in shards(path):
-        try:
-            if file.suffix == ".safetensors":
-                with safe_open(file, "pt") as f:
-                    tensors |= {name: f.get_tensor(name) for name in f.keys()}
-            else:
-                state = torch.load(file, map_location="cpu", weights_only=True, mmap=is_zipfile(file))  # before 2020, no zip
-                extra = dict(state.get("model_args") or {})
-                state = {str(name): tensor for name, tensor in state.get("model", state).items()}
-                if odd := [name for name, t in state.items() if not torch.is_tensor(t) or t.layout != torch.strided or t.is_meta]:
-                    raise TypeError(f"{odd[:3]} are no tensors, or not dense ones")
-                tensors |= state
-        except Exception as error:  # a damaged pickle can raise anything
-            raise ValueError(f"{file} is no file of weights that can be loaded: missing, damaged, or more than tensors, so that "
-                             f"loading it could run foreign code ({str(error).partition(chr(10))[0]})") from None
-    tensors = {PREFIXES.sub("", name): tensor for name, tensor in tensors.items() if not SKIPPED.search(name)}
-    if file.suffix != ".safetensors":  # of a state dict some may be views, or share their memory
-        tensors = {name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
-    return {n if n.startswith(("lm_head.", "head.")) else f"transformer.{n}": tensor for n, tensor in tensors.items()}, extra
-
-
-def read_json(path: Path) -> dict:
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file. Raises ValueError where there is none that can be read."""
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError, RecursionError, OSError) as error:
-        raise ValueError(f"{path} is damaged: {error}") from None
+        raise ValueError(f"{path} is damaged; expected a JSON object: {error}") from None
 
 
-def read_config(cls: type[Pretrained], path: Path, tensors: dict, extra: dict) -> dict:
-    """The options of the model: from config.json where there is one, else from the shapes of its tensors."""
-    file = (path if path.is_dir() else path.parent) / "config.json"
-    said = read_json(file) if file.exists() else {}
-    for name, allowed in GPT2_ONLY.items() if "model_type" in said else ():
-        if said.get(name, allowed[0]) not in allowed:
-            raise ValueError(f"{file} has {name}={said[name]!r}: no GPT-2, which has {' or '.join(map(repr, allowed))}")
+# --- 2. Read its tensors, under our names --------------------------------------------------------
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """({name in our models: tensor}, nanoGPT's model_args) from a file, or from an index's files.
+
+    What stands before the names is gone, and what is SKIPPED. Types and shapes are the file's.
+    """
+    tensors: dict[str, Tensor] = {}
+    model_args: dict[str, Any] = {}
+    for file in shards(path):
+        in_file, model_args = load_file(file)
+        for name, tensor in in_file.items():
+            if any(pattern.search(name) for pattern in SKIPPED):
+                continue
+            if file.suffix != ".safetensors":
+                # In a state dict tensors may be views of a larger one, or share their memory, as
+                # a tied head does: from here on, each has its own.
+                tensor = tensor.detach().clone(memory_format=torch.contiguous_format)
+            tensors[our_name(name)] = tensor
+    return tensors, model_args
+
+
+def load_file(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """({name: tensor}, nanoGPT's model_args) exactly as they stand in one file.
+
+    A pickle, which torch.save writes, can contain any code. PyTorch's weights_only refuses all but
+    tensors and plain data. Whatever goes wrong, a ValueError says that the file is to blame.
+    """
     try:
-        (vocab_size, n_embd), (block_size, _) = tensors["transformer.wte.weight"].shape, tensors["transformer.wpe.weight"].shape
-    except (KeyError, ValueError, AttributeError):
-        raise ValueError(f"{path} holds no GPT-2, which has matrices wte.weight and wpe.weight, but {list(tensors)[:5]}") from None
-    n_layer = len({name.split(".")[2] for name in tensors if name.startswith("transformer.h.")})
-    sizes = {"vocab_size": vocab_size, "block_size": block_size, "n_layer": n_layer, "n_embd": n_embd}
-    head, embedding = tensors.get("lm_head.weight"), tensors["transformer.wte.weight"]
-    heads = {(layers, width): heads for layers, heads, width in cls.presets.values()}
-    config = {**sizes, "n_head": heads.get((n_layer, n_embd)),
-              "tie_weights": head is None or "model_type" in said or torch.equal(head, embedding)}
+        if file.suffix == ".safetensors":
+            return load_safetensors(file), {}
+        return load_state_dict(file)
+    except Exception as error:  # damaged bytes can make the two readers raise anything
+        first_line = str(error).split("\n")[0]
+        raise ValueError(
+            f"{file} cannot be loaded: it is missing or damaged, or it contains more than tensors, "
+            f"so that loading it could run foreign code ({first_line})"
+        ) from None
+
+
+def load_safetensors(file: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file. They are mapped: the disk is read where one is used."""
+    with safe_open(file, "pt") as f:
+        names = f.keys()  # f is not a dict: a loop over f itself fails
+        return {name: f.get_tensor(name) for name in names}
+
+
+def load_state_dict(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors of a file of torch.save's, and nanoGPT's model_args where it has them."""
+    # torch.save writes zip files since 2020, and only those can be mapped instead of read
+    state = torch.load(file, map_location="cpu", weights_only=True, mmap=is_zipfile(file))
+    model_args = state.get("model_args")
+    tensors = {str(name): tensor for name, tensor in state.get("model", state).items()}
+    wrong = [name for name, tensor in tensors.items() if not is_dense(tensor)]
+    if wrong:
+        raise TypeError(f"{wrong[:3]} are not tensors, or not dense ones")
+    return tensors, dict(model_args) if model_args else {}
+
+
+def is_dense(value: Any) -> bool:
+    """Whether value is an ordinary tensor with numbers in it: neither sparse nor on "meta"."""
+    if not isinstance(value, Tensor):
+        return False
+    return value.layout == torch.strided and not value.is_meta
+
+
+def our_name(name: str) -> str:
+    """What our models call a parameter that any of the dialects calls `name`."""
+    while name.startswith(PREFIXES):
+        name = name.partition(".")[2]
+    if name.startswith(("lm_head.", "head.")):
+        return name
+    return f"transformer.{name}"
+
+
+# --- 3. Read the options -------------------------------------------------------------------------
+
+
+def check_known(options: dict[str, Any], config: CfgNode) -> None:
+    """ValueError for options that the config of a model does not have."""
+    unknown = sorted(options.keys() - vars(config).keys())
+    if unknown:
+        raise ValueError(f"a model has no options {unknown}; it has {', '.join(vars(config))}")
+
+
+def read_options(
+    cls: type[Pretrained],
+    path: Path,
+    tensors: dict[str, Tensor],
+    model_args: dict[str, Any],
+) -> dict[str, Any]:
+    """The options of the model at path, by our names.
+
+    The shapes of the tensors give the sizes, and what is written beside them gives the rest. In
+    config.json, transformers and we put the options at the top, minGPT's scripts under "model";
+    nanoGPT keeps them as model_args. Raises ValueError where these contradict the shapes.
+    """
+    folder = path if path.is_dir() else path.parent
+    config_json = read_config_json(folder / "config.json")
+    sizes = read_sizes(tensors, path)
+    heads = {(n_layer, n_embd): n_head for n_layer, n_head, n_embd in cls.presets.values()}
+    options = {
+        **sizes,
+        "n_head": heads.get((sizes["n_layer"], sizes["n_embd"])),
+        "tie_weights": is_tied(tensors, config_json),
+    }
+    # "model_type" means something else here: it names one of our presets
     known = vars(cls.get_default_config()).keys() - {"model_type"}
-    for source in (said, said.get("model"), extra):  # minGPT's scripts nest the model's options
-        if isinstance(source, dict):
-            config |= {OURS.get(k, k): v for k, v in source.items() if OURS.get(k, k) in known and v is not None}
-    if wrong := {name: config[name] for name in sizes if config[name] != sizes[name]}:
-        raise ValueError(f"{path} says {wrong} of itself, but its tensors are those of {sizes}")
+    for source in (config_json, config_json.get("model"), model_args):
+        if not isinstance(source, dict):
+            continue
+        for name, value in source.items():
+            our_option = OURS.get(name, name)
+            if our_option in known and value is not None:  # minGPT's None: a preset decides
+                options[our_option] = value
+    wrong = {name: options[name] for name in sizes if options[name] != sizes[name]}
+    if wrong:
+        raise ValueError(f"{path} has {wrong} in its config, but its tensors have {sizes}")
+    return options
+
+
+def read_config_json(file: Path) -> dict[str, Any]:
+    """What config.json says; {} where there is none. ValueError where it is not a GPT-2's."""
+    if not file.exists():
+        return {}
+    config = read_json(file)
+    if "model_type" not in config:  # minGPT's, whose only architecture is GPT-2
+        return config
+    for name, allowed in GPT2_ONLY.items():
+        if config.get(name, allowed[0]) not in allowed:
+            expected = " or ".join(map(repr, allowed))
+            raise ValueError(
+                f"{file} has {name}={config[name]!r}; this library's GPT-2 needs {expected}"
+            )
     return config
 
 
-def fitting(tensors: dict, model: nn.Module, path: Path) -> dict[str, Tensor]:
-    """The tensor of every parameter, in fp32, as it lies in the file. ValueError where names, shapes or types do not fit."""
-    parameters = dict(model.named_parameters())  # a tied head is no parameter of its own
-    if not any(name.endswith(".bias") for name in tensors):  # nanoGPT's bias=False
-        tensors = tensors | {name: torch.zeros(p.shape) for name, p in parameters.items() if name.endswith(".bias")}
-    if parameters.keys() != tensors.keys():
-        lacks, has = [sorted(a - b)[:5] for a, b in ((parameters.keys(), tensors.keys()), (tensors.keys(), parameters.keys()))]
-        way = "; use from_gpt(GPT.from_pretrained(...))" if "head.weight" in lacks else ""
-        raise ValueError(f"{path} is no {type(model).__name__} of its config: it lacks {lacks}, and has {has} besides{way}")
-    found, transposed = {}, tensors["transformer.h.0.attn.c_attn.weight"].shape[:1] == (model.config.n_embd,)
-    for name, p in parameters.items():
-        tensor = tensors[name].t() if transposed and CONV1D.search(name) else tensors[name]
-        if tensor.shape != p.shape or not tensor.is_floating_point():
-            raise ValueError(f"{path} has {name} as {tensor.dtype} {tuple(tensor.shape)}, must be float {tuple(p.shape)}")
-        found[name] = tensor.float()
-    return found
+def read_sizes(tensors: dict[str, Tensor], path: Path) -> dict[str, int]:
+    """The sizes of a GPT-2, as the shapes of its tensors tell them."""
+    wte = tensors.get("transformer.wte.weight")  # (V, C)
+    wpe = tensors.get("transformer.wpe.weight")  # (block_size, C)
+    if wte is None or wpe is None or wte.dim() != 2 or wpe.dim() != 2:
+        raise ValueError(
+            f"{path} is not a GPT-2: expected two matrices wte.weight and wpe.weight, "
+            f"got {list(tensors)[:5]} ..."
+        )
+    layers = {name.split(".")[2] for name in tensors if name.startswith("transformer.h.")}
+    return {
+        "vocab_size": wte.size(0),
+        "block_size": wpe.size(0),
+        "n_layer": len(layers),
+        "n_embd": wte.size(1),
+    }
+
+
+def is_tied(tensors: dict[str, Tensor], config_json: dict[str, Any]) -> bool:
+    """Whether the embedding serves as the head's matrix, unless the options say otherwise."""
+    if "lm_head.weight" not in tensors:
+        return True
+    if "model_type" in config_json:  # transformers' default, which its config.json may leave out
+        return True
+    return torch.equal(tensors["lm_head.weight"], tensors["transformer.wte.weight"])
+
+
+# --- 4. Build the model and fill it --------------------------------------------------------------
+
+
+class NoInit(TorchFunctionMode):
+    """Within `with NoInit():`, the functions of torch.nn.init do nothing.
+
+    Random weights take most of the time of building a model, and here the file's replace them. It
+    also leaves the random generator as it was.
+    """
+
+    def __torch_function__(  # PyTorch calls this in the place of each of its functions
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = {} if kwargs is None else kwargs
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return kwargs["tensor"]
+        return func(*args, **kwargs)
+
+
+def fill(model: Pretrained, tensors: dict[str, Tensor], path: Path) -> None:
+    """Make the tensors the parameters of the model, without copying them where that is possible."""
+    tied = hasattr(model, "lm_head") and model.config.tie_weights
+    if tied:
+        tensors = {name: tensor for name, tensor in tensors.items() if name != "lm_head.weight"}
+    fitted = fit_to_parameters(tensors, model, path)
+    # assign: the tensors themselves become the parameters. Not strict: a tied head has no tensor.
+    model.load_state_dict(fitted, strict=False, assign=True)
+    if tied:
+        head = model.get_submodule("lm_head")
+        head.weight = model.get_parameter("transformer.wte.weight")
+
+
+def fit_to_parameters(
+    tensors: dict[str, Tensor],
+    model: Pretrained,
+    path: Path,
+) -> dict[str, Tensor]:
+    """The tensor of every parameter, (out, in) and in fp32.
+
+    Where a matrix must be turned for that, it is only a view: its memory stays as it is in the
+    file. Raises ValueError where names, shapes or types do not fit the model.
+    """
+    parameters = dict(model.named_parameters())  # a tied head is the embedding: once only
+    if not any(is_bias(name) for name in tensors):
+        # nanoGPT's bias=False: biases of zero compute the same
+        zeros = {name: torch.zeros(p.shape) for name, p in parameters.items() if is_bias(name)}
+        tensors = tensors | zeros
+    check_names(tensors, parameters, model, path)
+    # The attention's matrix is C by 3 C, so its shape tells which way round all of them are.
+    c_attn = tensors["transformer.h.0.attn.c_attn.weight"]
+    in_out = c_attn.shape[:1] == (model.config.n_embd,)
+    fitted = {}
+    for name, parameter in parameters.items():
+        tensor = tensors[name]
+        if in_out and CONV1D.search(name):
+            tensor = tensor.t()
+        if tensor.shape != parameter.shape or not tensor.is_floating_point():
+            raise ValueError(
+                f"{path} has {name} as {tensor.dtype} {tuple(tensor.shape)}; "
+                f"expected floats of shape {tuple(parameter.shape)}"
+            )
+        fitted[name] = tensor.float()
+    return fitted
+
+
+def is_bias(name: str) -> bool:
+    """Whether a parameter of this name is a bias."""
+    return name.endswith(".bias")
+
+
+def check_names(
+    tensors: dict[str, Tensor],
+    parameters: dict[str, nn.Parameter],
+    model: Pretrained,
+    path: Path,
+) -> None:
+    """ValueError unless there is a tensor for every parameter, and no other."""
+    missing = sorted(parameters.keys() - tensors.keys())
+    unexpected = sorted(tensors.keys() - parameters.keys())
+    if not missing and not unexpected:
+        return
+    hint = ""
+    if "head.weight" in missing:  # a language model was loaded as a reward or value model
+        hint = ": to put a new head on its trunk, use from_gpt(GPT.from_pretrained(...))"
+    raise ValueError(
+        f"{path} does not fit a {type(model).__name__} with its config; "
+        f"missing {missing[:5]}, unexpected {unexpected[:5]}{hint}"
+    )

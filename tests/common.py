@@ -2,6 +2,8 @@
 
 import contextlib
 import importlib.util
+import io
+import re
 import tempfile
 import threading
 import unittest
@@ -27,6 +29,20 @@ def load_script(path):
     spec.loader.exec_module(module)
     module.log_to_console = lambda: None  # it would make all other tests log as well
     return module
+
+
+def printed(function, *args):
+    """What function(*args) prints on stdout."""
+    with contextlib.redirect_stdout(io.StringIO()) as console:
+        function(*args)
+    return console.getvalue()
+
+
+def readme_examples(project, work_dir):
+    """The Python blocks in a project's readme, with work_dir in the place of its default folder."""
+    readme = (ROOT / "projects" / project / "readme.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    return [block.replace(f"out/{project}", work_dir.as_posix()) for block in blocks]
 
 
 def tiny_gpt(seed=0, **options):

@@ -1,58 +1,150 @@
-"""finetune on a tiny random GPT-2: what it learns, what it writes, and what transformers makes of that."""
+"""finetune on a tiny random GPT-2: what it learns and writes, and that transformers can load it."""
 
 import json
+import tempfile
+import unittest
+from pathlib import Path
+from unittest import mock
 
 import torch
 import transformers
 
-from mingpt.bpe import BPETokenizer
+from mingpt.bpe import END_OF_TEXT, BPETokenizer
 from mingpt.model import GPT
-from tests.common import ROOT, TempDirTestCase, load_script, tiny_gpt
+from tests.common import ROOT, TempDirTestCase, load_script, printed, readme_examples, tiny_gpt
 
 finetune = load_script(ROOT / "projects" / "finetune" / "finetune.py")
 
 
-class TestFinetune(TempDirTestCase):
-    def setUp(self):
-        super().setUp()
-        text = "".join(f"{i % 7} green bottles hanging on the wall<|endoftext|>" for i in range(400))
-        (self.folder / "song.txt").write_text(text)
-        BPETokenizer.train([text.replace("<|endoftext|>", "\n")], 280).save_pretrained(self.folder / "tiny")
-        tiny_gpt(vocab_size=280, block_size=32).save_pretrained(self.folder / "tiny")
-        self.options = [f"--data.path={self.folder / 'song.txt'}", f"--model.name={self.folder / 'tiny'}", "--data.block_size=16",
-                        f"--system.work_dir={self.folder / 'out'}", "--trainer.learning_rate=1e-2", "--trainer.eval_every=50",
-                        "--samples.prompt=3 green", "--samples.length=20", "--model.dropout=0.0", "--trainer.max_iters=200"]
+def write_song_and_model(folder):
+    """A text to learn and a tiny model with its own vocabulary; returns the options to use them."""
+    verses = [f"{i % 7} green bottles hanging on the wall{END_OF_TEXT}" for i in range(400)]
+    song = "".join(verses)
+    (folder / "song.txt").write_text(song, encoding="utf-8")
+    tokenizer = BPETokenizer.train([song.replace(END_OF_TEXT, "\n")], 280)
+    tokenizer.save_pretrained(folder / "tiny")
+    tiny_gpt(vocab_size=280, block_size=32).save_pretrained(folder / "tiny")
+    return [
+        f"--data.path={folder / 'song.txt'}",
+        f"--model.name={folder / 'tiny'}",
+        f"--system.work_dir={folder / 'out'}",
+        "--data.block_size=16",
+        "--model.dropout=0.0",
+        "--trainer.max_iters=200",
+        "--trainer.learning_rate=1e-2",
+        "--trainer.eval_every=50",
+        "--samples.prompt=3 green",
+        "--samples.length=20",
+    ]
 
-    def test_from_a_folder_to_a_folder_that_transformers_loads(self):
-        finetune.main(self.options)
-        out = self.folder / "out"
-        summary = json.loads((out / "summary.json").read_text())
+
+class TestResult(unittest.TestCase):
+    """What one run of the script leaves in its folder."""
+
+    @classmethod
+    def setUpClass(cls):
+        folder = Path(cls.enterClassContext(tempfile.TemporaryDirectory()))
+        cls.options = write_song_and_model(folder)
+        cls.tiny = folder / "tiny"
+        cls.out = folder / "out"
+        cls.result = printed(finetune.main, cls.options)
+
+    def summary(self):
+        return json.loads((self.out / "summary.json").read_text(encoding="utf-8"))
+
+    def test_the_loss_falls(self):
+        summary = self.summary()
         self.assertLess(summary["valid_loss"], summary["valid_loss_before"] / 2)
-        before, after = (out / "samples.md").read_text().split("# After")
+        before, after = summary["valid_loss_before"], summary["valid_loss"]
+        self.assertIn(f"validation loss {before:.3f} before, {after:.3f} after", self.result)
+
+    def test_the_samples_show_what_it_has_learned(self):
+        before, after = (self.out / "samples.md").read_text(encoding="utf-8").split("# After")
         self.assertIn("3 green bottles hanging", after)
         self.assertNotIn("3 green bottles hanging", before)
-        ours, theirs = (cls.from_pretrained(out / "model") for cls in (GPT, transformers.AutoModelForCausalLM))
-        idx = BPETokenizer.from_pretrained(out / "model")("6 green bottles")
-        self.assertEqual(transformers.AutoTokenizer.from_pretrained(out / "model")("6 green bottles").input_ids, idx[0].tolist())
+
+    def test_transformers_loads_the_model_and_its_tokenizer(self):
+        ours = GPT.from_pretrained(self.out / "model")
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(self.out / "model")
+        idx = BPETokenizer.from_pretrained(self.out / "model")("6 green bottles")
+        their_tokenizer = transformers.AutoTokenizer.from_pretrained(self.out / "model")
+        self.assertEqual(their_tokenizer("6 green bottles").input_ids, idx[0].tolist())
         with torch.no_grad():
             torch.testing.assert_close(ours(idx)[0], theirs(idx).logits, atol=1e-4, rtol=0)
-        C = finetune.get_config()
-        C.merge_from_args(self.options)
-        self.assertIn(279, finetune.load_windows(C, BPETokenizer.from_pretrained(self.folder / "tiny"))[0].tensors[0])
-        finetune.main(self.options)  # again: all is done, and nothing changes
-        self.assertEqual({**json.loads((out / "summary.json").read_text()), "seconds": 0}, {**summary, "seconds": 0})
 
-    def test_mistakes(self):
-        (self.folder / "short.txt").write_text("too short")
-        (self.folder / "bytes.txt").write_bytes(b"\xff\xfe\x00")
-        for arg, words in (("--data.path=", "which text"), ("--data.block_size=64", "more than the 32 tokens"),
-                           (f"--data.path={self.folder / 'short.txt'}", "must fill a window"),
-                           (f"--data.path={self.folder / 'bytes.txt'}", "not UTF-8"), ("--trainer.eval_every=None", "eval_every=None")):
-            with self.subTest(arg), self.assertRaisesRegex(ValueError, words):
-                finetune.main([*self.options, arg])
-        C = finetune.get_config()
-        C.merge_from_args([*self.options, "--model.name=someone/gpt2-german"])
-        self.assertRaisesRegex(ValueError, "which vocabulary", finetune.load_tokenizer, C, 50257)
-        for file in ("vocab.json", "merges.txt"):
-            (self.folder / "tiny" / file).unlink()
-        self.assertRaisesRegex(ValueError, "name the vocab.json", finetune.main, self.options)
+    def test_best_pt_holds_the_weights_of_the_model(self):
+        best = GPT.from_pretrained(self.out / "best.pt", n_head=2).state_dict()
+        model = GPT.from_pretrained(self.out / "model").state_dict()
+        torch.testing.assert_close(best, model, rtol=0, atol=0)
+
+    def test_running_it_again_changes_nothing(self):
+        first = self.summary()
+        printed(finetune.main, self.options)
+        self.assertEqual({**self.summary(), "seconds": 0}, {**first, "seconds": 0})
+
+    def test_the_readme_shows_how_to_use_the_result(self):
+        ours, theirs = readme_examples("finetune", self.out)
+        self.assertIn(ours, self.result)
+        self.assertRegex(printed(exec, ours, {}), r"(?s)^The.{20}")
+        names = {}
+        exec(theirs, names)
+        self.assertEqual(names["model"].config.vocab_size, 280)
+
+
+class TestData(TempDirTestCase):
+    def test_the_end_of_a_document_is_one_token(self):
+        config = finetune.get_config()
+        config.merge_from_args(write_song_and_model(self.folder))
+        tokenizer = BPETokenizer.from_pretrained(self.folder / "tiny")
+        text = finetune.load_text(config.data.path)
+        train, _ = finetune.load_windows(config, text, tokenizer)
+        self.assertEqual(tokenizer.eot_token, 279)
+        self.assertIn(279, train.tensors[0])
+
+
+class TestMistakes(TempDirTestCase):
+    def setUp(self):
+        super().setUp()
+        self.options = write_song_and_model(self.folder)
+
+    def refuses(self, words, *options):
+        with self.assertRaisesRegex(ValueError, words):
+            finetune.main([*self.options, *options])
+
+    def test_no_text(self):
+        self.refuses("--data.path is empty: which text", "--data.path=")
+
+    def test_a_missing_text(self):
+        self.refuses("--data.path: nowhere.txt: there is no such file", "--data.path=nowhere.txt")
+
+    def test_a_text_that_is_not_utf8(self):
+        path = self.folder / "bytes.txt"
+        path.write_bytes(b"\xff\xfe\x00")
+        self.refuses("--data.path: .*bytes.txt is not UTF-8", f"--data.path={path}")
+
+    def test_a_text_that_is_too_short(self):
+        path = self.folder / "short.txt"
+        path.write_text("too short", encoding="utf-8")
+        self.refuses("must fill a window of --data.block_size=16", f"--data.path={path}")
+
+    def test_a_wrong_path_is_noticed_before_weights_are_downloaded(self):
+        hub = ["--model.name=gpt2", "--data.path=nowhere.txt"]
+        with mock.patch.object(GPT, "from_pretrained", side_effect=AssertionError):
+            self.refuses("there is no such file", *hub)
+
+    def test_windows_longer_than_the_context(self):
+        self.refuses("more than the 32 tokens", "--data.block_size=64")
+
+    def test_no_evaluations(self):
+        self.refuses("eval_every=None", "--trainer.eval_every=None")
+
+    def test_a_model_of_the_hub_whose_vocabulary_is_not_known(self):
+        config = finetune.get_config()
+        config.model.name = "someone/gpt2-german"
+        with self.assertRaisesRegex(ValueError, "vocabulary of someone/gpt2-german is not known"):
+            finetune.load_tokenizer(config, 50257)
+
+    def test_a_model_without_its_vocabulary(self):
+        (self.folder / "tiny" / "vocab.json").unlink()
+        (self.folder / "tiny" / "merges.txt").unlink()
+        self.refuses("a folder with the vocab.json")

@@ -1,207 +1,592 @@
-"""The GPT against a loop written from the papers' equations, and against itself: padding, cache, windows, stops."""
+"""The GPT against loops written from the papers' equations, and against itself.
 
+Against itself: padding, cache, sliding window, streaming and stop tokens must change no number.
+"""
+
+import inspect
 import math
 import unittest
 
+import numpy as np
 import torch
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from mingpt.datasets import pad, pad_and_mask
-from mingpt.model import GPT, PRESETS, KVCache, next_token_log_probs
+from mingpt.model import GPT, PRESETS, next_token_log_probs
 from tests.common import tiny_gpt
 
 
-def slow_logits(model, tokens):
-    """GPT-2's equations for one row of ids, a query, a head and a layer at a time."""
-    w = {name: p.detach().double() for name, p in model.state_dict().items()}
-    n_head, n_embd = model.config.n_head, model.config.n_embd
+def slow_layer_norm(x, weights, name):
+    """LayerNorm (Ba et al. 2016), written out: (T, C) -> (T, C)."""
+    mean = x.mean(-1, keepdim=True)
+    variance = x.var(-1, unbiased=False, keepdim=True)
+    x = (x - mean) / (variance + 1e-5).sqrt()
+    return x * weights[name + ".weight"] + weights[name + ".bias"]
+
+
+def slow_linear(x, weights, name):
+    return x @ weights[name + ".weight"].T + weights[name + ".bias"]
+
+
+def slow_attention(x, weights, name, n_head):
+    """Causal attention (Vaswani et al. 2017, equation 1), a head and a query at a time."""
+    T, n_embd = x.shape
     hs = n_embd // n_head
+    q_all, k_all, v_all = slow_linear(x, weights, name + ".c_attn").split(n_embd, dim=1)
+    heads = torch.zeros_like(x)
+    for head in range(n_head):
+        columns = slice(head * hs, (head + 1) * hs)
+        q, k, v = q_all[:, columns], k_all[:, columns], v_all[:, columns]
+        for t in range(T):
+            scores = torch.stack([q[t] @ k[s] / math.sqrt(hs) for s in range(t + 1)])
+            attention = torch.softmax(scores, 0)
+            heads[t, columns] = sum(attention[s] * v[s] for s in range(t + 1))
+    return slow_linear(heads, weights, name + ".c_proj")
 
-    def layer_norm(x, name):
-        x = (x - x.mean(-1, keepdim=True)) / (x.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt()
-        return x * w[name + ".weight"] + w[name + ".bias"]
 
-    def linear(x, name):
-        return x @ w[name + ".weight"].T + w[name + ".bias"]
+def slow_mlp(x, weights, name):
+    u = slow_linear(x, weights, name + ".c_fc")
+    u = 0.5 * u * (1 + torch.tanh(math.sqrt(2 / math.pi) * (u + 0.044715 * u**3)))
+    return slow_linear(u, weights, name + ".c_proj")
 
-    x = torch.stack([w["transformer.wte.weight"][i] + w["transformer.wpe.weight"][t] for t, i in enumerate(tokens)])
+
+def slow_logits(model, tokens):
+    """GPT-2's equations for one row of token ids, in double precision: (T, V)."""
+    weights = {name: p.detach().double() for name, p in model.state_dict().items()}
+    x = torch.stack(
+        [
+            weights["transformer.wte.weight"][token] + weights["transformer.wpe.weight"][t]
+            for t, token in enumerate(tokens)
+        ]
+    )
     for layer in range(model.config.n_layer):
         name = f"transformer.h.{layer}"
-        qkv = linear(layer_norm(x, name + ".ln_1"), name + ".attn.c_attn")
-        heads = torch.zeros_like(x)
-        for h in range(n_head):
-            q, k, v = (qkv[:, part * n_embd + h * hs:part * n_embd + (h + 1) * hs] for part in range(3))
-            for t in range(len(tokens)):
-                weights = torch.softmax(torch.stack([q[t] @ k[s] / math.sqrt(hs) for s in range(t + 1)]), 0)
-                heads[t, h * hs:(h + 1) * hs] = sum(weights[s] * v[s] for s in range(t + 1))
-        x = x + linear(heads, name + ".attn.c_proj")
-        u = linear(layer_norm(x, name + ".ln_2"), name + ".mlp.c_fc")
-        u = 0.5 * u * (1 + torch.tanh(math.sqrt(2 / math.pi) * (u + 0.044715 * u ** 3)))
-        x = x + linear(u, name + ".mlp.c_proj")
-    return layer_norm(x, "transformer.ln_f") @ w["lm_head.weight"].T
+        normed = slow_layer_norm(x, weights, name + ".ln_1")
+        x = x + slow_attention(normed, weights, name + ".attn", model.config.n_head)
+        normed = slow_layer_norm(x, weights, name + ".ln_2")
+        x = x + slow_mlp(normed, weights, name + ".mlp")
+    x = slow_layer_norm(x, weights, "transformer.ln_f")
+    return x @ weights["lm_head.weight"].T
 
 
 def next_distribution(model, idx):
-    """The model's probabilities behind idx (1, T), computed from nothing but forward on the last block_size tokens."""
-    return model(idx[:, -model.config.block_size:])[0][:, -1].softmax(-1)
+    """p(next token) after idx (1, T), from nothing but forward on the last block_size tokens."""
+    logits, _ = model(idx[:, -model.config.block_size:])
+    return logits[:, -1].softmax(-1)
+
+
+def slow_greedy(model, idx, max_new_tokens, stops=()):
+    """Greedy decoding of idx (B, T), a row at a time: forward, argmax, append, all anew each time.
+
+    A row that generates one of the stops is filled with it. Returns lists of ids.
+    """
+    rows = []
+    for row in idx:
+        tokens = row[None]
+        new = None
+        for _ in range(max_new_tokens):
+            if new not in stops:
+                new = next_distribution(model, tokens).argmax().item()
+            tokens = torch.cat([tokens, torch.tensor([[new]])], dim=1)
+        rows.append(tokens[0].tolist())
+    return rows
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
 
 
 class TestForward(unittest.TestCase):
     def test_logits_and_loss_follow_the_equations(self):
         for tied in (True, False):
-            model = tiny_gpt(tie_weights=tied)
-            self.assertEqual(model.lm_head.weight is model.transformer.wte.weight, tied)
-            idx, targets = torch.randint(11, (2, 3, 9))
-            targets[0, :4] = -1
-            logits, loss = model(idx, targets)
-            expected = torch.stack([slow_logits(model, row.tolist()) for row in idx])
-            torch.testing.assert_close(logits.double(), expected, atol=1e-4, rtol=0)
-            log_p = expected.log_softmax(-1)
-            terms = [-log_p[b, t, targets[b, t]] for b in range(3) for t in range(9) if targets[b, t] >= 0]
-            self.assertAlmostEqual(loss.item(), (sum(terms) / len(terms)).item(), places=4)
-            self.assertIsNone(model(idx)[1])
+            with self.subTest(tied=tied):
+                model = tiny_gpt(tie_weights=tied)
+                self.assertEqual(model.lm_head.weight is model.transformer.wte.weight, tied)
+                idx, targets = torch.randint(11, (2, 3, 9))
+                targets[0, :4] = -1
+                logits, loss = model(idx, targets)
+                expected = torch.stack([slow_logits(model, row.tolist()) for row in idx])
+                torch.testing.assert_close(logits.double(), expected, atol=1e-4, rtol=0)
+                log_p = expected.log_softmax(-1)
+                terms = []
+                for b in range(3):
+                    for t in range(9):
+                        if targets[b, t] >= 0:
+                            terms.append(-log_p[b, t, targets[b, t]])
+                mean = sum(terms) / len(terms)
+                self.assertAlmostEqual(loss.item(), mean.item(), places=4)
 
-    def test_initialisation_and_size_of_gpt2(self):
+    def test_without_targets_there_is_no_loss(self):
+        self.assertIsNone(tiny_gpt()(torch.randint(11, (3, 9)))[1])
+
+    def test_gpt2_has_as_many_parameters_as_published(self):
         config = GPT.get_default_config()
         config.merge_from_dict({"model_type": "gpt2", "vocab_size": 50257, "block_size": 1024})
         with torch.device("meta"):
-            self.assertEqual(sum(p.numel() for p in GPT(config).parameters()), 124_439_808)  # GPT-2 small, as published
+            model = GPT(config)
+        self.assertEqual(sum(p.numel() for p in model.parameters()), 124_439_808)
+
+    def test_initialisation_is_smaller_for_residual_projections(self):
+        config = GPT.get_default_config()
         config.merge_from_dict({"model_type": "gpt-micro", "vocab_size": 96, "block_size": 64})
         std = {name: p.std().item() for name, p in GPT(config).named_parameters()}
         self.assertAlmostEqual(std["transformer.h.0.attn.c_attn.weight"], 0.02, delta=0.001)
-        self.assertAlmostEqual(std["transformer.h.3.mlp.c_proj.weight"], 0.02 / math.sqrt(8), delta=0.0005)
+        scaled = 0.02 / math.sqrt(8)  # 4 layers, two residual projections each
+        self.assertAlmostEqual(std["transformer.h.3.mlp.c_proj.weight"], scaled, delta=0.0005)
 
-    def test_padding_on_either_side_changes_no_row_and_gets_no_gradient(self):
-        model, rows = tiny_gpt(), [torch.randint(11, (n,)) for n in (7, 3, 1, 5)]
+    def test_padding_on_either_side_changes_no_row(self):
+        model = tiny_gpt()
+        rows = [torch.randint(11, (n,)) for n in (7, 3, 1, 5)]
         for left in (True, False):
-            idx, mask = pad(rows, 5, left), pad([torch.ones_like(row) for row in rows], 0, left)
+            idx = pad(rows, 5, left)
+            mask = pad([torch.ones_like(row) for row in rows], 0, left)
             logits, _ = model(idx, attention_mask=mask)
             log_probs = model.log_probs(idx, mask)
+            self.assertTrue(torch.isfinite(logits).all())
+            self.assertTrue(torch.isfinite(log_probs).all())
             for b, row in enumerate(rows):
                 start = 7 - len(row) if left else 0
-                torch.testing.assert_close(logits[b, start:start + len(row)], model(row[None])[0][0], atol=1e-5, rtol=0)
+                end = start + len(row)
+                expected = model(row[None])[0][0]
+                torch.testing.assert_close(logits[b, start:end], expected, atol=1e-5, rtol=0)
                 if len(row) > 1:
-                    torch.testing.assert_close(log_probs[b, start:start + len(row) - 1], model.log_probs(row[None])[0], atol=1e-5, rtol=0)
-            self.assertTrue(torch.isfinite(logits).all() and torch.isfinite(log_probs).all())
+                    expected = model.log_probs(row[None])[0]
+                    ours = log_probs[b, start:end - 1]
+                    torch.testing.assert_close(ours, expected, atol=1e-5, rtol=0)
+
+    def test_padding_gets_no_gradient(self):
+        model = tiny_gpt()
         idx, mask = torch.tensor([[9, 9, 1, 2, 3]]), torch.tensor([[0, 0, 1, 1, 1]])
-        masked = model.log_probs(idx, mask) * mask[:, 1:] * mask[:, :-1]
-        gradients = [torch.autograd.grad(x.sum(), list(model.parameters())) for x in (masked, model.log_probs(idx[:, 2:]))]
-        torch.testing.assert_close(*gradients, atol=1e-5, rtol=1e-4)
+        padded = model.log_probs(idx, mask) * mask[:, 1:] * mask[:, :-1]
+        bare = model.log_probs(idx[:, 2:])
+        parameters = list(model.parameters())
+        ours = torch.autograd.grad(padded.sum(), parameters)
+        expected = torch.autograd.grad(bare.sum(), parameters)
+        torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-4)
 
     def test_log_probs_are_those_of_the_softmax(self):
-        model, idx = tiny_gpt(), torch.randint(11, (2, 13))  # one more than block_size: the last token is only predicted
-        expected = (model(idx[:, :-1])[0] / 0.7).softmax(-1).log().gather(2, idx[:, 1:, None])[:, :, 0]
-        torch.testing.assert_close(model.log_probs(idx, temperature=0.7), expected, atol=5e-6, rtol=0)
+        model = tiny_gpt()
+        idx = torch.randint(11, (2, 13))  # one more than block_size: the last is only predicted
+        probs = (model(idx[:, :-1])[0] / 0.7).softmax(-1)
+        expected = probs.log().gather(2, idx[:, 1:, None])[:, :, 0]
+        ours = model.log_probs(idx, temperature=0.7)
+        torch.testing.assert_close(ours, expected, atol=5e-6, rtol=0)
 
-    def test_cache_equals_the_whole(self):
+    def test_reading_in_pieces_with_a_cache_equals_reading_at_once(self):
         model, idx = tiny_gpt(), torch.randint(11, (2, 10))
-        cache = KVCache(model.config, 2, 12, like=model.lm_head.weight)
+        cache = model.transformer.new_cache(2, 12)
         pieces = [model(piece, cache=cache)[0] for piece in idx.split([4, 3, 1, 2], dim=1)]
+        self.assertEqual(cache.length, 10)
         torch.testing.assert_close(torch.cat(pieces, 1), model(idx)[0], atol=1e-5, rtol=0)
+
+    def test_a_new_cache_has_the_trunks_type_and_room_for_max_length(self):
+        cache = tiny_gpt().bfloat16().transformer.new_cache(3, 7)
+        self.assertEqual(cache.length, 0)
+        for tensor in (cache.keys, cache.values):
+            self.assertEqual(tensor.shape, (2, 3, 2, 7, 8))  # (n_layer, B, nh, max_length, hs)
+            self.assertEqual(tensor.dtype, torch.bfloat16)
+
+
+class TestUnembed(unittest.TestCase):
+    """The tied head computes its gradients itself; they must be those of F.linear."""
+
+    def setUp(self):
+        self.model = tiny_gpt()
+        self.idx = torch.randint(11, (3, 9))
+
+    def loss(self):
+        return self.model(self.idx[:, :-1], self.idx[:, 1:])[1]
+
+    def gradients(self, loss):
+        return torch.autograd.grad(loss, list(self.model.parameters()))
+
+    def expected_gradients(self):
+        hidden = self.model.transformer(self.idx[:, :-1])
+        logits = F.linear(hidden, self.model.lm_head.weight)
+        loss = F.cross_entropy(logits.flatten(0, 1), self.idx[:, 1:].flatten())
+        return self.gradients(loss)
+
+    def test_gradients_are_those_of_a_linear_layer(self):
+        torch.testing.assert_close(self.gradients(self.loss()), self.expected_gradients())
+
+    def test_gradients_under_activation_checkpointing(self):
+        loss = checkpoint(self.loss, use_reentrant=False)
+        torch.testing.assert_close(self.gradients(loss), self.expected_gradients())
+
+    def test_gradients_under_autocast_are_close_and_in_full_precision(self):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = self.loss()
+        for ours, expected in zip(self.gradients(loss), self.expected_gradients(), strict=True):
+            self.assertEqual(ours.dtype, torch.float32)
+            self.assertLess((ours - expected).norm(), 0.05 * expected.norm() + 1e-4)
+
+    def test_gradients_per_example_with_torch_func(self):
+        def loss_of_row(parameters, row):
+            inputs = (row[None, :-1], row[None, 1:])
+            return torch.func.functional_call(self.model, parameters, inputs)[1]
+
+        parameters = dict(self.model.named_parameters())
+        per_example = torch.func.vmap(torch.func.grad(loss_of_row), in_dims=(None, 0))
+        gradients = per_example(parameters, self.idx)
+        means = tuple(gradient.mean(0) for gradient in gradients.values())
+        torch.testing.assert_close(means, self.expected_gradients())
 
 
 class TestGenerate(unittest.TestCase):
     def test_greedy_equals_recomputing_also_past_block_size(self):
         model, idx = tiny_gpt(), torch.randint(11, (3, 4))
-        expected = idx
-        for _ in range(20):
-            best = [next_distribution(model, row[None]).argmax(-1, keepdim=True) for row in expected]
-            expected = torch.cat([expected, torch.cat(best)], 1)
-        self.assertEqual(model.generate(idx, 20).tolist(), expected.tolist())
+        self.assertEqual(model.generate(idx, 20).tolist(), slow_greedy(model, idx, 20))
 
     def test_a_row_does_not_depend_on_its_neighbours_or_padding(self):
-        model, rows = tiny_gpt(), [torch.randint(11, (n,)) for n in (5, 2, 1)]
+        model = tiny_gpt()
+        rows = [torch.randint(11, (n,)) for n in (5, 2, 1)]
         for left in (True, False):
             idx, mask = pad_and_mask(rows, left)
-            for row, new in zip(rows, model.generate(idx, 7, attention_mask=mask)[:, 5:]):
-                self.assertEqual(new.tolist(), model.generate(row[None], 7)[0, len(row):].tolist())
-
-    def test_rows_stop_one_by_one_and_only_at_generated_stops(self):
-        model, idx = tiny_gpt(1), torch.randint(11, (40, 2))
-        stop = model.generate(idx, 10, do_sample=True, generator=torch.Generator().manual_seed(0))[0, 5].item()
-        idx[3, 0] = stop  # in the prompt it means nothing
-        generator, lengths = torch.Generator().manual_seed(1), set()
-        out, log_probs = model.generate(idx, 10, do_sample=True, stop_token=stop, return_log_probs=True, generator=generator)
-        for row, lp in zip(out[:, 2:].tolist(), log_probs):
-            n = row.index(stop) + 1 if stop in row else len(row)
-            self.assertEqual(set(row[n:]) | {stop}, {stop})
-            self.assertTrue((lp[:n] < 0).all() and (lp[n:] == 0).all())
-            lengths.add(n)
-        self.assertGreater(len(lengths), 3)
+            out = model.generate(idx, 7, attention_mask=mask)
+            for row, new in zip(rows, out[:, 5:], strict=True):
+                expected = model.generate(row[None], 7)[0, len(row):]
+                self.assertEqual(new.tolist(), expected.tolist())
 
     def test_recorded_log_probs_equal_recomputed_ones(self):
         model, idx = tiny_gpt(), torch.randint(11, (3, 3))
         mask = torch.tensor([[0, 0, 1], [0, 1, 1], [1, 1, 1]])
-        out, log_probs = model.generate(idx, 9, temperature=1.3, do_sample=True, attention_mask=mask, return_log_probs=True)
-        recomputed = model.log_probs(out, F.pad(mask, (0, 9), value=1), temperature=1.3)[:, 2:]
+        out, log_probs = model.generate(
+            idx,
+            9,
+            temperature=1.3,
+            do_sample=True,
+            attention_mask=mask,
+            return_log_probs=True,
+        )
+        full_mask = F.pad(mask, (0, 9), value=1)
+        recomputed = model.log_probs(out, full_mask, temperature=1.3)[:, 2:]
         torch.testing.assert_close(log_probs, recomputed, atol=1e-5, rtol=0)
 
+    def check_samples(self, q, **options):
+        """4000 samples after one prompt are distributed as q (V,), and their log-probs say so."""
+        out, log_probs = self.model.generate(
+            self.prompt.expand(4000, -1),
+            1,
+            do_sample=True,
+            return_log_probs=True,
+            generator=seeded(),
+            **options,
+        )
+        counts = torch.bincount(out[:, 3], minlength=11)
+        self.assertTrue((counts[q == 0] == 0).all())
+        tolerance = 4 * (q * (1 - q) / 4000).sqrt() + 1e-6
+        self.assertTrue(((counts / 4000 - q).abs() <= tolerance).all(), (counts, q))
+        torch.testing.assert_close(log_probs[:, 0], q[out[:, 3]].log(), atol=1e-4, rtol=0)
+
     def test_samples_have_the_distribution_they_claim(self):
-        model, start = tiny_gpt(), torch.tensor([[3, 1, 4]])
-        p = next_distribution(model, start)[0]
-        for options in ({}, {"top_k": 3}, {"top_p": 0.6}, {"temperature": 2.0}):
-            out, log_probs = model.generate(start.expand(4000, -1), 1, do_sample=True, return_log_probs=True, **options,
-                                            generator=torch.Generator().manual_seed(0))
-            q = p ** (1 / options.get("temperature", 1))
-            order = q.argsort(descending=True)
-            # the shortest prefix that reaches top_p
-            n = options.get("top_k") or next(k for k in range(1, 12) if k == 11 or p[order[:k]].sum() >= options.get("top_p", 1.0))
-            q[order[n:]] = 0
-            q /= q.sum()
-            counts = torch.bincount(out[:, 3], minlength=11)
-            self.assertTrue((counts[q == 0] == 0).all())
-            tolerance = 4 * (q * (1 - q) / 4000).sqrt() + 1e-6
-            self.assertTrue(((counts / 4000 - q).abs() <= tolerance).all(), (options, counts, q))
-            torch.testing.assert_close(log_probs[:, 0], q[out[:, 3]].log(), atol=1e-4, rtol=0)
+        self.model, self.prompt = tiny_gpt(), torch.tensor([[3, 1, 4]])
+        p = next_distribution(self.model, self.prompt)[0]
+        order = p.argsort(descending=True)
+
+        with self.subTest("the full softmax"):
+            self.check_samples(p)
+
+        with self.subTest("top_k"):
+            q = p.clone()
+            q[order[3:]] = 0
+            self.check_samples(q / q.sum(), top_k=3)
+
+        with self.subTest("top_p"):
+            kept = 1
+            while p[order[:kept]].sum() < 0.6:  # the shortest prefix that reaches top_p
+                kept += 1
+            q = p.clone()
+            q[order[kept:]] = 0
+            self.check_samples(q / q.sum(), top_p=0.6)
+
+        with self.subTest("temperature"):
+            q = p ** (1 / 2.0)
+            self.check_samples(q / q.sum(), temperature=2.0)
 
     def test_greedy_is_the_limit_of_every_filter(self):
         logits = torch.randn(5, 11)
-        for log_p in (next_token_log_probs(logits, top_k=1), next_token_log_probs(logits, top_p=1e-9)):
+        for options in ({"top_k": 1}, {"top_p": 1e-9}):
+            log_p = next_token_log_probs(logits, **options)
             self.assertEqual(log_p.argmax(1).tolist(), logits.argmax(1).tolist())
             self.assertTrue(((log_p == 0).sum(1) == 1).all())
 
-    def test_the_unembeddings_gradients_are_those_of_a_linear_layer(self):
-        tied, idx = tiny_gpt(), torch.randint(11, (3, 9))
-        gradient = lambda value: torch.autograd.grad(value, list(tied.parameters()))
-        logits = F.linear(tied.transformer(idx[:, :-1]), tied.lm_head.weight)
-        expected = gradient(F.cross_entropy(logits.flatten(0, 1), idx[:, 1:].flatten()))
-        loss = lambda: tied(idx[:, :-1], idx[:, 1:])[1]
-        for value in (loss(), checkpoint(loss, use_reentrant=False)):
-            torch.testing.assert_close(gradient(value), expected)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            half = loss()
-        for ours, theirs in zip(gradient(half), expected):
-            self.assertEqual(ours.dtype, torch.float32)
-            self.assertLess((ours - theirs).norm(), 0.05 * theirs.norm() + 1e-4)
-        loss_of_row = lambda p, row: torch.func.functional_call(tied, p, (row[None, :-1], row[None, 1:]))[1]
-        per_sample = torch.func.vmap(torch.func.grad(loss_of_row), in_dims=(None, 0))(dict(tied.named_parameters()), idx)
-        torch.testing.assert_close(tuple(ours.mean(0) for ours in per_sample.values()), expected)
+    def test_numpy_numbers_are_numbers(self):
+        model, idx = tiny_gpt(), torch.randint(11, (2, 3))
+        numbers = {"temperature": np.float32(0.5), "top_k": np.int64(3), "stop_token": np.int64(7)}
+        ours = model.generate(idx, np.int64(5), do_sample=True, generator=seeded(), **numbers)
+        plain = {"temperature": 0.5, "top_k": 3, "stop_token": 7}
+        expected = model.generate(idx, 5, do_sample=True, generator=seeded(), **plain)
+        self.assertEqual(ours.tolist(), expected.tolist())
+
+
+class TestTemperatureZero(unittest.TestCase):
+    def setUp(self):
+        self.model = tiny_gpt()
+        self.idx = torch.randint(11, (3, 4))
+
+    def test_generate_is_greedy_even_with_do_sample(self):
+        greedy = self.model.generate(self.idx, 20)
+        for do_sample in (False, True):
+            out = self.model.generate(self.idx, 20, temperature=0, do_sample=do_sample)
+            self.assertEqual(out.tolist(), greedy.tolist())
+
+    def test_stream_is_greedy_even_with_do_sample(self):
+        columns = list(self.model.stream(self.idx, 8, temperature=0.0, do_sample=True))
+        greedy = self.model.generate(self.idx, 8)
+        self.assertEqual(torch.cat(columns, 1).tolist(), greedy[:, 4:].tolist())
+
+    def test_log_probs_are_those_of_temperature_1(self):
+        out, log_probs = self.model.generate(self.idx, 8, temperature=0, return_log_probs=True)
+        expected = self.model.log_probs(out)[:, 3:]
+        torch.testing.assert_close(log_probs, expected, atol=1e-5, rtol=0)
+
+    def test_it_draws_no_random_numbers(self):
+        before = torch.get_rng_state()
+        self.model.generate(self.idx, 8, temperature=0, do_sample=True)
+        self.assertTrue(torch.equal(torch.get_rng_state(), before))
+
+    def test_log_probs_of_given_tokens_go_on_refusing_it(self):
+        with self.assertRaisesRegex(ValueError, "temperature=0 must be a number in"):
+            self.model.log_probs(self.idx, temperature=0)
+
+
+class TestStopTokens(unittest.TestCase):
+    def setUp(self):
+        self.model = tiny_gpt(1)
+        self.idx = torch.randint(11, (40, 2))
+
+    def check_rows(self, idx, out, log_probs, stops):
+        """Each row is filled with its first generated stop, with log-probs 0; returns lengths."""
+        lengths = set()
+        for row, log_p in zip(out[:, idx.size(1):].tolist(), log_probs, strict=True):
+            n = next((t + 1 for t, token in enumerate(row) if token in stops), len(row))
+            self.assertEqual(row[n:], [row[n - 1]] * (len(row) - n))
+            self.assertTrue((log_p[:n] < 0).all())
+            self.assertTrue((log_p[n:] == 0).all())
+            lengths.add(n)
+        return lengths
+
+    def test_rows_stop_one_by_one_and_only_at_generated_stops(self):
+        idx = self.idx
+        first_sample = self.model.generate(idx, 10, do_sample=True, generator=seeded(0))
+        stop = first_sample[0, 5].item()
+        idx[3, 0] = stop  # in the prompt it means nothing
+        out, log_probs = self.model.generate(
+            idx,
+            10,
+            do_sample=True,
+            stop_token=stop,
+            return_log_probs=True,
+            generator=seeded(1),
+        )
+        self.assertGreater(len(self.check_rows(idx, out, log_probs, {stop})), 3)
+
+    def test_each_of_several_stops_fills_its_own_row(self):
+        stops = [2, 7, 9]
+        out, log_probs = self.model.generate(
+            self.idx,
+            10,
+            do_sample=True,
+            stop_token=stops,
+            return_log_probs=True,
+            generator=seeded(1),
+        )
+        self.check_rows(self.idx, out, log_probs, stops)
+        self.assertEqual(set(stops) & set(out[:, -1].tolist()), set(stops))  # each ended some row
+
+    def test_several_stops_equal_a_loop_over_forward(self):
+        expected = slow_greedy(self.model, self.idx, 8)
+        # Stops that greedy decoding does generate, at different times.
+        stops = sorted({row[4] for row in expected} | {row[7] for row in expected})[:3]
+        self.assertEqual(len(stops), 3)
+        expected = slow_greedy(self.model, self.idx, 8, stops)
+        self.assertGreater(len({row[-1] for row in expected} & set(stops)), 1)
+        for given in (stops, tuple(stops)):
+            out = self.model.generate(self.idx, 8, stop_token=given)
+            n = out.size(1)  # generation may have ended early
+            self.assertEqual(out.tolist(), [row[:n] for row in expected])
+
+    def test_a_list_of_one_is_that_one(self):
+        one = self.model.generate(self.idx, 8, stop_token=4)
+        self.assertEqual(self.model.generate(self.idx, 8, stop_token=[4]).tolist(), one.tolist())
+
+    def test_generation_ends_when_all_rows_have(self):
+        every_id = list(range(11))
+        options = {"stop_token": every_id, "return_log_probs": True}
+        out, log_probs = self.model.generate(self.idx, 10, **options)
+        self.assertEqual(out.shape, (40, 3))
+        self.assertEqual(log_probs.shape, (40, 1))
+
+
+class TestStream(unittest.TestCase):
+    def setUp(self):
+        self.model = tiny_gpt(1)
+        self.idx = torch.randint(11, (5, 3))
+
+    def test_it_takes_the_arguments_of_generate(self):
+        ours = inspect.signature(GPT.stream).parameters
+        self.assertEqual(ours, inspect.signature(GPT.generate).parameters)
+
+    def check_columns(self, **options):
+        """The columns of stream are the new ones of generate, (B, 1) each, bit for bit."""
+        columns = list(self.model.stream(self.idx, 14, generator=seeded(), **options))
+        out = self.model.generate(self.idx, 14, generator=seeded(), **options)
+        self.assertEqual({column.shape for column in columns}, {(5, 1)})
+        self.assertEqual({column.dtype for column in columns}, {torch.long})
+        self.assertTrue(torch.equal(torch.cat(columns, 1), out[:, 3:]))
+
+    def test_greedy_columns_are_those_of_generate(self):
+        self.check_columns()
+
+    def test_sampled_columns_are_those_of_generate(self):
+        self.check_columns(do_sample=True, temperature=1.2, top_k=8, top_p=0.9)
+
+    def test_padded_prompts_give_the_columns_of_generate(self):
+        mask = torch.ones(5, 3)
+        mask[1, 0] = 0
+        mask[2, 2] = 0
+        columns = list(self.model.stream(self.idx, 8, attention_mask=mask))
+        out = self.model.generate(self.idx, 8, attention_mask=mask)
+        self.assertTrue(torch.equal(torch.cat(columns, 1), out[:, 3:]))
+
+    def test_with_log_probs_it_yields_pairs(self):
+        options = {"do_sample": True, "stop_token": [3, 5], "return_log_probs": True}
+        pairs = list(self.model.stream(self.idx, 14, generator=seeded(), **options))
+        out, log_probs = self.model.generate(self.idx, 14, generator=seeded(), **options)
+        columns, log_prob_columns = zip(*pairs, strict=True)
+        self.assertEqual({column.shape for column in log_prob_columns}, {(5, 1)})
+        self.assertTrue(torch.equal(torch.cat(columns, 1), out[:, 3:]))
+        self.assertTrue(torch.equal(torch.cat(log_prob_columns, 1), log_probs))
+
+    def test_it_ends_when_all_rows_have(self):
+        stops = [3, 5, 7]
+        options = {"do_sample": True, "stop_token": stops, "generator": seeded()}
+        columns = list(self.model.stream(self.idx, 500, **options))
+        self.assertLess(len(columns), 500)
+        self.assertTrue(set(columns[-1].flatten().tolist()) <= set(stops))
+        self.assertFalse(set(columns[-2].flatten().tolist()) <= set(stops))
+
+    def test_arguments_are_checked_by_the_call(self):
+        for name, value in (("max_new_tokens", 0), ("temperature", -1), ("stop_token", 11)):
+            options = {"max_new_tokens": 1, name: value}
+            with self.subTest(name), self.assertRaisesRegex(ValueError, f"{name}={value}"):
+                self.model.stream(self.idx, **options)
+        with self.assertRaisesRegex(ValueError, "the vocabulary has 0 to 10"):
+            self.model.stream(self.idx + 10, 1)
+
+    def test_nothing_is_computed_before_the_first_next(self):
+        calls = []
+        self.model.transformer.register_forward_hook(lambda *args: calls.append(1))
+        stream = self.model.stream(self.idx, 3)
+        self.assertEqual(len(calls), 0)
+        next(stream)
+        self.assertEqual(len(calls), 1)
+
+    def test_the_callers_gradients_stay_on_between_columns(self):
+        weight = self.model.lm_head.weight
+        for column, log_p in self.model.stream(self.idx, 3, return_log_probs=True):
+            self.assertTrue(torch.is_grad_enabled())
+            self.assertTrue((weight.sum() * 2).requires_grad)
+            self.assertFalse(log_p.requires_grad)
+            self.assertEqual(column.shape, (5, 1))
+        with torch.no_grad():
+            for _ in self.model.stream(self.idx, 3):
+                self.assertFalse(torch.is_grad_enabled())
+
+    def test_what_the_caller_does_to_a_column_changes_nothing(self):
+        expected = self.model.generate(self.idx, 14, stop_token=3)[:, 3:]
+        columns = []
+        for column in self.model.stream(self.idx, 14, stop_token=3):
+            columns.append(column.clone())
+            column.fill_(0)
+        self.assertTrue(torch.equal(torch.cat(columns, 1), expected))
 
 
 class TestBadInput(unittest.TestCase):
     def test_config(self):
-        for options, words in (({"model_type": "gpt-nano"}, "not both"), ({"n_embd": None}, "all the others"), ({"n_embd": 15}, "not divisible"),
-                               ({"vocab_size": 0}, "vocab_size=0"), ({"attn_pdrop": 1.5}, "attn_pdrop=1.5"), ({"embd_pdrop": 1.0}, "embd_pdrop=1.0"),
-                               ({"model_type": "gpt-9", "n_layer": None, "n_head": None, "n_embd": None}, "unknown")):
+        no_sizes = {"n_layer": None, "n_head": None, "n_embd": None}
+        for options, words in (
+            ({"model_type": "gpt-nano"}, "model_type='gpt-nano' and sizes .* not both"),
+            ({"n_embd": None}, "'n_embd': None}: set either model_type or all three sizes"),
+            ({"n_embd": 15}, "not divisible"),
+            ({"vocab_size": 0}, "vocab_size=0"),
+            ({"attn_pdrop": 1.5}, "attn_pdrop=1.5"),
+            ({"embd_pdrop": 1.0}, "embd_pdrop=1.0"),
+            ({"model_type": "gpt-9", **no_sizes}, "model_type='gpt-9' is unknown; .*gpt2-xl"),
+        ):
             with self.subTest(options), self.assertRaisesRegex(ValueError, words):
                 tiny_gpt(**options)
         self.assertIn("gpt2-xl", PRESETS)
 
-    def test_forward_and_generate(self):
+    def test_forward(self):
         model, idx = tiny_gpt(), torch.ones(2, 4, dtype=torch.long)
-        mask = torch.tensor([[0, 0, 0, 1], [0, 0, 0, 0]])
-        for words, call in (
-            ("longer than block_size=12", lambda: model(torch.ones(1, 13, dtype=torch.long))),
-            ("must be \\(B, T\\)", lambda: model(idx[0])), ("must be equal", lambda: model(idx, targets=idx[:, :3])),
-            ("ids from -1 to 1; the vocabulary has 0 to 10", lambda: model(torch.tensor([[1, -1]]))),
-            ("must be \\(2, 4\\)", lambda: model(idx, attention_mask=mask[:, :3])), ("the vocabulary has 0 to 10", lambda: model.generate(idx + 10, 1)),
-            ("with T >= 1", lambda: model.generate(idx[:, :0], 1)), ("LongTensor", lambda: model.generate(idx.float(), 1)),
-            ("a real token in every row", lambda: model.generate(idx, 1, attention_mask=mask)),
-            ("do not fit into", lambda: model.generate(idx, 10, attention_mask=mask.flip(0) | mask)),
-            ("two tokens or more", lambda: model.log_probs(idx[:, :1])), ("temperature=-1", lambda: model.log_probs(idx, temperature=-1)),
+        with self.assertRaisesRegex(ValueError, "longer than block_size=12"):
+            model(torch.ones(1, 13, dtype=torch.long))
+        with self.assertRaisesRegex(ValueError, "must be \\(B, T\\)"):
+            model(idx[0])
+        with self.assertRaisesRegex(ValueError, "must be equal"):
+            model(idx, targets=idx[:, :3])
+        with self.assertRaisesRegex(ValueError, "ids from -1 to 1; the vocabulary has 0 to 10"):
+            model(torch.tensor([[1, -1]]))
+        with self.assertRaisesRegex(ValueError, "must be \\(2, 4\\)"):
+            model(idx, attention_mask=torch.ones(2, 3))
+
+    def test_log_probs(self):
+        model, idx = tiny_gpt(), torch.ones(2, 4, dtype=torch.long)
+        with self.assertRaisesRegex(ValueError, "two tokens or more"):
+            model.log_probs(idx[:, :1])
+        with self.assertRaisesRegex(ValueError, "temperature=-1"):
+            model.log_probs(idx, temperature=-1)
+
+    def test_prompts_of_generate(self):
+        model, idx = tiny_gpt(), torch.ones(2, 4, dtype=torch.long)
+        with self.assertRaisesRegex(ValueError, "the vocabulary has 0 to 10"):
+            model.generate(idx + 10, 1)
+        with self.assertRaisesRegex(ValueError, "with T >= 1"):
+            model.generate(idx[:, :0], 1)
+        with self.assertRaisesRegex(ValueError, "LongTensor"):
+            model.generate(idx.float(), 1)
+        all_padding = torch.tensor([[0, 0, 0, 1], [0, 0, 0, 0]])
+        with self.assertRaisesRegex(ValueError, "a real token in every row"):
+            model.generate(idx, 1, attention_mask=all_padding)
+        padded = torch.tensor([[0, 0, 0, 1], [0, 0, 0, 1]])
+        with self.assertRaisesRegex(ValueError, "do not fit into block_size=12"):
+            model.generate(idx, 10, attention_mask=padded)
+
+    def test_options_of_generate(self):
+        model, idx = tiny_gpt(), torch.ones(2, 4, dtype=torch.long)
+        for name, value in (
+            ("temperature", -1),
+            ("temperature", 1e-7),
+            ("temperature", math.nan),
+            ("temperature", False),
+            ("top_k", 0),
+            ("top_k", 12),
+            ("top_p", 0),
+            ("top_p", 1.1),
+            ("stop_token", 11),
+            ("stop_token", -1),
+            ("stop_token", True),
+            ("max_new_tokens", 0),
         ):
+            options = {"max_new_tokens": 1, name: value}
+            words = f"{name}={value}"
             with self.subTest(words), self.assertRaisesRegex(ValueError, words):
-                call()
-        for name, value in (("temperature", 0), ("top_k", 0), ("top_k", 12), ("top_p", 0), ("top_p", 1.1), ("stop_token", 11), ("max_new_tokens", 0)):
-            self.assertRaisesRegex(ValueError, f"{name}={value}", model.generate, idx, **{"max_new_tokens": 1, name: value})
+                model.generate(idx, **options)
+
+    def test_lists_of_stop_tokens(self):
+        model, idx = tiny_gpt(), torch.ones(2, 4, dtype=torch.long)
+        for stop_token, words in (
+            ([], "stop_token is an empty list"),
+            ((), "stop_token is an empty list"),
+            ([1, 11], "stop_token=11 must be a whole number in \\[0, 10\\]"),
+            ((-1, 1), "stop_token=-1"),
+            ([1, True], "stop_token=True"),
+            ([1, None], "stop_token=None"),
+            ([[1]], "stop_token=\\[1\\]"),
+            ({1, 2}, "stop_token={1, 2}"),
+            ("1", "stop_token='1'"),
+        ):
+            with self.subTest(stop_token), self.assertRaisesRegex(ValueError, words):
+                model.generate(idx, 1, stop_token=stop_token)

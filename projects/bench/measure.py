@@ -1,198 +1,181 @@
 """
-How the benchmarks measure: two sides that take turns, medians, spreads, the limits of the machine, peak memory.
+What is measured and how: cases, the clock, the rows of the table, the limits of the machine.
 
-On a CUDA card the clock waits until its work is done, the matrix products of training and decoding are in bf16, and memory is the card's.
+On a CUDA card the clock waits until the card has finished, both sides compute the matrix products
+of training and decoding in bf16, and memory is the card's.
 """
 
-import json
 import logging
-import os
-import re
-import resource
-import shlex
 import statistics
-import subprocess
-import sys
-import tempfile
 import time
-from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
-from mingpt.config import CfgNode as CN
+from mingpt.utils import peak_memory_mb
 
 logger = logging.getLogger("mingpt.bench")
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # CUDA_VISIBLE_DEVICES= in the environment hides a card
-DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32  # of matrix products, on both sides
-Run = Callable[[], object]  # what is timed; it may return {part: seconds}, "" being all of it, to have its parts reported
+# To measure the CPU of a machine that has a card, set CUDA_VISIBLE_DEVICES= in the environment.
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32  # of matrix products
+
+# What is timed: a function that does a piece of work once. Its result is ignored, unless it is a
+# dict: a run may time itself and return {part: seconds}, where the part "" is the run as a whole.
+Run = Callable[[], object]
+
+
+@dataclass
+class Limit:
+    """What the machine allows at most."""
+
+    name: str
+    rate: Callable[[], float]  # measures it: units of work per second
 
 
 @dataclass
 class Case:
-    """Work that can be done here and elsewhere. Each side is a function that prepares it and returns what is timed."""
+    """A piece of work that both this library and a peer can do.
 
-    work: str
-    unit: str
-    amount: float  # of units in one run
+    Each side is a function that prepares the work (untimed) and returns what is timed.
+    """
+
+    work: str  # what is done, in words
+    unit: str  # what the work is counted in, tokens for instance
+    amount: float  # how many units one run does
     ours: Callable[[], Run]
-    peer: str
+    peer: str  # the name of the other side
     theirs: Callable[[], Run]
-    limit: tuple[str, Callable[[], float]] | None = None  # its name, and how many units per second it allows
-    slow: bool = False  # not for --quick
+    limit: Limit | None = None
+    slow: bool = False  # left out by --quick
 
 
 @dataclass
 class Row:
-    """One line of the table: units per second of both sides, our share of the limit, and peak memory in MB."""
+    """One line of the table: a case as a whole, or one part of it."""
 
     work: str
     unit: str
     peer: str
-    ours: float
-    theirs: float | None
-    ratio: float | None
+    ours: float  # units per second
+    theirs: float | None  # the same for the peer; None if it is not installed
+    ratio: float | None  # ours / theirs
     spread: float  # of our times: (slowest - fastest) / median
-    limit: str = ""
-    ours_mb: float | None = None
+    limit: str = ""  # our rate as a share of the limit, in words
+    ours_mb: float | None = None  # peak memory of our process
     theirs_mb: float | None = None
+    benchmark: str = ""  # the name that --only knows
+    part: str = ""  # "" for the case as a whole
 
 
-def clock(run: Run) -> dict[str, float]:
-    """What run() took, in seconds, and its parts, if it tells."""
-    start = now()
-    parts = run()
-    return parts if type(parts) is dict else {"": now() - start}
+def make_row(
+    case: Case,
+    part: str,
+    our_seconds: list[float],
+    their_seconds: list[float] | None = None,
+    benchmark: str = "",
+) -> Row:
+    """The row of one part of a case, from the seconds of each run. Speeds come from medians."""
+    our_median = statistics.median(our_seconds)
+    our_rate = case.amount / our_median
+
+    peer = f"{case.peer}: not installed"
+    their_rate = None
+    ratio = None
+    if their_seconds:
+        peer = case.peer
+        their_rate = case.amount / statistics.median(their_seconds)
+        ratio = our_rate / their_rate
+
+    limit = ""
+    if case.limit:
+        limit = f"{our_rate / case.limit.rate():.0%} of the {case.limit.name}"
+    return Row(
+        work=f"{case.work}: {part}" if part else case.work,
+        unit=case.unit,
+        peer=peer,
+        ours=our_rate,
+        theirs=their_rate,
+        ratio=ratio,
+        spread=(max(our_seconds) - min(our_seconds)) / our_median,
+        limit=limit,
+        benchmark=benchmark,
+        part=part,
+    )
+
+
+# ----------------------------------------------------------------------------------------------
+# time and memory
 
 
 def now() -> float:
-    """The time, once the device has done all that it was told to."""
+    """The time in seconds, once the device has finished all that was queued on it."""
     if DEVICE.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
+def clock(run: Run) -> dict[str, float]:
+    """Run once. {part: seconds}, where the part "" is the run as a whole."""
+    start = now()
+    result = run()
+    # Not isinstance: a model's output in transformers is a dict, too, of a class derived from it.
+    if type(result) is dict:
+        return result
+    return {"": now() - start}
+
+
+def median_seconds(run: Run, repeat: int) -> float:
+    """The median time of `repeat` runs, after one warm-up run that does not count."""
+    clock(run)
+    return statistics.median([clock(run)[""] for _ in range(repeat)])
+
+
 def autocast() -> torch.autocast:
-    """The context in which a training step has its matrix products in DTYPE; in fp32 it changes nothing."""
-    return torch.autocast(DEVICE.type, DTYPE, enabled=DTYPE != torch.float32)
+    """The context in which a training step computes its matrix products in DTYPE."""
+    return torch.autocast(DEVICE.type, DTYPE, enabled=DTYPE is not torch.float32)
 
 
-# -- two processes that take turns: neither counts the memory of the other, nor has the other's settings ------------------
+def peak_megabytes() -> float | None:
+    """The most memory that this process has held, in MB: on the card if it used one, else in RAM.
 
-
-class SideFailed(RuntimeError):
-    """A side's process has ended before its time; the message holds its last words."""
-
-
-class Side:
-    """One side of a case, in a process of its own that works when it is told to."""
-
-    def __init__(self, benchmark: str, number: int, side: str, C: CN):
-        options = [f"--{name}={value}" for name, value in C.leaves() if name not in ("only", "side")]
-        self.errors = tempfile.TemporaryFile("w+")
-        self.process = subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("bench.py")), *options, f"--side={benchmark} {number} {side}"],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True)
-
-    def ready(self) -> bool:
-        """Wait until it is prepared; False, and a line that says so, where its peer is not installed."""
-        if missing := self.read():
-            logger.warning("left out, since %s", missing)
-        return not missing
-
-    def read(self):
-        if line := self.process.stdout.readline():
-            return json.loads(line)
-        self.errors.seek(0)
-        raise SideFailed(f"this fails: {shlex.join(self.process.args)}: {self.errors.read().strip().rpartition(chr(10))[2]}")
-
-    def run(self) -> dict[str, float]:
-        """The seconds of one more run."""
-        self.process.stdin.write("\n")
-        self.process.stdin.flush()
-        return self.read()
-
-    def end(self) -> float:
-        """The most memory the process has held, in MB."""
-        return json.loads(self.process.communicate()[0])
-
-
-def serve(case: Case, side: str) -> None:
-    """What such a process does: prepare, say so, and run once for every line that comes."""
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # whatever else is printed goes where errors go
-
-    def say(what):
-        answers.write(json.dumps(what) + "\n")
-        answers.flush()
-
-    try:
-        run = case.ours() if side == "ours" else case.theirs()
-    except ImportError as error:
-        return say(str(error))
-    say("")
-    for _ in sys.stdin:
-        say(clock(run))
-    say(peak_megabytes())
-
-
-def peak_megabytes() -> float:
-    """The most memory this process has held on the card, or else as the operating system counts it.
-
-    On Linux getrusage counts what the parent held when it forked this process, and VmHWM does not.
+    None where the operating system does not count it.
     """
-    if DEVICE.type == "cuda" and (held := torch.cuda.max_memory_allocated()):  # none where the work is the processor's
-        return held / 2**20
-    if sys.platform == "linux":
-        return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text()).group(1)) / 2**10
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+    if DEVICE.type == "cuda":
+        card_bytes = torch.cuda.max_memory_allocated()
+        if card_bytes > 0:  # zero if all the work was done on the CPU
+            return card_bytes / 2**20
+    return peak_memory_mb()
 
 
-def compare(benchmark: str, number: int, case: Case, C: CN) -> list[Row]:
-    """Run both sides in turns, C.repeat times after one that warms up; a row for each part."""
-    sides = [side for side in [Side(benchmark, number, name, C) for name in ("ours", "theirs")] if side.ready()]
-    times = [defaultdict(list) for _ in sides]
-    for i in range(1 + (2 if C.quick else C.repeat)):
-        for side, seconds in zip(sides, times):
-            for part, t in side.run().items():
-                if i > 0:
-                    seconds[part].append(t)
-    rows = [row(case, part, *(side[part] for side in times)) for part in times[0]]
-    rows[0].ours_mb, rows[0].theirs_mb = [*(side.end() for side in sides), None][:2]
-    return rows
-
-
-def row(case: Case, part: str, ours: list[float], theirs: list[float] | None = None) -> Row:
-    """The row of one part of a case, from the seconds of each run."""
-    rate = case.amount / statistics.median(ours)
-    other = case.amount / statistics.median(theirs) if theirs else None
-    share = f"{rate / case.limit[1]():.0%} of the {case.limit[0]}" if case.limit else ""
-    result = Row(f"{case.work}: {part}" if part else case.work, case.unit, case.peer if theirs else f"{case.peer}: not installed", rate,
-                 other, rate / other if other else None, (max(ours) - min(ours)) / statistics.median(ours), share)
-    logger.info("%s: %.4g %s/s, %s %s, ratio %s  %s", result.work, rate, case.unit, result.peer, f"{other:.4g}" if other else "-",
-                f"{result.ratio:.2f}" if other else "-", share)
-    return result
-
-
-# -- limits -----------------------------------------------------------------------------------------------------------
-
-
-def seconds(run: Callable, repeat: int) -> float:
-    """The median duration of run() after a warm-up."""
-    return statistics.median([clock(run)[""] for _ in range(repeat + 1)][1:])
+# ----------------------------------------------------------------------------------------------
+# limits of the machine
 
 
 def matrix_product_rate() -> float:
-    """FLOP per second of the product that GPT-2's MLP consists of, 512 rows at a time, or on a card as many as fill it."""
-    rows, times = (16384, 50) if DEVICE.type == "cuda" else (512, 1)  # a launch and a wait take as long as a card's product
-    x, w = torch.randn(rows, 768, device=DEVICE, dtype=DTYPE), torch.randn(3072, 768, device=DEVICE, dtype=DTYPE)
-    return times * 2 * rows * 768 * 3072 / seconds(lambda: [x @ w.t() for _ in range(times)], 50)
+    """FLOP per second of the first matrix product in GPT-2's MLP: (rows, 768) times (768, 3072)."""
+    rows = 512
+    products = 1
+    if DEVICE.type == "cuda":
+        rows = 16384  # enough to fill a card
+        products = 50  # timed together, since launching and waiting take as long as one of them
+    x = torch.randn(rows, 768, device=DEVICE, dtype=DTYPE)
+    w = torch.randn(3072, 768, device=DEVICE, dtype=DTYPE)
+
+    def run() -> list[torch.Tensor]:
+        return [x @ w.t() for _ in range(products)]
+
+    flop = 2 * rows * 768 * 3072  # a multiplication and an addition per element of w and row of x
+    return products * flop / median_seconds(run, repeat=50)
 
 
 def memory_bandwidth() -> float:
-    """Bytes per second of reading half a gigabyte, GPT-2's size, once through."""
-    x, times = torch.ones(2**27, device=DEVICE), 20 if DEVICE.type == "cuda" else 1
-    return times * x.numel() * 4 / seconds(lambda: [x.sum() for _ in range(times)], 10)
+    """Bytes per second of reading 512 MB once through. GPT-2 in fp32 is about as large."""
+    sums = 20 if DEVICE.type == "cuda" else 1
+    x = torch.ones(2**27, device=DEVICE)  # fp32: 4 bytes each
+
+    def run() -> list[torch.Tensor]:
+        return [x.sum() for _ in range(sums)]
+
+    return sums * x.numel() * 4 / median_seconds(run, repeat=10)

@@ -1,12 +1,17 @@
 """
 A character-level language model of any text.
 
-    python projects/chargpt/chargpt.py                              tinyshakespeare, fetched
-    python projects/chargpt/chargpt.py --data.path=book.txt         a text of your own
-    python projects/chargpt/chargpt.py --data.path=text8            or enwik8: 100 MB of Wikipedia (Mahoney), fetched
-    python projects/chargpt/chargpt.py --sample="O God, O God!"     let the best model so far go on from there
+    python projects/chargpt/chargpt.py                           tinyshakespeare, downloaded
+    python projects/chargpt/chargpt.py --data.path=book.txt      a text of your own
+    python projects/chargpt/chargpt.py --data.path=text8         or enwik8: 100 MB of Wikipedia
+    python projects/chargpt/chargpt.py --sample="O God, O God!"  continue this text
 
-The weights with the best validation loss, some samples, the losses and a plot go to out/chargpt; running again resumes.
+Each character is a token, and a GPT learns to predict the next one. The model with the lowest
+validation loss, its samples, the losses and a plot of them go to out/chargpt. `--sample` uses that
+model, also while the training still runs.
+
+Read this file from top to bottom: config, data, model and training, report, and in `main` all of
+them together. Running the script again continues an interrupted run.
 """
 
 import json
@@ -20,50 +25,48 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from mingpt.chars import CharTokenizer
+from mingpt.chars import UNKNOWN, CharTokenizer
 from mingpt.checkpoint import run_script, write_text
+from mingpt.config import CfgNode, check_numbers, parse_args
+from mingpt.datasets import read_text
+from mingpt.download import download, home
 from mingpt.model import GPT
+from mingpt.plots import plot_metrics
 from mingpt.run_folder import RunFolder, read_metrics
 from mingpt.trainer import FREE_TO_CHANGE, Trainer
-from mingpt.config import CfgNode as CN, check_numbers, parse_args
-from mingpt.download import download, home
-from mingpt.plots import plot_metrics
 from mingpt.utils import import_extra, log_to_console, pick_device, set_seed
 
 logger = logging.getLogger("mingpt.chargpt")
 
-CORPORA = {  # name: (address, SHA-256); text8 and enwik8 are zip files of a file of that name
-    "tinyshakespeare": ("https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
-                        "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"),
-    "text8": ("http://mattmahoney.net/dc/text8.zip", "a6640522afe85d1963ad56c05b0ede0a0c000dddc9671758a6cc09b7a38e5232"),
-    "enwik8": ("http://mattmahoney.net/dc/enwik8.zip", "547994d9980ebed1288380d652999f38a14fe291a6247c157c3d33d4932534bc"),
-}
+# -- config ----------------------------------------------------------------------------------------
 
 
-def get_config() -> CN:
+def get_config() -> CfgNode:
     """Every option and its default."""
-    C = CN()
-    C.sample = ""                    # text to continue with the best model, instead of training
+    C = CfgNode()
+    C.sample = ""                    # do not train, but print how the best model continues this
 
-    C.system = CN()
-    C.system.seed = 3407
-    C.system.work_dir = "out/chargpt"
+    C.system = CfgNode()
+    C.system.seed = 3407             # fixes the initial weights, the batches and the windows
+    C.system.work_dir = "out/chargpt"  # the folder for the model, its samples, losses and plot
 
-    C.data = CN()
+    C.data = CfgNode()
     C.data.path = "tinyshakespeare"  # or text8, enwik8, or a UTF-8 text file
-    C.data.quick_windows = 2000      # of the validation text, to evaluate on while training; at the end it is all of them
+    C.data.quick_windows = 2000      # validation windows to evaluate on while training
 
     C.model = GPT.get_default_config()
     C.model.model_type = "gpt-micro"
-    C.model.block_size = 64
-    C.model.embd_pdrop = C.model.resid_pdrop = C.model.attn_pdrop = 0.0
-    del C.model.vocab_size           # follows from the text
+    C.model.block_size = 64          # characters that the model sees at once
+    C.model.embd_pdrop = 0.0
+    C.model.resid_pdrop = 0.0
+    C.model.attn_pdrop = 0.0
+    del C.model.vocab_size           # it follows from the text
 
     C.trainer = Trainer.get_default_config()
-    C.trainer.max_iters = 4000      # 4000 x 6 x 64: 1.5 million characters
+    C.trainer.max_iters = 4000       # of 6 windows of 64: 1.5 million characters
     C.trainer.batch_size = 6
     C.trainer.learning_rate = 5e-3
-    C.trainer.betas = (0.9, 0.99)    # a batch of six is noisy
+    C.trainer.betas = (0.9, 0.99)    # the second is high: batches of six are noisy
     C.trainer.weight_decay = 0.3
     C.trainer.lr_schedule = "cosine"
     C.trainer.warmup_iters = 100
@@ -72,143 +75,283 @@ def get_config() -> CN:
     return C
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# data
+# -- data ------------------------------------------------------------------------------------------
+
+# name: (address, SHA-256). text8.zip and enwik8.zip each hold one file, of that name (Mahoney).
+CORPORA = {
+    "tinyshakespeare": (
+        "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
+        "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
+    ),
+    "text8": (
+        "http://mattmahoney.net/dc/text8.zip",
+        "a6640522afe85d1963ad56c05b0ede0a0c000dddc9671758a6cc09b7a38e5232",
+    ),
+    "enwik8": (
+        "http://mattmahoney.net/dc/enwik8.zip",
+        "547994d9980ebed1288380d652999f38a14fe291a6247c157c3d33d4932534bc",
+    ),
+}
 
 
 def load_text(path: str) -> str:
-    """The text of a corpus, by name, or of a UTF-8 file. In enwik8 a character is a byte, as everyone counts there."""
+    """The text of a corpus, by its name, or of a UTF-8 file. ValueError if it is neither."""
     if path in CORPORA:
-        url, sha256 = CORPORA[path]
-        file = download(url, home() / "chargpt" / url.rpartition("/")[2], sha256)
-        return (zipfile.ZipFile(file).read(path) if file.suffix == ".zip" else file.read_bytes()).decode("latin-1")
+        return fetch_corpus(path)
     try:
-        return Path(path).read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise ValueError(f"--data.path={path}: there is no such file, and it is none of {', '.join(CORPORA)}") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"--data.path={path} is not UTF-8 text: {error}") from None
+        return read_text(path)
+    except ValueError as error:
+        expected = f"a UTF-8 text file or one of {', '.join(CORPORA)}"
+        raise ValueError(f"--data.path: {error}. Expected {expected}") from None
+
+
+def fetch_corpus(name: str) -> str:
+    """The text of a corpus, downloaded unless it is there already.
+
+    Each byte becomes one character. For enwik8 that is the custom: its results are given in bits
+    per byte. The other two are plain ASCII, where it makes no difference.
+    """
+    url, sha256 = CORPORA[name]
+    file_name = url.rpartition("/")[2]
+    file = download(url, home() / "chargpt" / file_name, sha256)
+    if file.suffix == ".zip":
+        with zipfile.ZipFile(file) as archive:
+            return archive.read(name).decode("latin-1")
+    return file.read_bytes().decode("latin-1")
 
 
 def split(path: str, text: str) -> dict[str, str]:
-    """text8 and enwik8: the usual 90, 5 and 5 million characters. Other texts: the first 90% and the rest."""
-    ends = (0.9, 0.95, 1.0) if path in ("text8", "enwik8") else (0.9, 1.0)
-    ends = [0, *(int(end * len(text)) for end in ends)]
-    return {name: text[start:end] for name, start, end in zip(("train", "valid", "test"), ends, ends[1:])}
+    """The text in consecutive parts: train and valid, and for text8 and enwik8 also test.
+
+    text8 and enwik8 are cut as in the literature, after 90 and 95 million characters. Of any other
+    text the first 90% are for training.
+    """
+    n = len(text)
+    train_end = int(0.9 * n)
+    if path not in ("text8", "enwik8"):
+        return {"train": text[:train_end], "valid": text[train_end:]}
+    valid_end = int(0.95 * n)
+    return {
+        "train": text[:train_end],
+        "valid": text[train_end:valid_end],
+        "test": text[valid_end:],
+    }
 
 
 def encode(text: str, tokenizer: CharTokenizer) -> np.ndarray:
-    """The ids that tokenizer.encode gives, as an array of four bytes each: 100 million characters are too many for a list."""
-    ids = np.full(0x110000, tokenizer.ids["\N{REPLACEMENT CHARACTER}"], dtype=np.int32)
+    """The ids that tokenizer.encode gives, as an array of 32-bit integers.
+
+    100 million characters would be too many for a list. Instead, a table with an entry for every
+    Unicode character translates them all at once.
+    """
+    table = np.full(0x110000, tokenizer.ids[UNKNOWN], dtype=np.int32)
     for char, i in tokenizer.ids.items():
-        ids[ord(char)] = i
-    return ids[np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)]
+        table[ord(char)] = i
+    code_points = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
+    return table[code_points]
 
 
 class Windows(Dataset):
-    """(x, y) of block_size ids each, y one character ahead.
+    """Examples (x, y) of block_size ids each; y is one character ahead of x.
 
-    For training, item i is a window from a random place in the i-th stretch of block_size characters: in a pass over the data
-    nearly every character is seen once, and never in the same windows again. `consecutive`, for evaluation: the stretches.
+    The text is divided into stretches of block_size characters. For evaluation (consecutive=True)
+    item i is the i-th stretch. For training it is a window that starts at a random place in that
+    stretch: each pass over the data sees nearly every character once, but in new windows.
+    limit: at most so many items; None or 0 for all of them.
     """
 
-    def __init__(self, ids: np.ndarray, block_size: int, consecutive: bool = False, limit: int | None = None):
-        self.ids, self.size, self.consecutive = ids, block_size, consecutive
-        self.count = min((len(ids) - 1) // block_size, limit or len(ids))
+    def __init__(
+        self,
+        ids: np.ndarray,
+        block_size: int,
+        consecutive: bool = False,
+        limit: int | None = None,
+    ):
+        self.ids = ids
+        self.block_size = block_size
+        self.consecutive = consecutive
+        self.count = (len(ids) - 1) // block_size  # the last y needs one more character
+        if limit:
+            self.count = min(self.count, limit)
 
-    def __len__(self):
+    def __len__(self) -> int:
         return self.count
 
-    def __getitem__(self, i):
+    def __getitem__(self, i: int) -> tuple[torch.Tensor, torch.Tensor]:
         if i >= self.count:
-            raise IndexError(i)  # which is what ends a loop over a dataset
-        start = i * self.size
+            raise IndexError(i)  # Python's way to end a loop over a dataset
+        start = i * self.block_size
         if not self.consecutive:
-            start = min(start + int(torch.randint(self.size, ())), len(self.ids) - self.size - 1)
-        window = torch.from_numpy(self.ids[start:start + self.size + 1].astype(np.int64))
+            last_start = len(self.ids) - self.block_size - 1
+            start = min(start + int(torch.randint(self.block_size, ())), last_start)
+        window = self.ids[start:start + self.block_size + 1]
+        window = torch.from_numpy(window.astype(np.int64))
         return window[:-1], window[1:]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# training, and what comes of it
+# -- model and training ----------------------------------------------------------------------------
 
 
-def main(args: list[str]) -> None:
-    C = get_config()
-    parse_args(C, args, __doc__)
-    work_dir = Path(C.system.work_dir)
-    if C.sample:
-        return print_samples(C.sample, work_dir, C.trainer.device)
-    check_numbers(C.trainer, "eval_every", low=1, whole=True)  # the best weights are those of an evaluation
-    log_to_console()
-    import_extra("matplotlib", "projects")  # before the work, not after it
-    start = time.time()
-    text = load_text(C.data.path)
-    splits = split(C.data.path, text)
-    tokenizer = CharTokenizer.train([splits["train"]])
-    RunFolder(work_dir).claim(dict(C.leaves()), free={"sample", "system.work_dir", *(f"trainer.{name}" for name in FREE_TO_CHANGE)})
-    ids = {name: encode(part, tokenizer) for name, part in splits.items()}
-    logger.info("%d characters, %d different ones: %s", len(text), tokenizer.vocab_size,
-                ", ".join(f"{len(part)} {name}" for name, part in ids.items()))
+def train(config: CfgNode, ids: dict[str, np.ndarray], tokenizer: CharTokenizer) -> Trainer:
+    """Train a GPT on ids["train"]. The best one so far, by ids["valid"], is in work_dir/model."""
+    set_seed(config.system.seed)
+    config.model.vocab_size = tokenizer.vocab_size
+    model = GPT(config.model)
 
-    set_seed(C.system.seed)
-    C.model.vocab_size, C.trainer.work_dir = tokenizer.vocab_size, str(work_dir)
-    model, size = GPT(C.model), C.model.block_size
-    trainer = Trainer(C.trainer, model, Windows(ids["train"], size), Windows(ids["valid"], size, consecutive=True, limit=C.data.quick_windows))
+    block_size = config.model.block_size
+    train_windows = Windows(ids["train"], block_size)
+    valid_windows = Windows(
+        ids["valid"],
+        block_size,
+        consecutive=True,
+        limit=config.data.quick_windows,
+    )
 
-    def keep_best(trainer):
-        if trainer.valid_loss == trainer.best_valid_loss and trainer.rank == 0:
-            model.save_pretrained(work_dir / "model")
-            tokenizer.save_pretrained(work_dir / "model")
+    config.trainer.work_dir = config.system.work_dir
+    trainer = Trainer(config.trainer, model, train_windows, valid_windows)
+    model_folder = Path(config.system.work_dir) / "model"
+
+    def keep_best(trainer: Trainer) -> None:
+        is_best = trainer.valid_loss == trainer.best_valid_loss
+        if is_best and trainer.rank == 0:
+            model.save_pretrained(model_folder)
+            tokenizer.save_pretrained(model_folder)
 
     trainer.add_callback("on_evaluate", keep_best)
     trainer.run()
-    if trainer.rank == 0:
-        report(C, trainer, ids, tokenizer, round(time.time() - start + trainer.resumed_seconds, 1))
+    return trainer
 
 
-def report(C: CN, trainer: Trainer, ids: dict, tokenizer: CharTokenizer, seconds: float) -> None:
-    """summary.json, samples.txt and losses.png, of the best weights."""
-    work_dir, size = Path(C.system.work_dir), C.model.block_size
+# -- report ----------------------------------------------------------------------------------------
+
+HOW_TO_USE_IT = """
+To use the model from Python:
+
+from mingpt.chars import CharTokenizer
+from mingpt.model import GPT
+
+model = GPT.from_pretrained("{folder}")
+tokenizer = CharTokenizer.from_pretrained("{folder}")
+print(tokenizer.decode(model.generate(tokenizer("the "), 200, do_sample=True)[0]))"""
+
+
+def report(
+    config: CfgNode,
+    trainer: Trainer,
+    ids: dict[str, np.ndarray],
+    tokenizer: CharTokenizer,
+    seconds: float,
+) -> None:
+    """Evaluate the best model on all windows; write summary.json, samples.txt and losses.png."""
+    work_dir, block_size = Path(config.system.work_dir), config.model.block_size
     model = GPT.from_pretrained(work_dir / "model").to(trainer.device).eval()
-    losses = {name: mean_loss(model, Windows(ids[name], size, consecutive=True)) for name in ids if name != "train"}
-    bits = {f"{name}_bits_per_character": loss / math.log(2) for name, loss in losses.items()}
-    seen = trainer.iter_num * C.trainer.batch_size * size
-    summary = {**{f"{name}_loss": loss for name, loss in losses.items()}, **bits, "characters_seen": seen,
-               "parameters": sum(p.numel() for p in model.parameters()), "seconds": seconds}
+
+    losses, bits = {}, {}
+    for name in ids:
+        if name != "train":
+            losses[name] = mean_loss(model, Windows(ids[name], block_size, consecutive=True))
+            bits[name] = losses[name] / math.log(2)  # nats to bits
+    characters_seen = trainer.iter_num * config.trainer.batch_size * block_size
+    summary = {
+        **{f"{name}_loss": loss for name, loss in losses.items()},
+        **{f"{name}_bits_per_character": value for name, value in bits.items()},
+        "characters_seen": characters_seen,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "seconds": round(seconds, 1),
+    }
     write_text(work_dir / "summary.json", json.dumps(summary, indent=2) + "\n")
-    write_text(work_dir / "samples.txt", "\n---\n".join(samples(model, tokenizer, "\n", 5)) + "\n")
-    rows = read_metrics(work_dir / "metrics.jsonl")
-    curves = {label: ([row["iter"] for row in rows], [row.get(name) for row in rows])
-              for label, name in (("training", "loss"), ("validation", "valid_loss"))}
-    plot_metrics(work_dir / "losses.png", {"loss (nats per character)": curves})
-    logger.info("\n".join(f"{name} loss {loss:.4f}, {loss / math.log(2):.4f} bits per character" for name, loss in losses.items()))
-    logger.info("%d characters seen in %.0f s; the model and samples are in %s", seen, seconds, work_dir)
+    texts = sample(model, tokenizer, prompt="\n", n=5)
+    write_text(work_dir / "samples.txt", "\n---\n".join(texts) + "\n")
+    plot_losses(work_dir)
+
+    for name, loss in losses.items():
+        print(f"{name} loss {loss:.4f}, {bits[name]:.4f} bits per character")
+    print(f"The model has seen {characters_seen} characters. This took {seconds:.0f} s.")
+    print(f"It is in {work_dir / 'model'}; five samples are in {work_dir / 'samples.txt'}.")
+    print(HOW_TO_USE_IT.format(folder=(work_dir / "model").as_posix()))
 
 
 @torch.no_grad()
 def mean_loss(model: GPT, windows: Windows) -> float:
-    """Nats per character over all windows, 128 at a time."""
+    """Nats per character, the mean over all windows."""
     device = next(model.parameters()).device
-    return sum(model(x.to(device), y.to(device))[1].item() * len(x) for x, y in DataLoader(windows, 128)) / len(windows)
+    batch_losses = []
+    for x, y in DataLoader(windows, batch_size=128):
+        _, loss = model(x.to(device), y.to(device))
+        batch_losses.append(loss.item() * len(x))  # the last batch may be smaller
+    return sum(batch_losses) / len(windows)
 
 
-def samples(model: GPT, tokenizer: CharTokenizer, prompt: str, n: int, length: int = 500) -> list[str]:
-    """n ways to go on from prompt, by sampling at temperature 0.8."""
+def sample(model: GPT, tokenizer: CharTokenizer, prompt: str, n: int) -> list[str]:
+    """n continuations of a prompt by 500 characters, at temperature 0.8. Always the same ones."""
     set_seed(1)
-    idx = tokenizer(prompt).repeat(n, 1).to(next(model.parameters()).device)
-    return [tokenizer.decode(row) for row in model.generate(idx, length, temperature=0.8, do_sample=True)]
+    device = next(model.parameters()).device
+    idx = tokenizer(prompt).repeat(n, 1).to(device)  # (n, T)
+    idx = model.generate(idx, 500, temperature=0.8, do_sample=True)  # (n, T + 500)
+    return [tokenizer.decode(row) for row in idx]
+
+
+def plot_losses(work_dir: Path) -> None:
+    """Draw the losses of metrics.jsonl as losses.png."""
+    rows = read_metrics(work_dir / "metrics.jsonl")
+    iterations = [row["iter"] for row in rows]
+    curves = {
+        "training": (iterations, [row.get("loss") for row in rows]),
+        "validation": (iterations, [row.get("valid_loss") for row in rows]),
+    }
+    plot_metrics(work_dir / "losses.png", {"loss (nats per character)": curves})
 
 
 def print_samples(prompt: str, work_dir: Path, device: str) -> None:
-    """Three samples of the best model."""
-    if not (work_dir / "model").exists():
-        raise ValueError(f"there is no model in {work_dir} yet: run this script without --sample first")
-    tokenizer = CharTokenizer.from_pretrained(work_dir / "model")
-    if strange := sorted(set(prompt) - tokenizer.ids.keys()):
-        raise ValueError(f"--sample has characters that the model has never seen: {' '.join(strange)}")
-    model = GPT.from_pretrained(work_dir / "model").to(pick_device(device)).eval()
-    print("\n---\n".join(samples(model, tokenizer, prompt, 3)))
+    """Three continuations of a prompt by the best model so far, for --sample."""
+    folder = work_dir / "model"
+    if not folder.exists():
+        raise ValueError(f"{work_dir} has no model yet: run this script without --sample first")
+    tokenizer = CharTokenizer.from_pretrained(folder)
+    unknown = sorted(set(prompt) - tokenizer.ids.keys())
+    if unknown:
+        raise ValueError(f"--sample has characters that the model has never seen: "
+                         f"{' '.join(unknown)}. Leave them out")
+    model = GPT.from_pretrained(folder).to(pick_device(device)).eval()
+    print("\n---\n".join(sample(model, tokenizer, prompt, n=3)))
+
+
+# -- all together ----------------------------------------------------------------------------------
+
+
+def main(args: list[str]) -> None:
+    config = get_config()
+    parse_args(config, args, __doc__)
+    work_dir = Path(config.system.work_dir)
+    if config.sample:
+        print_samples(config.sample, work_dir, config.trainer.device)
+        return
+
+    # The best model is one that was evaluated, so there must be evaluations.
+    check_numbers(config.trainer, "eval_every", low=1, whole=True)
+    import_extra("matplotlib", "projects")  # if it is missing, say so before the work, not after
+    log_to_console()
+    start = time.time()
+
+    # Data: the vocabulary is that of the training text; other characters become U+FFFD.
+    text = load_text(config.data.path)
+    splits = split(config.data.path, text)
+    tokenizer = CharTokenizer.train([splits["train"]])
+    ids = {name: encode(part, tokenizer) for name, part in splits.items()}
+    lengths = ", ".join(f"{len(part)} {name}" for name, part in ids.items())
+    logger.info("%d characters, %d different ones: %s", len(text), len(set(text)), lengths)
+
+    # A folder holds one run. To continue it, all options must be the same, except these.
+    free = {"sample", "system.work_dir", *(f"trainer.{name}" for name in FREE_TO_CHANGE)}
+    RunFolder(work_dir).claim(dict(config.leaves()), free)
+
+    # Model and training.
+    trainer = train(config, ids, tokenizer)
+
+    # Report: only the first process does, if torchrun has started many.
+    if trainer.rank == 0:
+        seconds = time.time() - start + trainer.resumed_seconds
+        report(config, trainer, ids, tokenizer, seconds)
 
 
 if __name__ == "__main__":

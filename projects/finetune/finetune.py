@@ -1,11 +1,16 @@
 """
 Fine-tune GPT-2, of any size, on a text of your own.
 
-    python projects/finetune/finetune.py --data.path=book.txt                       gpt2, 124M parameters
-    python projects/finetune/finetune.py --data.path=book.txt --model.name=FOLDER   weights of your own, or gpt2-medium, ...
+    python projects/finetune/finetune.py --data.path=book.txt                        gpt2, 124M
+    python projects/finetune/finetune.py --data.path=book.txt --model.name=FOLDER    your weights
 
-The weights with the best validation loss go to out/finetune/model, as `transformers` reads them, and samples from before and after
-to out/finetune/samples.md; running again resumes. In the text, <|endoftext|> marks where one document ends and the next begins.
+The model with the lowest validation loss goes to out/finetune/model, where this library and
+`transformers` can load it. Samples from before and after the training go to
+out/finetune/samples.md. In the text, <|endoftext|> marks where one document ends and the next
+one begins.
+
+Read this file from top to bottom: config, data, model, report, and in `main` all of them together
+with the training. Running the script again continues an interrupted run.
 """
 
 import json
@@ -18,30 +23,33 @@ from torch.utils.data import TensorDataset
 
 from mingpt.bpe import END_OF_TEXT, BPETokenizer
 from mingpt.checkpoint import run_script, write_text
+from mingpt.config import CfgNode, check_numbers, parse_args
+from mingpt.datasets import read_text
 from mingpt.model import GPT
 from mingpt.run_folder import RunFolder
 from mingpt.trainer import FREE_TO_CHANGE, Trainer
-from mingpt.config import CfgNode as CN, check_numbers, parse_args
 from mingpt.utils import log_to_console, set_seed
 
 logger = logging.getLogger("mingpt.finetune")
 
+# -- config ----------------------------------------------------------------------------------------
 
-def get_config() -> CN:
+
+def get_config() -> CfgNode:
     """Every option and its default."""
-    C = CN()
-    C.system = CN()
-    C.system.seed = 3407
-    C.system.work_dir = "out/finetune"
+    C = CfgNode()
+    C.system = CfgNode()
+    C.system.seed = 3407             # fixes the batches, the dropout and the samples
+    C.system.work_dir = "out/finetune"  # the folder for the model, its samples and losses
 
-    C.data = CN()
+    C.data = CfgNode()
     C.data.path = ""                 # a UTF-8 text file
     C.data.block_size = 256          # tokens in a training window
 
-    C.model = CN()
-    C.model.name = "gpt2"            # or gpt2-medium, gpt2-large, gpt2-xl, a hub name, a folder, a file
-    C.model.tokenizer = ""           # a folder with vocab.json and merges.txt, or gpt2; empty: from beside the weights, else gpt2
-    C.model.dropout = 0.1
+    C.model = CfgNode()
+    C.model.name = "gpt2"            # or gpt2-medium, -large, -xl, a hub name, a folder, a file
+    C.model.tokenizer = ""           # gpt2, or its folder; empty: the one in the model's folder
+    C.model.dropout = 0.1            # while training
 
     C.trainer = Trainer.get_default_config()
     C.trainer.max_iters = 100
@@ -54,93 +62,228 @@ def get_config() -> CN:
     C.trainer.checkpoint_every = 25
     del C.trainer.work_dir           # it is system.work_dir
 
-    C.samples = CN()
-    C.samples.prompt = "\n"
-    C.samples.number = 3
+    C.samples = CfgNode()
+    C.samples.prompt = "\n"          # what the samples continue
+    C.samples.number = 3             # samples before the training, and as many after it
     C.samples.length = 100           # tokens
     return C
 
 
-def load_tokenizer(C: CN, vocab_size: int) -> BPETokenizer:
-    """The tokenizer that is named, or is beside the weights, or GPT-2's; ValueError where it can't be the model's."""
-    name, weights = C.model.tokenizer, Path(C.model.name)
-    if not name and weights.exists():
-        folder = weights if weights.is_dir() else weights.parent
-        name = folder if any((folder / file).exists() for file in ("vocab.json", "encoder.json")) else "gpt2"
-    if not name and "/" in C.model.name:
-        raise ValueError(f"which vocabulary has {C.model.name}? --model.tokenizer=gpt2, or a folder with its vocab.json and merges.txt")
-    tokenizer = BPETokenizer() if name in ("", "gpt2") else BPETokenizer.from_pretrained(name)
+# -- data ------------------------------------------------------------------------------------------
+
+
+def load_text(path: str) -> str:
+    """The text to learn from. ValueError if there is none at this path, or it is not UTF-8."""
+    if not path:
+        raise ValueError("--data.path is empty: which text? Give a UTF-8 text file")
+    try:
+        return read_text(path)
+    except ValueError as error:
+        raise ValueError(f"--data.path: {error}") from None
+
+
+def load_windows(
+    config: CfgNode,
+    text: str,
+    tokenizer: BPETokenizer,
+) -> tuple[TensorDataset, TensorDataset]:
+    """Two datasets of windows (x, y), each block_size tokens; y is one token ahead of x.
+
+    The first is of the first 90% of the text, to train on, and the second of the rest, to validate
+    on. The windows follow each other; what does not fill a window at the end is left out.
+    """
+    ids = torch.tensor(tokenizer.encode(text, allowed_special=[END_OF_TEXT]))
+    block_size, batch_size = config.data.block_size, config.trainer.batch_size
+    train_ids, valid_ids = ids.tensor_split([int(0.9 * len(ids))])
+    if len(valid_ids) <= block_size or len(train_ids) <= batch_size * block_size:
+        raise ValueError(
+            f"the text {config.data.path} has {len(ids)} tokens, which is too short: a tenth of it "
+            f"must fill a window of --data.block_size={block_size} tokens, and the rest "
+            f"--trainer.batch_size={batch_size} windows. Lower these, or give a longer text"
+        )
+    logger.info("%d characters, %d tokens: %d to train on, %d to validate on",
+                len(text), len(ids), len(train_ids), len(valid_ids))
+    return windows(train_ids, block_size), windows(valid_ids, block_size)
+
+
+def windows(ids: torch.Tensor, block_size: int) -> TensorDataset:
+    """Cut ids (N,) into windows (x, y). Neighbours share one id: the last y is the next first x."""
+    rows = ids.unfold(0, block_size + 1, block_size)  # (number of windows, block_size + 1)
+    return TensorDataset(rows[:, :-1], rows[:, 1:])
+
+
+# -- model -----------------------------------------------------------------------------------------
+
+
+def load_model(config: CfgNode) -> GPT:
+    """The pre-trained model, with our dropout. ValueError if its context is too short."""
+    name, dropout = config.model.name, config.model.dropout
+    model = GPT.from_pretrained(
+        name,
+        embd_pdrop=dropout,
+        resid_pdrop=dropout,
+        attn_pdrop=dropout,
+    )
+    if config.data.block_size > model.config.block_size:
+        raise ValueError(
+            f"got --data.block_size={config.data.block_size}, which is more than the "
+            f"{model.config.block_size} tokens that {name} reads at once: lower it"
+        )
+    return model
+
+
+def load_tokenizer(config: CfgNode, vocab_size: int) -> BPETokenizer:
+    """The tokenizer of a model with this vocabulary size.
+
+    It is the one that the options name, else the one in the folder of the weights, else GPT-2's.
+    ValueError if it cannot be the model's.
+    """
+    name = config.model.tokenizer
+    if not name:
+        name = default_tokenizer(config.model.name)
+    tokenizer = BPETokenizer() if name == "gpt2" else BPETokenizer.from_pretrained(name)
     if tokenizer.vocab_size > vocab_size:
-        raise ValueError(f"the model {C.model.name} has {vocab_size} tokens, the tokenizer {tokenizer.vocab_size}: with "
-                         "--model.tokenizer=FOLDER name the vocab.json and merges.txt that it was trained with")
+        raise ValueError(
+            f"the model {config.model.name} has {vocab_size} tokens, but the tokenizer {name} has "
+            f"{tokenizer.vocab_size}: give --model.tokenizer=FOLDER, a folder with the vocab.json "
+            "and merges.txt that the model was trained with"
+        )
     return tokenizer
 
 
-def load_windows(C: CN, tokenizer: BPETokenizer) -> tuple[TensorDataset, TensorDataset]:
-    """(x, y) of block_size tokens each, one behind the other: the first 90% of the text to train on, the rest to validate on."""
-    try:
-        text = Path(C.data.path).read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"--data.path={C.data.path} is not UTF-8 text: {error}") from None
-    ids, size = torch.tensor(tokenizer.encode(text, allowed_special=[END_OF_TEXT])), C.data.block_size
-    n = int(0.9 * len(ids))
-    if len(ids) - n <= size or n <= C.trainer.batch_size * size:
-        raise ValueError(f"{C.data.path} has {len(ids)} tokens; a tenth of them must fill a window of --data.block_size={size}, and the "
-                         f"others a batch of {C.trainer.batch_size}")
-    logger.info("%d characters, %d tokens: %d to train on, %d to validate on", len(text), len(ids), n, len(ids) - n)
-    windows = [part.unfold(0, size + 1, size) for part in (ids[:n], ids[n:])]
-    return tuple(TensorDataset(part[:, :-1], part[:, 1:]) for part in windows)
+def default_tokenizer(model_name: str) -> str:
+    """The folder of a model's own vocabulary if it has one, or "gpt2"."""
+    weights = Path(model_name)
+    if weights.exists():
+        folder = weights if weights.is_dir() else weights.parent
+        if (folder / "vocab.json").exists() or (folder / "encoder.json").exists():
+            return str(folder)
+    elif "/" in model_name:
+        raise ValueError(
+            f"the vocabulary of {model_name} is not known: give --model.tokenizer=gpt2, or a "
+            "folder with its vocab.json and merges.txt"
+        )
+    return "gpt2"
 
 
-def samples(C: CN, model: GPT, tokenizer: BPETokenizer) -> list[str]:
-    """What the model writes behind the prompt, always from the same random numbers."""
+# -- report ----------------------------------------------------------------------------------------
+
+HOW_TO_USE_IT = """
+To use the model from Python:
+
+from mingpt.bpe import BPETokenizer
+from mingpt.model import GPT
+
+model = GPT.from_pretrained("{folder}")
+tokenizer = BPETokenizer.from_pretrained("{folder}")
+print(tokenizer.decode(model.generate(tokenizer("The"), 50, do_sample=True)[0]))"""
+
+
+def sample(config: CfgNode, model: GPT, tokenizer: BPETokenizer) -> list[str]:
+    """How the model continues the prompt, always with the same random numbers."""
     model.eval()
-    idx = tokenizer(C.samples.prompt).repeat(C.samples.number, 1).to(next(model.parameters()).device)
-    generator = torch.Generator(idx.device).manual_seed(C.system.seed)
-    out = model.generate(idx, C.samples.length, do_sample=True, top_k=50, stop_token=tokenizer.eot_token, generator=generator)
-    return [tokenizer.decode([i for i in row.tolist() if i != tokenizer.eot_token]) for row in out]
+    options, end = config.samples, tokenizer.eot_token
+    device = next(model.parameters()).device
+    generator = torch.Generator(device).manual_seed(config.system.seed)
+    rows = model.generate(
+        tokenizer(options.prompt).repeat(options.number, 1).to(device),  # (number, T)
+        options.length,
+        do_sample=True,
+        top_k=50,
+        stop_token=end,  # a row that has ended is filled up with this token
+        generator=generator,
+    )
+    return [tokenizer.decode([i for i in row if i != end]) for row in rows.tolist()]
+
+
+def state_before(config: CfgNode, trainer: Trainer, tokenizer: BPETokenizer) -> dict:
+    """The loss and the samples of the model as it was before its first iteration.
+
+    before.json keeps them for a resumed run, in which the model has already learned something.
+    """
+    path = Path(config.system.work_dir) / "before.json"
+    if not trainer.folder.checkpoint.exists():
+        before = {
+            "loss": trainer.evaluate(),
+            "samples": sample(config, trainer.model, tokenizer),
+        }
+        if trainer.rank == 0:
+            write_text(path, json.dumps(before))
+        trainer.save_checkpoint()  # every process waits here until the file is written
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def report(
+    config: CfgNode,
+    trainer: Trainer,
+    tokenizer: BPETokenizer,
+    before: dict,
+    seconds: float,
+) -> None:
+    """Save the best model; write its samples and losses beside those from before the training."""
+    work_dir = Path(config.system.work_dir)
+    model = trainer.model
+    best = torch.load(work_dir / "best.pt", map_location=trainer.device, weights_only=True)
+    model.load_state_dict(best)
+    model.save_pretrained(work_dir / "model")
+    tokenizer.save_pretrained(work_dir / "model")
+
+    after = {"loss": trainer.best_valid_loss, "samples": sample(config, model, tokenizer)}
+    sections = [markdown("Before", before), markdown("After", after)]
+    write_text(work_dir / "samples.md", "\n\n".join(sections) + "\n")
+    summary = {
+        "valid_loss_before": before["loss"],
+        "valid_loss": after["loss"],
+        "seconds": round(seconds, 1),
+    }
+    write_text(work_dir / "summary.json", json.dumps(summary, indent=2) + "\n")
+
+    print(f"validation loss {before['loss']:.3f} before, {after['loss']:.3f} after")
+    print(f"This took {seconds:.0f} s. Samples of both are in {work_dir / 'samples.md'}.")
+    print(f"The model is in {work_dir / 'model'}, for this library and for transformers.")
+    print(HOW_TO_USE_IT.format(folder=(work_dir / "model").as_posix()))
+
+
+def markdown(title: str, state: dict) -> str:
+    """A section of samples.md."""
+    blocks = [f"# {title}: validation loss {state['loss']:.3f}"]
+    for text in state["samples"]:
+        blocks.append(f"```\n{text}\n```")
+    return "\n\n".join(blocks)
+
+
+# -- all together ----------------------------------------------------------------------------------
 
 
 def main(args: list[str]) -> None:
-    C = get_config()
-    parse_args(C, args, __doc__)
-    check_numbers(C.trainer, "eval_every", low=1, whole=True)  # the best weights are those of an evaluation
-    if not Path(C.data.path).is_file():  # before the weights are fetched
-        raise ValueError(f"--data.path={C.data.path}: which text? there is no such file")
+    config = get_config()
+    parse_args(config, args, __doc__)
+    # The best model is one that was evaluated, so there must be evaluations.
+    check_numbers(config.trainer, "eval_every", low=1, whole=True)
     log_to_console()
-    start, work_dir = time.time(), Path(C.system.work_dir)
-    set_seed(C.system.seed)
-    model = GPT.from_pretrained(C.model.name, **{name: C.model.dropout for name in ("embd_pdrop", "resid_pdrop", "attn_pdrop")})
-    if C.data.block_size > model.config.block_size:
-        raise ValueError(f"--data.block_size={C.data.block_size} is more than the {model.config.block_size} tokens that {C.model.name} reads")
-    tokenizer = load_tokenizer(C, model.config.vocab_size)
-    train, valid = load_windows(C, tokenizer)
-    RunFolder(work_dir).claim(dict(C.leaves()), free={"system.work_dir", *(f"trainer.{name}" for name in FREE_TO_CHANGE)})
+    start = time.time()
+    set_seed(config.system.seed)
 
-    C.trainer.work_dir = str(work_dir)
-    trainer = Trainer(C.trainer, model, train, valid)
-    path = work_dir / "before.json"
-    if not trainer.folder.checkpoint.exists():  # when a run resumes, the weights are others
-        before = {"loss": trainer.evaluate(), "samples": samples(C, model, tokenizer)}
-        if trainer.rank == 0:
-            write_text(path, json.dumps(before))
-        trainer.save_checkpoint()
-    before = json.loads(path.read_text(encoding="utf-8"))
+    # Data and model. The text comes first: if its path is wrong, no weights are downloaded.
+    text = load_text(config.data.path)
+    model = load_model(config)
+    tokenizer = load_tokenizer(config, model.config.vocab_size)
+    train_windows, valid_windows = load_windows(config, text, tokenizer)
+
+    # A folder holds one run. To continue it, all options must be the same, except these.
+    free = {"system.work_dir", *(f"trainer.{name}" for name in FREE_TO_CHANGE)}
+    RunFolder(config.system.work_dir).claim(dict(config.leaves()), free)
+
+    # Train. After each evaluation that is the best so far, the trainer writes best.pt.
+    config.trainer.work_dir = config.system.work_dir
+    trainer = Trainer(config.trainer, model, train_windows, valid_windows)
+    before = state_before(config, trainer, tokenizer)
     trainer.run()
-    if trainer.rank > 0:
-        return
-    model.load_state_dict(torch.load(work_dir / "best.pt", map_location=trainer.device, weights_only=True))
-    model.save_pretrained(work_dir / "model")
-    tokenizer.save_pretrained(work_dir / "model")
-    after = {"samples": samples(C, model, tokenizer), "loss": trainer.best_valid_loss}
-    write_text(work_dir / "samples.md", "\n\n".join(
-        f"# {when}: validation loss {what['loss']:.3f}\n\n" + "\n\n".join(f"```\n{text}\n```" for text in what["samples"])
-        for when, what in (("Before", before), ("After", after))) + "\n")
-    summary = {"valid_loss_before": before["loss"], "valid_loss": after["loss"],
-               "seconds": round(time.time() - start + trainer.resumed_seconds, 1)}
-    write_text(work_dir / "summary.json", json.dumps(summary, indent=2) + "\n")
-    logger.info("validation loss %.3f before, %.3f after; %s/model is for GPT.from_pretrained and transformers", before["loss"],
-                after["loss"], work_dir)
+
+    # Report: only the first process does, if torchrun has started many.
+    if trainer.rank == 0:
+        seconds = time.time() - start + trainer.resumed_seconds
+        report(config, trainer, tokenizer, before, seconds)
 
 
 if __name__ == "__main__":

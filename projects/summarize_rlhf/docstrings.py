@@ -1,12 +1,12 @@
 """
 Summaries that are on every machine: the docstrings of the installed packages.
 
-PEP 257 asks for a docstring of one line that sums it up, an empty line, and the details. So each is a text with a summary by its
-author. They are parsed out of the source files with `ast`; nothing is imported or run.
+PEP 257 asks for a docstring of one line that sums it up, an empty line, and the details. So each
+docstring that keeps to it is a text with a summary by the same author. They are parsed out of the
+source files with `ast`: nothing is imported or run.
 """
 
 import ast
-import hashlib
 import inspect
 import re
 import sysconfig
@@ -16,72 +16,97 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-SKIPPED = {"test", "tests", "testing", "_test", "idlelib", "lib2to3", "site-packages", "dist-packages", "_vendor", "vendor", "third_party"}
-SENTENCE = re.compile(r"[A-Z][^\n]{15,140}[.]")  # a summary: one line, from a capital letter to a full stop
-RULE = re.compile(r"^\W*([-=~^*#_+.\s])\1{2,}\W*$")  # the underlining of a heading
-LEAST_WORDS = 12  # of a body; a shorter one has nothing to sum up
+# Folders whose docstrings say little, or are copies of another package's.
+SKIPPED = {
+    "test", "tests", "testing", "_test", "idlelib", "lib2to3",
+    "site-packages", "dist-packages", "_vendor", "vendor", "third_party",
+}
+SUMMARY = re.compile(r"[A-Z][^\n]{15,140}[.]")  # one line, from a capital letter to a full stop
+UNDERLINE = re.compile(r"^\W*([-=~^*#_+.\s])\1{2,}\W*$")  # of a heading
+MIN_BODY_WORDS = 12  # a shorter body has nothing to sum up
 
 
 def read_docstrings(packages: str = "") -> list[dict]:
-    """Rows of module, body and summary from the installed packages, or from those named ("json,torch"), each text once.
+    """Rows of module, body and summary, without copies.
 
+    packages: names with commas between them ("json,torch"); empty means all that are installed.
     ValueError for a package that is not installed.
     """
     files = source_files([name for name in packages.split(",") if name])
     with ProcessPoolExecutor() as pool:
-        found = list(tqdm(pool.map(pairs, *zip(*files), chunksize=64), "docstrings", total=len(files), disable=None))
-    rows, seen = [], set()
-    for row in (row for rows in found for row in rows):
-        # copies differ in spaces and punctuation; one that shares its summary or the beginning of its body is a copy
+        rows_of_files = pool.map(docstrings_of_file, files.values(), files.keys(), chunksize=64)
+        bar = tqdm(rows_of_files, "docstrings", total=len(files), disable=None)
+        return without_copies([row for rows in bar for row in rows])
+
+
+def without_copies(rows: list[dict]) -> list[dict]:
+    """The rows that share neither the summary nor the beginning of the body with an earlier one.
+
+    Only letters and digits are compared, because copies differ in spaces and punctuation.
+    """
+    kept = []
+    seen = set()
+    for row in rows:
         keys = {letters(row["summary"]), letters(row["body"])[:80]}
         if not keys & seen:
-            rows.append(row)
+            kept.append(row)
         seen |= keys
-    return rows
+    return kept
 
 
 def letters(text: str) -> str:
+    """The text in lower case, without spaces and punctuation."""
     return re.sub(r"\W+", "", text).lower()
 
 
-def source_files(packages: list[str]) -> list[tuple[Path, str]]:
-    """(path, dotted name) of the modules of all packages, or of those named, in the order of their names."""
+def source_files(packages: list[str]) -> dict[str, Path]:
+    """{dotted name: file} of the packages' modules, sorted; of all packages where none is named.
+
+    ValueError for a package that is not installed.
+    """
     files = {}
-    for root in {Path(sysconfig.get_paths()[kind]) for kind in ("purelib", "platlib", "stdlib")}:
+    for kind in ("purelib", "platlib", "stdlib"):  # the last one that has a module wins
+        root = Path(sysconfig.get_paths()[kind])
         for path in root.rglob("*.py"):
-            name = path.relative_to(root).with_suffix("").parts
-            if not SKIPPED & set(name) and (not packages or name[0] in packages):
-                files[".".join(name).removesuffix(".__init__")] = path
-    if missing := set(packages) - {name.partition(".")[0] for name in files}:
-        raise ValueError(f"--data.packages: {', '.join(sorted(missing))} is not installed here, or not written in Python")
-    return [(files[name], name) for name in sorted(files)]
+            parts = path.relative_to(root).with_suffix("").parts
+            if SKIPPED.isdisjoint(parts) and (not packages or parts[0] in packages):
+                files[".".join(parts).removesuffix(".__init__")] = path
+    missing = set(packages) - {name.partition(".")[0] for name in files}
+    if missing:
+        names = ", ".join(sorted(missing))
+        raise ValueError(
+            f"--data.packages: {names} is not installed here, or not written in Python: "
+            "install it, or leave it out"
+        )
+    return {name: files[name] for name in sorted(files)}
 
 
-def pairs(path: Path, module: str) -> list[dict]:
+def docstrings_of_file(path: Path, module: str) -> list[dict]:
     """The docstrings of one source file that have a summary and a body."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of other people's invalid escapes
+            warnings.simplefilter("ignore")  # of invalid escapes in other people's strings
             tree = ast.parse(path.read_text(encoding="utf-8"))
     except (SyntaxError, ValueError, OSError, RecursionError):
-        return []  # a template, or a file in another encoding
-    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    texts = (ast.get_docstring(node, clean=False) for node in ast.walk(tree) if isinstance(node, documented))
-    return [{"module": module, **pair} for text in texts if text and (pair := split_docstring(text))]
+        return []  # a template, a file for another Python, or one in another encoding
+    rows = []
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+            text = ast.get_docstring(node, clean=False)
+            pair = split_docstring(text) if text is not None else None
+            if pair is not None:
+                rows.append({"module": module, **pair})
+    return rows
 
 
 def split_docstring(text: str) -> dict | None:
     """{"body", "summary"} of a docstring that keeps to PEP 257, else None."""
-    summary, empty, body = inspect.cleandoc(text).partition("\n\n")
+    summary, _, body = inspect.cleandoc(text).partition("\n\n")
     summary = " ".join(summary.split())
-    lines = [" ".join(line.split()) for line in body.splitlines() if not RULE.match(line)]
+    lines = [" ".join(line.split()) for line in body.splitlines() if not UNDERLINE.match(line)]
     body = "\n".join(line for line in lines if line)
-    if not SENTENCE.fullmatch(summary) or len(body.split()) < LEAST_WORDS or not (summary + body).isascii():
+    if not SUMMARY.fullmatch(summary) or len(body.split()) < MIN_BODY_WORDS:
+        return None
+    if not (summary + body).isascii():
         return None
     return {"body": body, "summary": summary}
-
-
-def split_of(module: str) -> str:
-    """train, valid or test, by a hash of the module: its docstrings are alike, and are not torn apart."""
-    bucket = hashlib.sha256(module.encode()).digest()[0] % 20
-    return {0: "test", 1: "valid"}.get(bucket, "train")

@@ -1,45 +1,83 @@
 """
-Stage 3, PPO: the sft model learns to write summaries that the reward model likes, and not to forget where it came from.
+Stage 3, PPO: the sft model learns to write summaries that the reward model likes, and not to forget
+where it came from.
 
-    python projects/summarize_rlhf/ppo.py                   after sft.py and reward.py, with the same options
+    python projects/summarize_rlhf/ppo.py        after sft.py and reward.py, with the same options
 """
 
-import evaluation
+import functools
+
 import pipeline
+import report
 import reward
+from pipeline import Run
+
+from mingpt import evaluation
 from mingpt.checkpoint import run_script
-from mingpt.rlhf import PPOTrainer, ValueModel
+from mingpt.config import CfgNode as CN
+from mingpt.model import GPT
+from mingpt.rlhf import PPOTrainer, RewardModel, ValueModel
 from mingpt.utils import set_seed
 
 
-def run(config, corpus):
+def main(run: Run) -> None:
     """PPO, and what came of it."""
-    pipeline.run_stage(config, "ppo", lambda: ppo(config, corpus))
-    evaluation.write(config, corpus)
+    run.stages.run("ppo", functools.partial(ppo, run))
+    report.write(run)
 
 
-def ppo(config, corpus):
-    """From the sft model. Episodes begin with the training texts; the value function's trunk is the reward model's, or the policy's own."""
+def ppo(run: Run) -> PPOTrainer:
+    """A trainer for the policy, from the sft model. Its episodes begin with the training texts."""
+    config, tokenizer = run.config, run.corpus.tokenizer
     set_seed(config.system.seed + 4)
-    policy, reference = (pipeline.load_model(config, corpus.tokenizer, "sft") for _ in range(2))
-    reward_model, judge = reward.load(config, corpus).values()
-    C = pipeline.trainer_config(config, "ppo", max_new_tokens=config.data.summary_tokens)
-    trainer = PPOTrainer(C, policy, reward_model, [row["prompt"] for row in corpus.rows["train"]], ref_policy=reference,
-                         value_model=None if C.shared_trunk or C.algorithm != "ppo" else ValueModel.from_gpt(reward_model),
-                         tokenizer=corpus.tokenizer)
-    held_out = [row["prompt"] for row in pipeline.some(config, corpus.rows["valid"], config.report.looked_at)]
-
-    def look(trainer):
-        """Now and then: what reward model and judge say of held-out texts' summaries."""
-        if (trainer.iter_num + 1) % config.report.every == 0 and trainer.rank == 0:
-            written = pipeline.summarize(config, policy, corpus.tokenizer, held_out, config.system.seed)
-            trainer.metrics |= {"eval/reward": pipeline.judged(reward_model, written).mean().item(),
-                                "eval/judge": pipeline.judged(judge, written).mean().item(),
-                                "eval/kl": pipeline.kl_to(reference, written, C.temperature)}
-
+    policy = pipeline.load_model(run, "sft")
+    reference = pipeline.load_model(run, "sft")
+    judges = reward.load(run)
+    options = pipeline.trainer_config(run, "ppo", max_new_tokens=config.data.summary_tokens)
+    # The value function begins as the reward model (Stiennon et al. 2020), unless it is a head on
+    # the policy's own trunk.
+    value_model = None
+    if has_value_function(options) and not options.shared_trunk:
+        value_model = ValueModel.from_gpt(judges["reward"])
+    trainer = PPOTrainer(
+        options,
+        policy,
+        judges["reward"],
+        [row["prompt"] for row in run.corpus.rows["train"]],
+        value_model=value_model,
+        ref_policy=reference,
+        tokenizer=tokenizer,
+    )
+    look = functools.partial(look_at_held_out, run, policy, reference, judges)
     trainer.add_callback("on_batch_end", look)
     return trainer
 
 
+def has_value_function(options: CN) -> bool:
+    """Whether the algorithm learns a value function."""
+    return options.algorithm == "ppo"
+
+
+def look_at_held_out(
+    run: Run,
+    policy: GPT,
+    reference: GPT,
+    judges: dict[str, RewardModel],
+    trainer: PPOTrainer,
+) -> None:
+    """Now and then: the policy's KL and what its judges think of it, on held-out texts."""
+    config = run.config
+    is_due = (trainer.iter_num + 1) % config.report.every == 0
+    if not is_due or trainer.rank > 0:
+        return
+    rows = pipeline.draw_rows(config, run.corpus.rows["valid"], config.report.looked_at)
+    prompts = [row["prompt"] for row in rows]
+    seed = config.system.seed  # the same each time
+    samples = pipeline.summarize(config, policy, run.corpus.tokenizer, prompts, seed)
+    for name, judge in judges.items():
+        trainer.metrics[f"eval/{name}"] = evaluation.score(samples, judge).mean().item()
+    trainer.metrics["eval/kl"] = evaluation.kl(samples, reference, config.ppo.temperature)
+
+
 if __name__ == "__main__":
-    run_script(lambda args: run(*pipeline.prepare(args, __doc__)))
+    run_script(lambda args: main(pipeline.prepare(args, __doc__)))

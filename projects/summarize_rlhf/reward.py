@@ -1,122 +1,214 @@
 """
-Stage 2, the reward model: from pairs of summaries of one text, the better one known, a GPT's trunk learns to give a number.
+Stage 2, the reward model: a GPT's trunk learns to give a summary a number, from pairs of summaries
+of one text of which the better one is known.
 
-    python projects/summarize_rlhf/reward.py                after sft.py, with the same options
+    python projects/summarize_rlhf/reward.py           after sft.py, with the same options
 
-For TL;DR people made the comparisons. For docstrings the author's line counts as the better one: against what the sft model
-wrote for the same text, and against another text's line. Two models learn from disjoint parts of the training texts: the reward
-model, which PPO climbs, and the judge, which it never sees.
+For TL;DR, people made the comparisons. For docstrings the author's line counts as the better one,
+against what the sft model wrote for the same text and against another text's line.
+
+Two models learn, from different parts of the training texts: the reward model, which PPO climbs,
+and the judge, which PPO never sees. Where the judge agrees that PPO's summaries are better, PPO has
+learned more than the weaknesses of one reward model.
 """
 
 import functools
 import json
 import logging
-from pathlib import Path
-
-import torch
 
 import pipeline
+import torch
+from corpus import Splits
+from pipeline import Run
+from torch import Tensor
+
+from mingpt import evaluation
+from mingpt.bpe import BPETokenizer
 from mingpt.checkpoint import run_script, write_text
 from mingpt.datasets import Comparisons, read_jsonl
+from mingpt.plots import plot_metrics
 from mingpt.rlhf import RewardModel, comparison_loss, comparison_scores
 from mingpt.trainer import Trainer
-from mingpt.plots import plot_metrics
 from mingpt.utils import set_seed
 
 logger = logging.getLogger("mingpt.summarize_rlhf")
-SAMPLES = 2  # of the sft model for each text, for the comparisons
-KINDS = ["author against a sample"] * SAMPLES + ["author against another's"]
-NORMALIZED_ON = 500  # summaries by the sft model, whose scores a reward model gives mean 0 and variance 1
+
+NAMES = {"reward": "reward model", "judge": "judge"}  # {stage: what it trains}
+SAMPLES_PER_TEXT = 2  # by the sft model, for the comparisons
+KINDS = ["author against a sample"] * SAMPLES_PER_TEXT + ["author against another's"]
+NORMALIZED_ON = 500  # summaries by the sft model, whose scores get mean 0 and variance 1
 
 
-def run(config, corpus):
-    """Comparisons, both models, and how good they are."""
-    rows = corpus.comparisons or from_sft_model(config, corpus)
-    for stage in ("reward", "judge"):
-        pipeline.run_stage(config, stage, lambda: reward(config, corpus, rows, stage))
-    report(config, corpus, rows)
+def main(run: Run) -> None:
+    """Make the comparisons, train both models, and measure how good they are."""
+    splits = run.corpus.comparisons
+    if splits is None:
+        splits = comparisons_with_sft_model(run)
+    for stage in NAMES:
+        run.stages.run(stage, functools.partial(train, run, splits, stage))
+    if not (run.work_dir / "accuracy.json").exists():
+        write_accuracy(run, splits["test"])
 
 
-def from_sft_model(config, corpus):
-    """{split: comparisons} of the authors' lines with SAMPLES by the sft model and with another text's line; kept in comparisons.jsonl."""
-    path = Path(config.system.work_dir) / "comparisons.jsonl"
-    if not path.exists():
-        model, tokenizer, found = pipeline.load_model(config, corpus.tokenizer, "sft"), corpus.tokenizer, []
-        length = lambda text: len(tokenizer.encode(text))
-        for number, (split, rows) in enumerate(corpus.rows.items()):
-            rows = [row for row in rows if split != "train" or row["part"] != "sft"]
-            prompts, seed = [row["prompt"] for row in rows], config.system.seed + 100 * number
-            samples = [pipeline.summarize(config, model, tokenizer, prompts, seed + k) for k in range(SAMPLES)]
-            others = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
-            for i, (row, other) in enumerate(zip(rows, others)):
-                rejected = [*(" " + sample.texts[i] for sample in samples), rows[other]["completion"]]
-                # junk, decoded and encoded again, may have become longer
-                if length(row["prompt"]) + max(map(length, rejected)) < config.model.block_size:
-                    found.append({"prompt": row["prompt"], "chosen": row["completion"], "rejected": rejected,
-                                  "ended": [True, *(sample.ended[i].item() for sample in samples), True],
-                                  "kinds": KINDS, "part": row["part"], "split": split})
-        write_text(path, "".join(json.dumps(row) + "\n" for row in found))
-    rows = read_jsonl(path, "prompt", "chosen", "part", "split")
-    return {split: [row for row in rows if row["split"] == split] for split in corpus.rows}
+def train(run: Run, splits: Splits, stage: str) -> Trainer:
+    """A trainer for one of the two models, which starts from the sft model.
+
+    Training texts are those of the model's own part; both are validated on the same texts.
+    """
+    set_seed(run.config.system.seed + {"reward": 2, "judge": 3}[stage])
+    model = RewardModel.from_gpt(pipeline.load_model(run, "sft"))
+    rows = [row for row in splits["train"] if row["part"] == stage]
+    block_size = run.config.model.block_size
+    return Trainer(
+        pipeline.trainer_config(run, stage),
+        model,
+        Comparisons(rows, run.corpus.tokenizer, block_size),
+        Comparisons(splits["valid"], run.corpus.tokenizer, block_size),
+        loss_fn=functools.partial(comparison_loss, centering=run.config.comparisons.centering),
+        collate_fn=Comparisons.collate,
+    )
 
 
-def reward(config, corpus, rows, stage):
-    """A reward model from the comparisons of its part of the training texts; it starts from the sft model."""
-    set_seed(config.system.seed + {"reward": 2, "judge": 3}[stage])
-    model = RewardModel.from_gpt(pipeline.load_model(config, corpus.tokenizer, "sft"))
-    parts = {"train": [row for row in rows["train"] if row["part"] == stage], "valid": rows["valid"]}
-    data = {split: Comparisons(part, corpus.tokenizer, config.model.block_size) for split, part in parts.items()}
-    return Trainer(pipeline.trainer_config(config, stage), model, data["train"], data["valid"],
-                   functools.partial(comparison_loss, centering=config.comparisons.centering), Comparisons.collate)
+def load(run: Run) -> dict[str, RewardModel]:
+    """{"reward", "judge"}: the two models, in standard deviations of the sft model's summaries.
 
-
-def load(config, corpus):
-    """{stage: its model} of reward and judge, whose scores of the sft model's summaries have mean 0 and variance 1."""
-    prompts = [row["prompt"] for row in pipeline.some(config, corpus.rows["valid"], NORMALIZED_ON)]
-    models = {stage: pipeline.load_model(config, corpus.tokenizer, stage) for stage in ("sft", "reward", "judge")}
-    written = pipeline.summarize(config, models.pop("sft"), corpus.tokenizer, prompts, config.system.seed + 20)
+    That is, their scores of these summaries have mean 0 and variance 1.
+    """
+    rows = pipeline.draw_rows(run.config, run.corpus.rows["valid"], NORMALIZED_ON)
+    samples = pipeline.summarize(
+        run.config,
+        pipeline.load_model(run, "sft"),
+        run.corpus.tokenizer,
+        [row["prompt"] for row in rows],
+        seed=run.config.system.seed + 20,
+    )
+    models = {stage: pipeline.load_model(run, stage) for stage in NAMES}
     for model in models.values():
-        model.normalize(pipeline.judged(model, written).to(model.head.weight.device), unit_variance=True)
+        scores = evaluation.score(samples, model).to(model.head.weight.device)
+        model.normalize(scores, unit_variance=True)
     return models
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# how good they are
+# --------------------------------------------------------------------------------------------------
+# comparisons, where people made none
 
 
-def report(config, corpus, rows):
-    """Accuracy on held-out comparisons by kind, into accuracy.json; and a plot of how sure a model is against how often it is right."""
-    work_dir, found, curves = Path(config.system.work_dir), {}, {}
-    if (work_dir / "accuracy.json").exists():
-        return
-    kinds = [kind for row in rows["test"] for kind in row["kinds"]]
-    for stage in ("reward", "judge"):
-        margins = margin(pipeline.load_model(config, corpus.tokenizer, stage), rows["test"], corpus.tokenizer, config.model.block_size)
-        of = {kind: margins[[kind == k for k in kinds]] for kind in sorted(set(kinds))}
-        found[stage] = {kind: (part > 0).float().mean().item() for kind, part in of.items()} | {"all": (margins > 0).float().mean().item()}
-        curves |= {f"{stage}, {kind}": calibration(part) for kind, part in of.items()}
-        logger.info("held-out comparisons that the %s gets right: %s", {"reward": "reward model"}.get(stage, stage),
-                    ", ".join(f"{kind} {share:.1%}" for kind, share in found[stage].items()))
-    plot_metrics(work_dir / "plots" / "calibration.png", {"share that it gets right": curves | {"calibrated": ([0.5, 1], [0.5, 1])}},
-                 xlabel="σ(|difference|): how sure the model is")
-    pipeline.write_json(work_dir / "accuracy.json", found)
+def comparisons_with_sft_model(run: Run) -> Splits:
+    """What `compare` makes of all texts; kept in comparisons.jsonl."""
+    path = run.work_dir / "comparisons.jsonl"
+    if not path.exists():
+        model = pipeline.load_model(run, "sft")
+        lines = []
+        for number, (split, rows) in enumerate(run.corpus.rows.items()):
+            # the sft model has learned its own part of the training texts by heart
+            rows = [row for row in rows if split != "train" or row["part"] != "sft"]
+            for comparison in compare(run, model, rows, run.config.system.seed + 100 * number):
+                lines.append(json.dumps({**comparison, "split": split}) + "\n")
+        write_text(path, "".join(lines))
+    comparisons = read_jsonl(path, "prompt", "chosen", "part", "split")
+    return {
+        split: [row for row in comparisons if row["split"] == split] for split in run.corpus.rows
+    }
+
+
+def compare(run: Run, model: torch.nn.Module, rows: list[dict], seed: int) -> list[dict]:
+    """Each author's line against samples of the sft model and against another text's line."""
+    tokenizer = run.corpus.tokenizer
+    prompts = [row["prompt"] for row in rows]
+    samples = [
+        pipeline.summarize(run.config, model, tokenizer, prompts, seed + number)
+        for number in range(SAMPLES_PER_TEXT)
+    ]
+    others = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
+    comparisons = []
+    for i, row in enumerate(rows):
+        rejected = [" " + sample.texts[i] for sample in samples]
+        rejected.append(rows[others[i]]["completion"])
+        # A sample of junk may have more tokens once it was decoded and encoded again.
+        longest = max(len(tokenizer.encode(text)) for text in rejected)
+        if len(tokenizer.encode(row["prompt"])) + longest >= run.config.model.block_size:
+            continue
+        comparison = {
+            "prompt": row["prompt"],
+            "chosen": row["completion"],
+            "rejected": rejected,
+            # A reward model can only judge texts that were cut off if it has seen some.
+            "ended": [True, *(sample.ended[i].item() for sample in samples), True],
+            "kinds": KINDS,
+            "part": row["part"],
+        }
+        comparisons.append(comparison)
+    return comparisons
+
+
+# --------------------------------------------------------------------------------------------------
+# how good the two models are
+
+
+def write_accuracy(run: Run, rows: list[dict]) -> None:
+    """accuracy.json: the share of held-out comparisons that each model gets right, by kind.
+
+    plots/calibration.png: how often a model is right, against how sure it is.
+    """
+    kinds = [kind for row in rows for kind in row["kinds"]]
+    accuracies = {}
+    curves = {}
+    for stage, name in NAMES.items():
+        model = pipeline.load_model(run, stage)
+        margins = score_margins(model, rows, run.corpus.tokenizer, run.config.model.block_size)
+        accuracies[stage] = {}
+        for kind in sorted(set(kinds)):
+            margins_of_kind = margins[[other == kind for other in kinds]]
+            accuracies[stage][kind] = accuracy(margins_of_kind)
+            curves[f"{stage}, {kind}"] = calibration(margins_of_kind)
+        accuracies[stage]["all"] = accuracy(margins)
+        shares = [f"{kind} {share:.1%}" for kind, share in accuracies[stage].items()]
+        logger.info("held-out comparisons that the %s gets right: %s", name, ", ".join(shares))
+    curves["calibrated"] = ([0.5, 1], [0.5, 1])
+    plot_metrics(
+        run.work_dir / "plots" / "calibration.png",
+        {"share that it gets right": curves},
+        xlabel="σ(|difference|): how sure the model is",
+    )
+    pipeline.write_json(run.work_dir / "accuracy.json", accuracies)
 
 
 @torch.no_grad()
-def margin(model, rows, tokenizer, block_size, batch_size=64):
-    """The score of the chosen less that of each rejected completion, row by row, (N,)."""
-    data, parts, device = Comparisons(rows, tokenizer, block_size), [], model.head.weight.device
-    for i in range(0, len(data), batch_size):
-        chosen, rejected = comparison_scores(model, [x.to(device) for x in Comparisons.collate(data.items[i:i + batch_size])])
-        parts.append((chosen - rejected).flatten().cpu())
-    return torch.cat(parts)
+def score_margins(
+    model: RewardModel,
+    rows: list[dict],
+    tokenizer: BPETokenizer,
+    block_size: int,
+    batch_size: int = 64,
+) -> Tensor:
+    """The score of the chosen completion less that of each rejected one, row by row, (N,)."""
+    data = Comparisons(rows, tokenizer, block_size)
+    margins = []
+    for first in range(0, len(data), batch_size):
+        batch = Comparisons.collate(data.items[first : first + batch_size])
+        batch = tuple(x.to(model.head.weight.device) for x in batch)
+        chosen, rejected = comparison_scores(model, batch)  # (B, 1) and (B, K-1)
+        margins.append((chosen - rejected).flatten().cpu())
+    return torch.cat(margins)
 
 
-def calibration(margins, bins=10):
-    """(how sure, how often right) in bins of as many comparisons each: under Bradley-Terry the two are equal."""
-    parts = margins[margins.abs().argsort()].tensor_split(min(bins, len(margins)))
-    return [part.abs().sigmoid().mean().item() for part in parts], [(part > 0).float().mean().item() for part in parts]
+def accuracy(margins: Tensor) -> float:
+    """The share of comparisons in which the chosen completion has the higher score."""
+    return (margins > 0).float().mean().item()
+
+
+def calibration(margins: Tensor, n_bins: int = 10) -> tuple[list[float], list[float]]:
+    """(how sure, how often right), in bins with equal numbers of comparisons.
+
+    Under Bradley-Terry the chosen completion is the better one with probability σ(margin). So a
+    model that is calibrated is as often right as it is sure.
+    """
+    by_size = margins[margins.abs().argsort()]
+    bins = by_size.tensor_split(min(n_bins, len(margins)))
+    sure = [margins_of_bin.abs().sigmoid().mean().item() for margins_of_bin in bins]
+    right = [accuracy(margins_of_bin) for margins_of_bin in bins]
+    return sure, right
 
 
 if __name__ == "__main__":
-    run_script(lambda args: run(*pipeline.prepare(args, __doc__)))
+    run_script(lambda args: main(pipeline.prepare(args, __doc__)))

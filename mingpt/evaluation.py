@@ -1,0 +1,441 @@
+"""
+How good is a policy? Samples of it, their rewards, their KL to a reference, and yardsticks.
+
+    samples = sample(policy, prompts, n=4, tokenizer=tokenizer, max_new_tokens=64, reward_fn=f)
+    samples.texts                                 the completions, as strings
+    samples.rewards.mean()                        what the policy earns
+    kl(samples, reference)                        ... and what it pays for that, in nats
+    win_rate(ours.rewards, theirs.rewards)        how often one policy beats the other
+
+A reward says little without the KL that it cost, because a policy can always buy reward by moving
+away from the reference. Two yardsticks need only the rewards of the reference's own samples, and no
+training:
+
+- `tilted`: of all policies that earn a mean reward R, the one nearest to the reference π_ref in KL
+  is π*(x) ∝ π_ref(x) exp(r(x)/β). It is also the optimum of the KL-penalised objective with
+  kl_coef = β (Ziegler et al. 2019, section 2; Rafailov et al. 2023, equation 4).
+- `best_of_n`: draw n samples and keep the one of most reward (Stiennon et al. 2020, appendix G.3).
+"""
+
+import contextlib
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from statistics import NormalDist
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from mingpt import rewards
+from mingpt.config import CfgNode, check_numbers
+from mingpt.datasets import encode_prompts, end_token, left_pad
+from mingpt.prefix import needed_mask
+from mingpt.rewards import RewardFn
+from mingpt.rlhf import is_stop, written_mask
+
+# --------------------------------------------------------------------------------------------------
+# samples of a policy
+
+
+@dataclass
+class Samples:
+    """N completions that a policy sampled, in T columns: left-padded prompts, then completions.
+
+    All completions begin in the same column. `log_probs` is indexed as in `mingpt.rlhf`: entry t
+    speaks of the action idx[:, t+1].
+    """
+
+    prompts: list[str]  # as the policy read them, without end-of-text tokens
+    texts: list[str]  # the completions, decoded, without their end token and padding
+    idx: Tensor  # (N, T) token ids
+    attention_mask: Tensor  # (N, T) True on real tokens: prompt and completion
+    completion_mask: Tensor  # (N, T) True on the tokens that the policy wrote, their end included
+    log_probs: Tensor  # (N, T-1) of the actions, as they were sampled; 0 off the completion
+    ended: Tensor  # (N,) True where a completion ended by itself, False where it was cut off
+    rewards: Tensor | None = None  # (N,) float32 on the CPU; None without a reward function
+
+    @property
+    def lengths(self) -> Tensor:
+        """(N,) numbers of tokens in the completions, their end included."""
+        return self.completion_mask.sum(1)
+
+    def select(self, index: Tensor | Sequence[int]) -> "Samples":
+        """The rows with these numbers, in this order."""
+        rows = torch.as_tensor(index, dtype=torch.long)
+        on_device = rows.to(self.idx.device)
+        return Samples(
+            prompts=[self.prompts[row] for row in rows.tolist()],
+            texts=[self.texts[row] for row in rows.tolist()],
+            idx=self.idx[on_device],
+            attention_mask=self.attention_mask[on_device],
+            completion_mask=self.completion_mask[on_device],
+            log_probs=self.log_probs[on_device],
+            ended=self.ended[on_device],
+            rewards=None if self.rewards is None else self.rewards[rows.to(self.rewards.device)],
+        )
+
+
+def sample(
+    policy: Any,
+    prompts: Iterable,
+    n: int = 1,
+    *,
+    tokenizer: Any,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    stop_token: int | Sequence[int] | None = None,
+    stop_strings: Sequence[str] = (),
+    reward_fn: RewardFn | None = None,
+    seed: int = 0,
+    batch_size: int = 256,
+) -> Samples:
+    """Sample n completions of each prompt, without dropout; those of one prompt are adjacent.
+
+    policy: a GPT, or any module with its `generate`. prompts: strings, or lists of ids. Completions
+    end at stop_token (None: the tokenizer's end of text) or after max_new_tokens; for stop_strings
+    see `cut_at_stop_strings`. The same seed and batch_size give the same samples. ValueError for
+    prompts and options that cannot be used.
+    """
+    check_numbers(CfgNode(n=n, batch_size=batch_size), "n", "batch_size", low=1, whole=True)
+    check_stop_strings(stop_strings)
+    prompts = [prompt for prompt in prompts for _ in range(n)]
+    end = end_token(tokenizer)
+    if stop_token is None:
+        stop_token = end
+    idx, attention_mask, completion_mask, log_probs = generate_in_batches(
+        policy,
+        encode_prompts(prompts, tokenizer),
+        seed,
+        batch_size,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        stop_token=stop_token,
+    )
+    left_out = {end, *as_list(stop_token)}
+    samples = Samples(
+        prompts=decode_rows(idx, attention_mask & ~completion_mask, tokenizer, left_out),
+        texts=decode_rows(idx, completion_mask, tokenizer, left_out),
+        idx=idx,
+        attention_mask=attention_mask,
+        completion_mask=completion_mask,
+        log_probs=log_probs,
+        ended=(completion_mask & is_stop(idx, stop_token)).any(1),
+    )
+    samples = cut_at_stop_strings(samples, stop_strings, tokenizer, left_out)
+    if reward_fn is not None:
+        samples.rewards = score(samples, reward_fn, batch_size)
+    return samples
+
+
+@torch.no_grad()
+def generate_in_batches(
+    policy: Any, prompts: list[Tensor], seed: int, batch_size: int, **options: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(idx, attention_mask, completion_mask, log_probs), as in `Samples`; options: generate's."""
+    if not prompts:
+        raise ValueError("prompts is empty: give one or more")
+    generator = torch.Generator(next(policy.parameters()).device).manual_seed(seed)
+    longest = max(map(len, prompts))
+    batches = []
+    with evaluation_mode(policy):
+        for first in tqdm(range(0, len(prompts), batch_size), "samples", disable=None, leave=False):
+            batch = prompts[first : first + batch_size]
+            batches.append(generate_batch(policy, batch, longest, generator, **options))
+    idx, attention_mask, completion_mask, log_probs = map(torch.cat, zip(*batches, strict=True))
+    return idx, attention_mask, completion_mask, log_probs
+
+
+def generate_batch(
+    policy: Any,
+    prompts: list[Tensor],
+    longest: int,
+    generator: torch.Generator,
+    *,
+    max_new_tokens: int,
+    temperature: float,
+    stop_token: int | Sequence[int] | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The same of one batch, in longest + max_new_tokens columns."""
+    # The batch is read at the length of its own longest prompt, and padded further only afterwards.
+    prompt_idx, prompt_mask = (x.to(generator.device) for x in left_pad(prompts))
+    idx, log_probs = policy.generate(
+        prompt_idx,
+        max_new_tokens,
+        temperature=temperature,
+        do_sample=True,
+        attention_mask=prompt_mask,
+        stop_token=stop_token,
+        generator=generator,
+        return_log_probs=True,
+    )
+    prompt_length = prompt_idx.size(1)
+    completion_mask = written_mask(idx, prompt_length, stop_token)
+    attention_mask = torch.cat([prompt_mask, completion_mask[:, prompt_length:]], dim=1)
+    left = longest - prompt_length
+    right = max_new_tokens - log_probs.size(1)  # generate stops early where all rows have ended
+    fill = next(iter(as_list(stop_token)), 0)
+    return (
+        F.pad(idx, (left, right), value=fill),
+        F.pad(attention_mask, (left, right)),
+        F.pad(completion_mask, (left, right)),
+        F.pad(log_probs, (longest - 1, right)),
+    )
+
+
+def cut_at_stop_strings(
+    samples: Samples, stop_strings: Sequence[str], tokenizer: Any, left_out: set[int | None]
+) -> Samples:
+    """The samples, cut where their first stop string is complete.
+
+    A text that contains one is cut before it and counts as ended. Its completion_mask ends with the
+    token that completes the string, because the policy did write that.
+    """
+    texts, ended = list(samples.texts), samples.ended.clone()
+    width = samples.idx.size(1)
+    ends = torch.full((len(texts),), width)  # the column behind each cut
+    for row, text in enumerate(samples.texts):
+        if any(string in text for string in stop_strings):
+            columns = samples.completion_mask[row].nonzero()[:, 0].tolist()
+            ids = samples.idx[row, columns].tolist()
+            texts[row], length = before_stop_string(ids, stop_strings, tokenizer, left_out)
+            ends[row] = columns[length - 1] + 1
+            ended[row] = True
+    kept = (torch.arange(width) < ends[:, None]).to(samples.idx.device)
+    return replace(
+        samples,
+        texts=texts,
+        attention_mask=samples.attention_mask & kept,
+        completion_mask=samples.completion_mask & kept,
+        log_probs=samples.log_probs.masked_fill(~kept[:, 1:], 0.0),
+        ended=ended,
+    )
+
+
+def before_stop_string(
+    ids: list[int], stop_strings: Sequence[str], tokenizer: Any, left_out: set[int | None]
+) -> tuple[str, int]:
+    """(the text before the first stop string in it, how many of the ids complete that string)."""
+    # Token by token, because a stop string may begin and end within a token.
+    length = 0
+    starts: list[int] = []
+    while not starts:
+        length += 1
+        text = decode(ids[:length], tokenizer, left_out)
+        starts = [text.find(string) for string in stop_strings if string in text]
+    return text[: min(starts)], length
+
+
+def decode_rows(
+    idx: Tensor, mask: Tensor, tokenizer: Any, left_out: set[int | None]
+) -> list[str]:
+    """The text on the mask of each row, (N, T) both."""
+    rows = zip(idx.cpu(), mask.cpu(), strict=True)
+    return [decode(ids[mask].tolist(), tokenizer, left_out) for ids, mask in rows]
+
+
+def decode(ids: list[int], tokenizer: Any, left_out: set[int | None]) -> str:
+    """The text of ids, without some special tokens."""
+    return tokenizer.decode([token for token in ids if token not in left_out])
+
+
+def as_list(stop_token: int | Sequence[int] | None) -> list[int]:
+    """The stop tokens as a list, which is empty for None."""
+    if stop_token is None:
+        return []
+    return list(stop_token) if isinstance(stop_token, Sequence) else [stop_token]
+
+
+def check_stop_strings(stop_strings: Sequence[str]) -> None:
+    """ValueError for anything but a sequence of non-empty strings."""
+    if isinstance(stop_strings, str):
+        raise ValueError(f"stop_strings={stop_strings!r} is one string: put it into a list")
+    for string in stop_strings:
+        if not isinstance(string, str) or not string:
+            raise ValueError(f"stop_strings holds {string!r}: give strings that are not empty")
+
+
+@contextlib.contextmanager
+def evaluation_mode(module: Any) -> Iterator[None]:
+    """Within, the module is in evaluation mode, without dropout; a plain function is left alone."""
+    if not isinstance(module, nn.Module):
+        yield
+        return
+    was_training = module.training
+    module.eval()
+    try:
+        yield
+    finally:
+        module.train(was_training)
+
+
+# --------------------------------------------------------------------------------------------------
+# what the samples are worth, and what they cost
+
+
+@torch.no_grad()
+def score(samples: Samples, reward_fn: RewardFn, batch_size: int = 256) -> Tensor:
+    """The reward of each sample, (N,) float32 on the CPU.
+
+    reward_fn: a RewardModel, a TextReward, or any reward_fn(idx, attention_mask, completion_mask).
+    Raises RewardError where it fails or returns something that is no reward.
+    """
+    batches = zip(
+        samples.idx.split(batch_size),
+        samples.attention_mask.split(batch_size),
+        samples.completion_mask.split(batch_size),
+        strict=True,
+    )
+    with evaluation_mode(reward_fn):
+        scores = [rewards.score(reward_fn, *batch).rewards for batch in batches]
+    return torch.cat(scores).cpu()
+
+
+@torch.no_grad()
+def kl(samples: Samples, reference: Any, temperature: float = 1.0, batch_size: int = 256) -> float:
+    """KL(policy || reference), in nats per completion, estimated from what the policy sampled.
+
+    The mean over samples of the sum over their tokens of log π - log π_ref: k1, which is unbiased
+    (Schulman 2020, joschu.net/blog/kl-approx). temperature: that of the samples.
+    """
+    batches = zip(
+        samples.idx.split(batch_size), samples.attention_mask.split(batch_size), strict=True
+    )
+    with evaluation_mode(reference):
+        reference_log_probs = torch.cat([
+            reference.log_probs(idx, needed_mask(idx, attention_mask), temperature)
+            for idx, attention_mask in batches
+        ])
+    log_ratio = (samples.log_probs - reference_log_probs) * samples.completion_mask[:, 1:]
+    return log_ratio.sum(1).mean().item()
+
+
+def best_of_each(samples: Samples, n: int) -> Samples:
+    """Of each n adjacent samples the one of most reward: `sample(..., n=n)` played as best-of-n."""
+    if samples.rewards is None:
+        raise ValueError("the samples have no rewards: pass a reward_fn to sample()")
+    check_numbers(CfgNode(n=n), "n", low=1, whole=True)
+    if len(samples.texts) % n:
+        raise ValueError(f"{len(samples.texts)} samples are no groups of n={n}: n must divide them")
+    groups = samples.rewards.view(-1, n)
+    return samples.select(groups.argmax(1) + torch.arange(0, len(samples.texts), n))
+
+
+# --------------------------------------------------------------------------------------------------
+# how good a policy could be, from the rewards of the reference's samples
+
+
+@dataclass
+class Tilted:
+    """The reference tilted by exp(r/β), for each β in turn: arrays of one float64 a β."""
+
+    rewards: NDArray[np.float64]  # mean reward
+    kls: NDArray[np.float64]  # KL to the reference, nats
+    effective_sample_sizes: NDArray[np.float64]  # how many samples of equal weight this is worth
+
+
+def tilted(scores: ArrayLike, betas: ArrayLike) -> Tilted:
+    """The best policies there are, π_ref(x) exp(r(x)/β), from scores of the reference's samples.
+
+    Self-normalised importance weights w_i ∝ exp(r_i/β) give the mean reward Σ w_i r_i and the KL
+    Σ w_i log(N w_i). The effective sample size 1 / Σ w_i² (Kong 1992) tells how far to trust them:
+    as β falls, fewer and fewer samples carry the weight, and log N bounds the KL. scores: (N,);
+    betas: one or more numbers above 0.
+    """
+    scores = as_scores(scores)
+    betas = np.atleast_1d(np.asarray(betas, dtype=np.float64))
+    if not (betas > 0).all():
+        raise ValueError(f"betas={betas.tolist()} must all be above 0")
+    rows = []
+    for beta in betas:
+        log_weights = scores / beta
+        log_weights -= np.logaddexp.reduce(log_weights)  # so that the weights add up to 1
+        weights = np.exp(log_weights)
+        reward = weights @ scores
+        kl_to_reference = weights @ log_weights + math.log(len(scores))
+        rows.append((reward, kl_to_reference, 1 / (weights @ weights)))
+    return Tilted(*np.array(rows).T)
+
+
+def kl_optimal(scores: ArrayLike, reward: float) -> float | None:
+    """The KL, in nats, of the best policy that has this mean reward.
+
+    scores: (N,) of the reference's samples. 0 where the reference earns as much itself; None where
+    none of its samples does.
+    """
+    scores = as_scores(scores)
+    if reward <= np.mean(scores):
+        return 0.0
+    if reward >= np.max(scores):
+        return None
+    # Bisection over log β: the reward of the tilted reference falls as β grows.
+    low, high = math.log(1e-3), math.log(1e3)
+    for _ in range(60):
+        middle = (low + high) / 2
+        if tilted(scores, math.exp(middle)).rewards[0] > reward:
+            low = middle
+        else:
+            high = middle
+    return float(tilted(scores, math.exp(low)).kls[0])
+
+
+def best_of_n(scores: ArrayLike, n: int) -> tuple[float, float]:
+    """(mean reward, bound on the KL) of the best of n samples of the reference.
+
+    The reward is the expected maximum of n draws with replacement from scores; the KL is at most
+    log n - (n-1)/n (Stiennon et al. 2020, appendix G.3; Beirami et al. 2024, arXiv:2401.01879).
+    """
+    scores = as_scores(scores)
+    check_numbers(CfgNode(n=n), "n", low=1, whole=True)
+    # P(the maximum is among the k lowest scores) = (k/N)^n
+    ranks = np.arange(len(scores) + 1) / len(scores)
+    reward = np.diff(ranks**n) @ np.sort(scores)
+    return float(reward), math.log(n) - (n - 1) / n
+
+
+def as_scores(scores: ArrayLike) -> NDArray[np.float64]:
+    """Scores as a float64 array (N,). ValueError for none, and for NaN or infinity."""
+    array = np.asarray(scores, dtype=np.float64)
+    if array.ndim != 1 or array.size == 0 or not np.isfinite(array).all():
+        raise ValueError(f"scores of shape {array.shape} must be finite numbers, (N,) with N >= 1")
+    return array
+
+
+# --------------------------------------------------------------------------------------------------
+# one policy against another
+
+
+@dataclass
+class WinRate:
+    """How often one side wins, in [0, 1], with the interval [low, high], from n comparisons."""
+
+    rate: float
+    low: float
+    high: float
+    n: int
+
+
+def win_rate(a: ArrayLike, b: ArrayLike, confidence: float = 0.95) -> WinRate:
+    """The share of rows in which a scores higher than b, ties counted half, with its interval.
+
+    a, b: (N,) scores of two policies on the same prompts. The interval is Wilson's (1927, "Probable
+    inference"), which holds its confidence for few rows and for rates near 0 and 1, too. Ties vary
+    less than wins and losses do, so with ties it is wider than it need be.
+    """
+    a, b = as_scores(a), as_scores(b)
+    if a.shape != b.shape:
+        raise ValueError(f"a has {len(a)} scores and b {len(b)}: give both for the same prompts")
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence={confidence} must lie between 0 and 1")
+    n = len(a)
+    rate = float(((a > b) + 0.5 * (a == b)).mean())
+    z = NormalDist().inv_cdf((1 + confidence) / 2)
+    center = (rate + z**2 / (2 * n)) / (1 + z**2 / n)
+    radius = z * math.sqrt(rate * (1 - rate) / n + z**2 / (4 * n**2)) / (1 + z**2 / n)
+    # Wilson's interval always holds the rate; at 0 and 1, rounding must not take it out.
+    low, high = min(rate, center - radius), max(rate, center + radius)
+    return WinRate(rate, max(0.0, low), min(1.0, high), n)

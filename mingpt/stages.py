@@ -1,0 +1,371 @@
+"""
+A run of several stages in one folder: what each was asked for, and what it leaves for the next.
+
+    stages = Stages(config, "out/run", {"pretrain": Trainer, "sft": Trainer, "rl": PPOTrainer})
+    stages.run("pretrain", make_pretrain)      # make_pretrain() returns the stage's Trainer
+    stages.run("sft", make_sft)                # ... which begins with stages.load("pretrain")
+    stages.run("rl", make_rl)
+
+The script's config has one section for each stage (config.pretrain, ...), and sections that all
+stages share (config.data, config.model, ...). Three rules follow from that:
+
+1. The options of all stages are checked before the first one begins.
+2. A stage's options are locked once it has saved something. They are those of its own section, of
+   the stages before it, and the shared ones. The options of later stages stay free until then.
+3. With `base`, a run starts from the finished stages of another run, whose options must agree.
+
+What the folder holds:
+
+    sft/options.json      every option that the stage depends on
+    sft/checkpoint.pt     the trainer's own files: see run_folder.py
+    sft/model/            what the stage leaves behind: `from_pretrained` reads it
+    sft/finished.json     written last: the stage is finished, and how long it trained
+"""
+
+import fnmatch
+import json
+import logging
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from mingpt import distributed
+from mingpt.checkpoint import write_text
+from mingpt.config import CfgNode
+from mingpt.heads import ActorCritic
+from mingpt.model import GPT
+from mingpt.trainer import FREE_TO_CHANGE, Trainer
+from mingpt.utils import pick_device
+
+logger = logging.getLogger("mingpt")
+
+
+class Stages:
+    """The stages of a run, in the folder `folder`.
+
+    config: all options of the script.
+    order: {stage: the class of its Trainer}, in the order in which they run. None in place of a
+        class: with these options, the stage does not take place.
+    base: the folder of another run, whose finished stages are used in place of own ones.
+    sections: {stage: names of the sections it reads}, unless that is just the one of its own name.
+        The first holds the options of its Trainer.
+    extras: {stage: names of the options in that first section which its Trainer does not have}.
+    overrides: {stage: {option: value}} that the script sets itself, for the Trainer.
+    free: dotted names of options that may always change; `report.*` stands for a whole section.
+    facts: {name: value}, what else every stage depends on: a vocabulary, say.
+    tokenizer: is saved beside each stage's model.
+
+    Raises ValueError, before anything is trained, for options that a Trainer refuses, for options
+    that are locked, and for a base that cannot be used.
+    """
+
+    def __init__(
+        self,
+        config: CfgNode,
+        folder: str | Path,
+        order: dict[str, type[Trainer] | None],
+        base: str | Path | None = None,
+        *,
+        sections: dict[str, Iterable[str]] | None = None,
+        extras: dict[str, Iterable[str]] | None = None,
+        overrides: dict[str, dict[str, Any]] | None = None,
+        free: Iterable[str] = (),
+        facts: dict[str, Any] | None = None,
+        tokenizer: Any = None,
+    ):
+        self.config = config
+        self.folder = Path(folder)
+        self.order = order
+        self.base = Path(base) if base else None
+        self.sections = {name: [name] for name in order}
+        self.sections |= {name: list(names) for name, names in (sections or {}).items()}
+        self.extras = extras or {}
+        self.overrides = overrides or {}
+        self.free = list(free)
+        self.tokenizer = tokenizer
+        self.options = as_json(dict(config.leaves()) | (facts or {}))
+        self.check_options()
+        self.check_locks()
+        self.from_base = self.usable_in_base()
+
+    @property
+    def names(self) -> list[str]:
+        """The stages that take place, in order."""
+        return [name for name, trainer_class in self.order.items() if trainer_class is not None]
+
+    # -- running -----------------------------------------------------------------------------------
+
+    def run(
+        self, name: str, make_trainer: Callable[[], Trainer], tokenizer: Any = None
+    ) -> Trainer | None:
+        """Run a stage to its end, and save its model. None if it was finished already.
+
+        make_trainer: called without arguments, returns the Trainer, with the config that
+        `trainer_config` gives. An interrupted stage continues from its last checkpoint.
+        tokenizer: is saved with the model, in place of the one that all stages share.
+        """
+        if self.finished(name):
+            return None
+        tokenizer = tokenizer or self.tokenizer
+        trainer = make_trainer()
+        model = model_to_save(trainer)
+        self.lock(name)
+        trainer.run()
+        if distributed.rank() == 0:
+            model.save_pretrained(self.folder / name / "model")
+            if tokenizer is not None:
+                tokenizer.save_pretrained(self.folder / name / "model")
+            figures = {"iterations": trainer.iter_num, "seconds": trainer.seconds}
+            write_json(self.folder / name / "finished.json", figures)
+        distributed.gather(None)  # no process goes on before the model is there
+        return trainer
+
+    def trainer_config(self, name: str) -> CfgNode:
+        """The options of a stage's Trainer: its section, without extras, with overrides."""
+        section = self.sections[name][0]
+        options = getattr(self.config, section).to_dict()
+        for extra in self.extras.get(name, ()):
+            del options[extra]
+        options |= self.overrides.get(name, {})
+        return CfgNode(**options, work_dir=str(self.folder / name))
+
+    def lock(self, name: str) -> None:
+        """Keep the options with which a stage begins, or continues for longer than it was to."""
+        if distributed.rank() == 0:
+            # Removed first, so that a crash between the two leaves an unfinished stage.
+            (self.folder / name / "finished.json").unlink(missing_ok=True)
+            write_json(self.folder / name / "options.json", self.options_of(name))
+
+    # -- what finished stages left -----------------------------------------------------------------
+
+    def finished(self, name: str) -> bool:
+        """Whether a stage is finished, here or in base."""
+        if name in self.from_base:
+            return True
+        # A stage that was finished is so no more if it is to be longer now.
+        return is_finished(self.folder / name) and not self.changes(name, self.folder)
+
+    def stage_folder(self, name: str) -> Path:
+        """The folder of a finished stage, here or in base. ValueError if it is not finished."""
+        if not self.finished(name):
+            raise ValueError(
+                f"the stage {name} is not finished in {self.folder}: run it first, with the same "
+                f"options (or give --base=FOLDER, the folder of a run in which it is finished)"
+            )
+        return (self.base if self.base and name in self.from_base else self.folder) / name
+
+    def model_folder(self, name: str) -> Path:
+        """The model/ of a finished stage, for `from_pretrained`. ValueError if not finished."""
+        return self.stage_folder(name) / "model"
+
+    def load(self, name: str, model_class: Any = GPT, device: str = "auto") -> Any:
+        """The model of a finished stage, on the device, in evaluation mode.
+
+        model_class: GPT, RewardModel, or another class with `from_pretrained`.
+        """
+        saved = model_class.from_pretrained(self.model_folder(name))
+        # Fill a fresh model instead of returning this one, which is mapped from the file, with its
+        # matrices transposed. The digits of a run depend on how matrices lie in memory, and on the
+        # random numbers that making a model takes.
+        model = model_class(saved.config)
+        model.load_state_dict(saved.state_dict())
+        return model.to(distributed.join(pick_device(device))).eval()
+
+    def seconds(self) -> float:
+        """How long all the finished stages trained."""
+        total = 0.0
+        for name in self.names:
+            if self.finished(name):
+                total += read_json(self.stage_folder(name) / "finished.json")["seconds"]
+        return total
+
+    # -- which options a stage depends on ----------------------------------------------------------
+
+    def options_of(self, name: str) -> dict[str, Any]:
+        """{dotted name: value} of every option that a stage depends on, apart from the free ones.
+
+        Its own, those of the stages before it, and those in sections that belong to no stage.
+        """
+        everyone = list(self.order)
+        before = [other for other in self.names if everyone.index(other) < everyone.index(name)]
+        read = {section for stage in [*before, name] for section in self.sections[stage]}
+        unread = self.owned_sections() - read
+        return {
+            option: value
+            for option, value in self.options.items()
+            if section_of(option) not in unread and not self.is_free(option)
+        }
+
+    def owned_sections(self) -> set[str]:
+        """The sections that belong to a stage; all stages share the others."""
+        return {section for sections in self.sections.values() for section in sections}
+
+    def is_free(self, option: str) -> bool:
+        """Whether an option may change at any time."""
+        if any(fnmatch.fnmatchcase(option, pattern) for pattern in self.free):
+            return True
+        section, _, leaf = option.rpartition(".")
+        return section in self.owned_sections() and leaf in FREE_TO_CHANGE
+
+    def changes(self, name: str, folder: Path, may_be_longer: bool = False) -> list[str]:
+        """In words, each option of a stage that is not what it was when the stage ran in folder.
+
+        may_be_longer: leave out what only makes the stage longer, where its Trainer allows that.
+        """
+        then = stored_options(folder, name)
+        if then is None:
+            return []
+        changes = []
+        for option, value in self.options_of(name).items():
+            # An option that did not exist then counts as its default: so the old run behaved.
+            before = then[option] if option in then else self.default(option)
+            if before == value or (may_be_longer and self.is_longer(name, option, before, value)):
+                continue
+            changes.append(f"{option} was {before!r}, is {value!r}")
+        return changes
+
+    def default(self, option: str) -> Any:
+        """What an option counts as for a run that did not have it: its Trainer's default."""
+        section, _, leaf = option.rpartition(".")
+        for name in self.names:
+            trainer_class = self.order[name]
+            if trainer_class is not None and self.sections[name][0] == section:
+                options = self.trainer_config(name).to_dict()
+                options.pop(leaf, None)
+                return as_json(trainer_class.effective_options(options)).get(leaf)
+        return None
+
+    def is_longer(self, name: str, option: str, before: Any, value: Any) -> bool:
+        """Whether the change only makes the stage longer, which no learning rate hangs on."""
+        section = self.sections[name][0]
+        if option not in (f"{section}.max_iters", f"{section}.epochs"):
+            return False
+        if getattr(self.config, section).lr_schedule != "constant":
+            return False
+        return value is None or (before is not None and value >= before)
+
+    # -- checks ------------------------------------------------------------------------------------
+
+    def check_options(self) -> None:
+        """ValueError where a Trainer refuses its options; the stages' names are checked, too."""
+        for option in ("sections", "extras", "overrides"):
+            unknown = set(getattr(self, option)) - set(self.order)
+            if unknown:
+                raise ValueError(f"{option} names {sorted(unknown)}, which are no stages of order")
+        for name in self.names:
+            trainer_class = self.order[name]
+            assert trainer_class is not None  # names are those that take place
+            try:
+                trainer_class.check_config(self.trainer_config(name), distributed.world_size())
+            except ValueError as error:
+                where = f"--{self.sections[name][0]}.*"
+                raise ValueError(f"the stage {name} cannot run ({where}): {error}") from error
+
+    def check_locks(self) -> None:
+        """ValueError where a stage that has begun in this folder had other options."""
+        earlier: list[str] = []
+        for name in self.order:
+            if not has_begun(self.folder / name):
+                continue
+            changes = self.changes(name, self.folder, may_be_longer=True)
+            if changes:
+                way_out = "put them back, or choose another work_dir"
+                if earlier:
+                    way_out += (
+                        f", where --base={self.folder} starts from the finished stages of this "
+                        f"run ({', '.join(earlier)})"
+                    )
+                raise ValueError(
+                    f"the stage {name} in {self.folder} has begun with other options "
+                    f"({'; '.join(changes)}): {way_out}"
+                )
+            if is_finished(self.folder / name):
+                earlier.append(name)
+
+    def usable_in_base(self) -> set[str]:
+        """The stages to take from base: in order, until one is not finished or differs there."""
+        if self.base is None:
+            return set()
+        usable = set()
+        obstacle = ""
+        for name in self.names:
+            if has_begun(self.folder / name):
+                continue  # this run has its own
+            if not is_finished(self.base / name):
+                obstacle = f"the stage {name} is not finished there"
+                break
+            changes = self.changes(name, self.base)
+            if changes:
+                obstacle = f"its stage {name} had other options ({'; '.join(changes)})"
+                break
+            usable.add(name)
+        if not usable and not any(has_begun(self.folder / name) for name in self.names):
+            raise ValueError(
+                f"no stage of --base={self.base} can be used: {obstacle}. Put the options back, "
+                "finish the stage with its own command, or leave --base out"
+            )
+        logger.info(
+            "from %s: %s%s",
+            self.base,
+            ", ".join(name for name in self.names if name in usable) or "nothing",
+            f"; {obstacle}" if obstacle else "",
+        )
+        return usable
+
+
+# --------------------------------------------------------------------------------------------------
+# a stage's model, and its files
+
+
+def model_to_save(trainer: Trainer) -> Any:
+    """What a stage leaves for the next one: the model, or of PPO and DPO the policy alone."""
+    model: Any = trainer.model
+    if isinstance(model, ActorCritic):
+        model = model.policy
+    if not hasattr(model, "save_pretrained"):
+        raise TypeError(
+            f"a {type(model).__name__} cannot be left for the next stage: it needs the methods "
+            "save_pretrained(folder) and from_pretrained(folder)"
+        )
+    return model
+
+
+def has_begun(folder: Path) -> bool:
+    """Whether a stage has saved anything in its folder."""
+    return (folder / "checkpoint.pt").exists() or is_finished(folder)
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether a stage has been finished in its folder."""
+    return (folder / "finished.json").exists()
+
+
+def stored_options(folder: Path, name: str) -> dict[str, Any] | None:
+    """The options that a stage in a run's folder had, None if nobody knows.
+
+    Runs from before there was an options.json for each stage have one config.json for them all.
+    """
+    for path in (folder / name / "options.json", folder / "config.json"):
+        if path.exists():
+            return read_json(path)
+    return None
+
+
+def section_of(option: str) -> str:
+    """The section of a dotted name: "sft" of sft.max_iters."""
+    return option.partition(".")[0]
+
+
+def as_json(value: Any) -> Any:
+    """A value as a JSON file holds it: tuples are lists there."""
+    return json.loads(json.dumps(value))
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file holds."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file atomically."""
+    write_text(path, json.dumps(value, indent=2) + "\n")

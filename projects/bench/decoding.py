@@ -1,0 +1,178 @@
+"""
+Benchmarks of decoding and of loading a GPT, against transformers; and of importing this library.
+"""
+
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import torch
+from measure import DEVICE, DTYPE, Case, Limit, Run, clock, memory_bandwidth
+from models import SIZES, our_gpt
+from torch import Tensor
+
+from mingpt.config import CfgNode
+from mingpt.model import GPT
+from mingpt.utils import import_extra
+
+# generate(idx, max_new_tokens) -> the prompt and its greedy continuation
+Generate = Callable[[Tensor, int], Tensor]
+
+
+def saved_model(config: CfgNode, preset: str) -> Path:
+    """A folder with random weights that both sides load. It is written once."""
+    folder = Path(config.work_dir) / f"{preset}-random"
+    if not (folder / "config.json").exists():
+        our_gpt(preset).save_pretrained(folder)
+    return folder
+
+
+# ----------------------------------------------------------------------------------------------
+# decoding
+
+
+def decode(config: CfgNode) -> Iterator[Case]:
+    """Greedy generation with a KV cache; then the cost of a token in longer contexts.
+
+    Both sides load the same file, because the layout of loaded weights in memory affects the speed.
+    """
+    sizes = [
+        # preset, B, prompt_length, new_tokens
+        ("gpt2", 1, 64, 64),
+        ("gpt2", 8, 64, 64),
+        ("gpt2", 32, 64, 64),
+        ("gpt-micro", 128, 1, 32),
+    ]
+    for preset, B, prompt_length, new_tokens in sizes:
+        folder = saved_model(config, preset)
+        vocab_size, _ = SIZES[preset]
+        idx = torch.randint(vocab_size, (B, prompt_length), device=DEVICE)
+        limit = None
+        if preset == "gpt2":
+            limit = Limit("memory bandwidth", partial(most_decoded_tokens, preset, B))
+        yield Case(
+            work=f"decoding, {preset}, batch {B}, {prompt_length} + {new_tokens} tokens",
+            unit="tokens",
+            amount=B * new_tokens,
+            ours=partial(continue_prompt, our_generate, folder, idx, new_tokens),
+            peer="transformers",
+            theirs=partial(continue_prompt, their_generate, folder, idx, new_tokens),
+            limit=limit,
+            slow=B in (8, 32),
+        )
+
+    folder = saved_model(config, "gpt2")
+    for context_length in (64, 256, 1000):
+        yield Case(
+            work=f"decoding, gpt2, batch 1, the 20 tokens behind {context_length}",
+            unit="tokens",
+            amount=20,
+            ours=partial(next_20_tokens, our_generate, folder, context_length),
+            peer="transformers",
+            theirs=partial(next_20_tokens, their_generate, folder, context_length),
+            slow=True,
+        )
+
+
+def our_generate(folder: Path) -> Generate:
+    return GPT.from_pretrained(folder).to(DEVICE, DTYPE).generate
+
+
+def their_generate(folder: Path) -> Generate:
+    transformers = import_extra("transformers", "bench")
+    model = transformers.GPT2LMHeadModel.from_pretrained(folder).to(DEVICE, DTYPE).eval()
+    # Without an end-of-text token no row ends early.
+    model.generation_config.update(bos_token_id=None, eos_token_id=None, pad_token_id=0)
+
+    def generate(idx: Tensor, max_new_tokens: int) -> Tensor:
+        return model.generate(
+            idx,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            attention_mask=torch.ones_like(idx),
+        )
+
+    return generate
+
+
+def continue_prompt(
+    load_generate: Callable[[Path], Generate],
+    folder: Path,
+    idx: Tensor,
+    new_tokens: int,
+) -> Run:
+    """Generate from a prompt; the forward pass of the prompt is timed, too."""
+    generate = load_generate(folder)
+    return lambda: generate(idx, new_tokens)
+
+
+def next_20_tokens(
+    load_generate: Callable[[Path], Generate],
+    folder: Path,
+    context_length: int,
+) -> Run:
+    """Generate 20 tokens behind a context, without the time of the context's own forward pass."""
+    generate = load_generate(folder)
+    vocab_size, _ = SIZES["gpt2"]
+    idx = torch.randint(vocab_size, (1, context_length), device=DEVICE)
+
+    def run() -> dict[str, float]:
+        # The first token comes out of the context's forward pass: 21 tokens less 1 are 20.
+        with_context = clock(lambda: generate(idx, 21))[""]
+        context_alone = clock(lambda: generate(idx, 1))[""]
+        return {"": with_context - context_alone}
+
+    return run
+
+
+def most_decoded_tokens(preset: str, B: int) -> float:
+    """Tokens per second if a step, which gives B tokens, only had to read all weights once."""
+    weights = sum(p.numel() for p in our_gpt(preset).parameters())
+    return B * memory_bandwidth() / (DTYPE.itemsize * weights)
+
+
+# ----------------------------------------------------------------------------------------------
+# loading
+
+
+def load(config: CfgNode) -> Iterator[Case]:
+    """From a safetensors file to a first token on the CPU; and imports.
+
+    Both sides map the file, so its bytes are read when they are used: hence the first token.
+    """
+    folder = saved_model(config, "gpt2")
+    yield Case(
+        work="gpt2 from its file to a first token",
+        unit="loads",
+        amount=1,
+        ours=partial(our_first_token, folder),
+        peer="transformers",
+        theirs=partial(their_first_token, folder),
+    )
+    yield Case(
+        work="importing mingpt: model, trainer, bpe, rlhf",
+        unit="imports",
+        amount=1,
+        ours=partial(import_anew, "mingpt.model, mingpt.trainer, mingpt.bpe, mingpt.rlhf"),
+        peer="torch alone",
+        theirs=partial(import_anew, "torch"),
+    )
+
+
+def our_first_token(folder: Path) -> Run:
+    idx = torch.ones(1, 1, dtype=torch.long)
+    return lambda: GPT.from_pretrained(folder)(idx)
+
+
+def their_first_token(folder: Path) -> Run:
+    model_class = import_extra("transformers", "bench").GPT2LMHeadModel
+    idx = torch.ones(1, 1, dtype=torch.long)
+    return lambda: model_class.from_pretrained(folder)(idx)
+
+
+def import_anew(modules: str) -> Run:
+    """Start a Python process that only imports modules."""
+    command = [sys.executable, "-c", f"import {modules}"]
+    return lambda: subprocess.run(command, check=True)
