@@ -230,7 +230,9 @@ class Stages:
         for name in self.names:
             trainer_class = self.order[name]
             if trainer_class is not None and self.sections[name][0] == section:
-                return as_json(trainer_class.default_options(self.trainer_config(name))).get(leaf)
+                options = self.trainer_config(name).to_dict()
+                options.pop(leaf, None)
+                return as_json(trainer_class.effective_options(options)).get(leaf)
         return None
 
     def is_longer(self, name: str, option: str, before: Any, value: Any) -> bool:
