@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from mingpt import distributed
-from mingpt.checkpoint import write_text
+from mingpt.checkpoint import to_json, write_text
 from mingpt.config import CfgNode
 from mingpt.heads import ActorCritic
 from mingpt.model import GPT
@@ -368,4 +368,4 @@ def read_json(path: Path) -> Any:
 
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file atomically."""
-    write_text(path, json.dumps(value, indent=2) + "\n")
+    write_text(path, to_json(value, indent=2) + "\n")
