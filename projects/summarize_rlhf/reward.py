@@ -15,6 +15,7 @@ learned more than the weaknesses of one reward model.
 import functools
 import json
 import logging
+from pathlib import Path
 
 import pipeline
 import torch
@@ -60,7 +61,7 @@ def train(run: Run, splits: Splits, stage: str) -> Trainer:
     rows = [row for row in splits["train"] if row["part"] == stage]
     block_size = run.config.model.block_size
     return Trainer(
-        pipeline.trainer_config(run, stage),
+        run.stages.trainer_config(stage),
         model,
         Comparisons(rows, run.corpus.tokenizer, block_size),
         Comparisons(splits["valid"], run.corpus.tokenizer, block_size),
@@ -95,7 +96,7 @@ def load(run: Run) -> dict[str, RewardModel]:
 
 def comparisons_with_sft_model(run: Run) -> Splits:
     """What `compare` makes of all texts; kept in comparisons.jsonl."""
-    path = run.work_dir / "comparisons.jsonl"
+    path = comparisons_file(run)
     if not path.exists():
         model = pipeline.load_model(run, "sft")
         lines = []
@@ -109,6 +110,15 @@ def comparisons_with_sft_model(run: Run) -> Splits:
     return {
         split: [row for row in comparisons if row["split"] == split] for split in run.corpus.rows
     }
+
+
+def comparisons_file(run: Run) -> Path:
+    """The comparisons.jsonl of the run that trained the reward model, which may be base."""
+    own = run.work_dir / "comparisons.jsonl"
+    if not run.stages.finished("reward"):
+        return own
+    of_reward_model = run.stages.stage_folder("reward").with_name("comparisons.jsonl")
+    return of_reward_model if of_reward_model.exists() else own
 
 
 def compare(run: Run, model: torch.nn.Module, rows: list[dict], seed: int) -> list[dict]:
