@@ -36,6 +36,7 @@ import dataclasses
 import functools
 import math
 import zlib
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -50,7 +51,7 @@ from mingpt.config import CfgNode as CN, check_numbers
 from mingpt.datasets import Prompts, end_token
 from mingpt.heads import ActorCritic, RewardModel, ValueHead, ValueModel, first_column
 from mingpt.model import GPT, last_real
-from mingpt.rewards import RewardError, RewardFn, Scores, TextReward, score
+from mingpt.rewards import RewardError, RewardFn, Scores, TextReward, check_reward_fn, score
 from mingpt.trainer import Trainer
 
 __all__ = [
@@ -799,7 +800,8 @@ class PPOTrainer(Trainer):
         self.stop_token = config.stop_token
         if self.stop_token is None:
             self.stop_token = end_token(tokenizer)
-        self.block_size = getattr(getattr(policy, "config", None), "block_size", math.inf)
+        policy_config = getattr(policy, "config", None)
+        self.block_size: float = getattr(policy_config, "block_size", math.inf)
         value_model = self.make_value_model(config, policy, value_model)
         super().__init__(
             config,
@@ -861,8 +863,9 @@ class PPOTrainer(Trainer):
                 self.save_checkpoint()
             raise
         self.last_rollout = rollout
-        self.tokens += rollout.mask.sum().item() * self.world_size
+        self.tokens += int(rollout.mask.sum()) * self.world_size
         metrics = distributed.mean(self.update(rollout) | self.describe(rollout))
+        metrics |= mean_by_name(distributed.gather(rollout.metrics))
         self.adapt_kl_coef(metrics["objective/kl"])
         return metrics
 
@@ -1203,7 +1206,7 @@ class PPOTrainer(Trainer):
         if self.choices.group_size > 1:
             groups = grouped(rollout.scores, self.choices.group_size)
             metrics["equal_groups"] = equal_groups(groups).float().mean()
-        return {name: value.item() for name, value in metrics.items()} | rollout.metrics
+        return {name: value.item() for name, value in metrics.items()}
 
     def watched(self) -> dict[str, float]:
         """The metrics that the progress bar shows."""
@@ -1280,11 +1283,17 @@ class PPOTrainer(Trainer):
         self.kl_coef = state["kl_coef"]
 
     @classmethod
-    def default_options(cls, config: CN) -> dict[str, Any]:
-        """What an option counts as where a checkpoint lacks it or has None: the row's value."""
-        row = dataclasses.asdict(ALGORITHMS[config.algorithm])
-        # Before there was a table, `baseline` was what whiten_advantages is now.
-        return super().default_options(config) | row | {"baseline": True}
+    def effective_options(cls, options: dict[str, Any]) -> dict[str, Any]:
+        """The options, with defaults for missing ones and the row's choices in place of None."""
+        options = dict(options)
+        # Checkpoints from before there was a table have `baseline` in place of whiten_advantages,
+        # and REINFORCE ignored their ppo_epochs.
+        baseline = options.pop("baseline", None)
+        if baseline is not None and options["algorithm"] == "reinforce":
+            options |= {"whiten_advantages": baseline, "ppo_epochs": None}
+        options = super().effective_options(options)
+        row = ALGORITHMS[options["algorithm"]]
+        return options | {name: getattr(row, name) for name in CHOICES if options[name] is None}
 
     @classmethod
     def check_config(cls, config: CN, world_size: int = 1) -> None:
@@ -1312,10 +1321,11 @@ class PPOTrainer(Trainer):
         check_group_sizes(config, choices, world_size)
 
     def check_data(self) -> None:
-        """ValueError for no prompts, or prompts that are too long.
+        """ValueError for no prompts, or prompts that are too long; TypeError for no reward_fn.
 
-        There may be few of them: many episodes begin with the same prompt.
+        There may be few prompts: many episodes begin with the same one.
         """
+        check_reward_fn(self.reward_fn, self.train_dataset.columns)
         longest = max((len(ids) for ids in self.train_dataset.ids), default=0)
         if longest == 0:
             raise ValueError("prompts is empty: give one or more")
@@ -1370,7 +1380,7 @@ def check_group_sizes(config: CN, choices: Algorithm, world_size: int) -> None:
 
 
 # --------------------------------------------------------------------------------------------------
-# masks, and which policy is which
+# masks, metrics, and which policy is which
 
 
 def is_stop(idx: Tensor, stop_token: int | Sequence[int] | None) -> Tensor:
@@ -1392,6 +1402,15 @@ def written_mask(
     stops = is_stop(idx, stop_token) & mask
     stops_before = stops.cumsum(1) - stops.long()
     return mask & (stops_before == 0)
+
+
+def mean_by_name(rows: list[dict[str, float]]) -> dict[str, float]:
+    """The mean of each metric over the rows that have it."""
+    values: dict[str, list[float]] = defaultdict(list)
+    for row in rows:
+        for name, value in row.items():
+            values[name].append(value)
+    return {name: sum(numbers) / len(numbers) for name, numbers in values.items()}
 
 
 def checksum(module: nn.Module) -> int:

@@ -15,6 +15,7 @@ In a run of many processes all may call these methods, and only the one of rank 
 """
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -71,8 +72,11 @@ class RunFolder:
         has_checkpoint = any(self.path.rglob("checkpoint.pt"))
         if has_checkpoint and config_file.exists():
             then = json.loads(config_file.read_text(encoding="utf-8"))
+            # An option that did not exist then counts as its default: so the old run behaved.
+            defaults = defaults or {}
+            added = {name: defaults[name] for name in options if name in defaults}
             # JSON makes lists of tuples: compare all of them as a JSON file holds them.
-            self.compare(as_json(then), as_json(options), free, as_json(defaults or {}))
+            self.compare(as_json(added | then), as_json(options), free)
         if self.output:
             write_text(config_file, to_json(options, indent=2))
 
@@ -81,15 +85,11 @@ class RunFolder:
         then: dict[str, Any],
         now: dict[str, Any],
         free: set[str],
-        defaults: dict[str, Any],
     ) -> None:
         """Raise ValueError if a run that had the options `then` cannot continue with those of now.
 
-        It can where they differ in nothing but the free ones. An option that did not exist then
-        counts as its default, since that is how the old run behaved.
+        It can where they differ in nothing but the free ones.
         """
-        added = {name: defaults[name] for name in now if name not in then and name in defaults}
-        then = then | added
         changes = []
         for name in then | now:
             before, after = then.get(name), now.get(name)
@@ -152,13 +152,17 @@ class RunFolder:
         self,
         config: CfgNode,
         free: set[str],
-        defaults: dict[str, Any] | None = None,
+        effective: Callable[[dict[str, Any]], dict[str, Any]] = dict,
     ) -> dict[str, Any] | None:
         """Load the last checkpoint, and cut off the rows that were logged after it.
 
+        effective: gives options as they take effect, with the defaults of those that are missing.
+        Old and new options are compared after it, so that runs from before an option was added
+        can be resumed.
+
         Returns None if there is none; then the new run starts with no rows. Raises ValueError where
         the checkpoint is from another number of processes, or from other options than config's,
-        apart from those in `free`. An option that it does not have counts as its default.
+        apart from those in `free`.
         """
         if not self.checkpoint:
             return None
@@ -166,9 +170,10 @@ class RunFolder:
         if self.all_processes_see(self.checkpoint):
             state = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
             # The number of processes changes the run as an option does: each draws its own dropout.
-            then = state["config"] | {"the number of processes": len(state["rng"])}
-            now = config.to_dict() | {"the number of processes": distributed.world_size()}
-            self.compare(then, now, free, defaults or {})
+            processes = "the number of processes"
+            then = effective(state["config"]) | {processes: len(state["rng"])}
+            now = effective(config.to_dict()) | {processes: distributed.world_size()}
+            self.compare(then, now, free)
         if self.output:
             last_iter = state["iter_num"] if state else -1  # a new run keeps no row
             cut_rows(self.output / METRICS, last_iter)

@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from mingpt import distributed
-from mingpt.checkpoint import write_text
+from mingpt.checkpoint import to_json, write_text
 from mingpt.config import CfgNode
 from mingpt.heads import ActorCritic
 from mingpt.model import GPT
@@ -230,7 +230,9 @@ class Stages:
         for name in self.names:
             trainer_class = self.order[name]
             if trainer_class is not None and self.sections[name][0] == section:
-                return as_json(trainer_class.default_options(self.trainer_config(name))).get(leaf)
+                options = self.trainer_config(name).to_dict()
+                options.pop(leaf, None)
+                return as_json(trainer_class.effective_options(options)).get(leaf)
         return None
 
     def is_longer(self, name: str, option: str, before: Any, value: Any) -> bool:
@@ -366,4 +368,4 @@ def read_json(path: Path) -> Any:
 
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file atomically."""
-    write_text(path, json.dumps(value, indent=2) + "\n")
+    write_text(path, to_json(value, indent=2) + "\n")

@@ -517,8 +517,7 @@ class Trainer:
         free = set(FREE_TO_CHANGE)
         if self.config.lr_schedule == "constant":
             free |= {"max_iters", "epochs"}
-        defaults = self.default_options(self.config)
-        state = self.folder.load_checkpoint(self.config, free, defaults=defaults)
+        state = self.folder.load_checkpoint(self.config, free, self.effective_options)
         if state:
             self.load_state_dict(state)
             logger.info(
@@ -531,9 +530,12 @@ class Trainer:
     # -- checks ------------------------------------------------------------------------------------
 
     @classmethod
-    def default_options(cls, config: CN) -> dict[str, Any]:
-        """What an option counts as where an old checkpoint lacks it."""
-        return cls.get_default_config().to_dict()
+    def effective_options(cls, options: dict[str, Any]) -> dict[str, Any]:
+        """The options, with the defaults of those that are missing.
+
+        A checkpoint may lack an option that was added after it was made.
+        """
+        return cls.get_default_config().to_dict() | options
 
     @classmethod
     def check_config(cls, config: CN, world_size: int = 1) -> None:

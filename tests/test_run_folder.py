@@ -107,10 +107,13 @@ class TestRows(TempDirTestCase):
 
 class TestOptionsOfACheckpoint(TempDirTestCase):
     def load(self, then, now, free=(), defaults=None):
+        def effective(options):
+            return (defaults or {}) | options
+
         """Load a checkpoint of the options `then` in a run of the options `now`."""
         folder = RunFolder(str(self.folder))  # a string does as well as a Path
         save_checkpoint(folder, iter_num=1, **then)
-        return folder.load_checkpoint(CfgNode(**now), set(free), defaults=defaults)
+        return folder.load_checkpoint(CfgNode(**now), set(free), effective)
 
     def refuses(self, message, *args, **options):
         with self.assertRaisesRegex(ValueError, message):

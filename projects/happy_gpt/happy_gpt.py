@@ -3,19 +3,22 @@ HappyGPT: a character-level GPT of 0.8M parameters learns to write, then to writ
 
   1. pretrain  on tweets and snippets of reviews and news: what English looks like
   2. sft       supervised fine-tuning on the texts that people rated positive
-  3. rl        PPO: an episode is a tweet, its reward how happy VADER finds it, minus a penalty for leaving the sft model
+  3. rl        PPO: an episode is a tweet, its reward how happy VADER finds it, minus a penalty for
+               moving away from the sft model
 
     python projects/happy_gpt/happy_gpt.py                       all of it, into out/happy_gpt
-    python projects/happy_gpt/happy_gpt.py --prompt="I think"    let the result go on from there
-    python projects/happy_gpt/happy_gpt.py --rl.algorithm=grpo --system.work_dir=out/grpo       any option below
+    python projects/happy_gpt/happy_gpt.py --prompt="I think"    ten ways to continue this text
+    python projects/happy_gpt/happy_gpt.py --rl.algorithm=grpo --system.work_dir=out/grpo
+    python projects/happy_gpt/happy_gpt.py --rl.kl_coef=0.3 --base=out/happy_gpt \\
+        --system.work_dir=out/other                              rl alone, from the sft model there
 
---rl.algorithm is ppo, reinforce, rloo, grpo, dpo (on pairs of the sft model's tweets) or best_of_n (of group_size, without training).
-With --rl.reward=human a reward model learns before rl what people find happy, and takes VADER's place (preferences.py).
-A run that was interrupted goes on where it stopped; stages that are finished are skipped.
+--rl.algorithm is one of PPO's family (see mingpt/rlhf.py), dpo (on pairs of the sft model's tweets)
+or best_of_n (the best of group_size tweets, without training). With --rl.reward=human a reward
+model first learns what people find happy, and takes VADER's place (preferences.py). An interrupted
+run continues where it stopped, and finished stages are skipped.
 """
 
 import copy
-import json
 import logging
 import time
 from pathlib import Path
@@ -23,41 +26,46 @@ from pathlib import Path
 import data
 import preferences
 import report
-from mingpt import distributed
+
+from mingpt import distributed, rlhf
 from mingpt.chars import CharTokenizer
 from mingpt.checkpoint import run_script, write_text
+from mingpt.config import CfgNode as CN, check_numbers, parse_args
+from mingpt.datasets import split_rows
 from mingpt.model import GPT
 from mingpt.rlhf import ActorCritic, DPOLoss, PPOTrainer, TextReward
-from mingpt.run_folder import RunFolder, finished
-from mingpt.trainer import FREE_TO_CHANGE, Trainer
-from mingpt.config import CfgNode as CN, check_numbers, parse_args
-from mingpt.utils import import_extra, log_to_console, set_seed
-from stages import load_model, model_config, start_from, trainer_config
+from mingpt.stages import Stages, is_finished
+from mingpt.trainer import Trainer
+from mingpt.utils import import_extra, log_to_console, pick_device, set_seed
 
 logger = logging.getLogger("mingpt.happy_gpt")
-STAGES = ("pretrain", "sft", "trunk", "reward", "judge", "rl")  # the middle three with --rl.reward=human
+STAGES = ("pretrain", "sft", "trunk", "reward", "judge", "rl")
+HUMAN_STAGES = ("trunk", "reward", "judge")  # with --rl.reward=human
+ALGORITHMS = (*rlhf.ALGORITHMS, "dpo", "best_of_n")
 NORMALIZED_ON = 512  # tweets of the sft model, on which learned rewards have mean 0 and variance 1
-ALGORITHMS = ("ppo", "reinforce", "rloo", "grpo", "dpo", "best_of_n")
 
 
 def get_config():
     C = CN()
     C.stages = ",".join(STAGES)
     C.prompt = ""                    # text to continue with the finished model, instead of training
+    C.base = ""                      # folder of another run, whose finished stages are taken
 
     C.system = CN()
     C.system.seed = 3407
     C.system.work_dir = "out/happy_gpt"
 
     C.data = CN()
-    C.data.path = None               # texts of your own: JSONL with text and an optional rating; None: the ICWSM-2014 corpora
+    C.data.path = None               # JSON lines of text and, optionally, rating; None: ICWSM-2014
     C.data.positive = 0.8            # a text with a mean rating above this is positive
     C.data.min_count = 5             # rarer characters become U+FFFD
 
     C.model = GPT.get_default_config()
     C.model.model_type = "gpt-micro"
     C.model.block_size = 64
-    C.model.embd_pdrop = C.model.resid_pdrop = C.model.attn_pdrop = 0.0  # four passes over the data do not overfit
+    C.model.embd_pdrop = 0.0         # no dropout: four passes over the data do not overfit
+    C.model.resid_pdrop = 0.0
+    C.model.attn_pdrop = 0.0
 
     C.pretrain = Trainer.get_default_config()
     C.pretrain.max_iters = 3000
@@ -77,6 +85,7 @@ def get_config():
 
     C.rl = PPOTrainer.get_default_config()
     C.rl.reward = "vader"            # or human
+    C.rl.seed = None                 # of rl and the report; None: system.seed
     C.rl.max_iters = 200
     C.rl.batch_size = 128
     C.rl.ppo_epochs = 2
@@ -84,28 +93,30 @@ def get_config():
     C.rl.learning_rate = 2.5e-4
     C.rl.lr_schedule = "linear"
     C.rl.value_lr_ratio = 5.0
-    C.rl.gae_lambda = 1.0            # 0.95 trusts a young value function, and the tweets shrink (see readme.md)
-    C.rl.kl_coef = 0.15              # begins high and falls until the KL is on target: the path hugs the frontier
-    C.rl.kl_target = 7.5
+    C.rl.gae_lambda = 1.0            # 0.95 trusts a young value function, and the tweets shrink
+    C.rl.kl_coef = 0.15              # begins high and falls until the KL is on target: the path
+    C.rl.kl_target = 7.5             # ... stays close to the frontier
     C.rl.kl_horizon = 1200
-    C.rl.group_size = 16             # of rloo, grpo and best_of_n
+    C.rl.group_size = 16             # of algorithms that compare tweets, and of best_of_n
 
-    C.dpo = copy.deepcopy(C.sft)     # in the place of rl's, for --rl.algorithm=dpo
+    C.dpo = copy.deepcopy(C.sft)     # the Trainer's options for --rl.algorithm=dpo
     C.dpo.beta = 0.1
     C.dpo.pairs = 12_800             # of the sft model's tweets: as many as rl samples in all
     C.dpo.max_iters = 200
-    C.dpo.batch_size = 64            # of the pairs
+    C.dpo.batch_size = 64            # pairs
     C.dpo.lr_schedule = "linear"
     C.dpo.learning_rate = 2.5e-4
     C.dpo.log_every = 1
 
-    for stage in (C.pretrain, C.sft, C.trunk, C.reward, C.rl, C.dpo):
-        del stage.work_dir           # these two are not for the user to choose:
-    del C.model.vocab_size           # folders are named after the stages, the vocabulary follows from the texts
+    # Two things are not for the user to choose: folders are named after the stages, and the
+    # vocabulary follows from the texts.
+    for section in (C.pretrain, C.sft, C.trunk, C.reward, C.rl, C.dpo):
+        del section.work_dir
+    del C.model.vocab_size
 
     C.report = CN()
     C.report.samples = 512           # fresh tweets of each stage, from the same seeds
-    C.report.frontier_samples = 4096  # tweets of the sft model, for the best reward that a KL can buy
+    C.report.frontier_samples = 4096  # tweets of the sft model, for the yardsticks
     C.report.every = 20              # iterations of rl between looks at fresh tweets,
     C.report.looked_at = 256         # so many of them
     return C
@@ -114,179 +125,290 @@ def get_config():
 def main(args):
     config = get_config()
     parse_args(config, args, __doc__)
-    stages = check_choices(config)
-    work_dir = Path(config.system.work_dir)
+    wanted = check_choices(config)
     log_to_console()
     if config.prompt:
-        return print_continuations(config, work_dir)
+        print_continuations(config)
+        return
     for extra in ("matplotlib", "vaderSentiment"):
         import_extra(extra, "projects")  # before the work, not after it
 
-    start = time.time()
+    started = time.time()
     splits, tokenizer = load_data(config)
-    claim(work_dir, config, tokenizer)
-    for stage, run_stage in zip(STAGES, (pretrain, sft, trunk, reward, judge, rl), strict=True):
-        if state := finished(work_dir / stage):
-            start -= state["seconds"]  # what it took when it ran
-        elif stage in stages:
-            trainer = run_stage(config, work_dir, splits, tokenizer)
-            start -= trainer.resumed_seconds  # the part before it was interrupted
+    stages = make_stages(config, tokenizer)
+    seconds_before = stages.seconds()  # finished stages took this when they ran
+    for stage in wanted:
+        trainer = run_stage(stage, config, stages, splits, tokenizer)
+        if trainer is not None:
+            seconds_before += trainer.resumed_seconds  # the part before it was interrupted
+
     if distributed.rank() > 0:
         return
-    models = {stage: load_model(config, tokenizer, state) for stage in ("pretrain", "sft", "rl") if (state := finished(work_dir / stage))}
-    if config.rl.reward == "human" and not all(finished(work_dir / stage) for stage in ("sft", "reward", "judge")):
-        return logger.info("the report follows when sft, reward and judge are finished")
-    happiness, judges = reward_functions(config, work_dir, splits, tokenizer)
-    report.write(config, work_dir, models, splits, tokenizer, happiness, judges, start)
+    human = config.rl.reward == "human"
+    if human and not all(map(stages.finished, ("sft", "reward", "judge"))):
+        logger.info("the report follows when sft, reward and judge are finished")
+        return
+    reward_fn, judges = reward_functions(config, stages, splits, tokenizer)
+    seconds = time.time() - started + seconds_before
+    report.write(
+        config, stages, splits, tokenizer, reward_fn, judges, rl_seed(config), seconds
+    )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the stages: each starts from the weights of the one before, and resumes by itself
+# --------------------------------------------------------------------------------------------------
+# the stages: each starts from the weights of the one before
 
 
-def pretrain(config, work_dir, splits, tokenizer):
+def pretrain(config, stages, splits, tokenizer):
     """A language model of all the texts, in windows of block_size characters."""
     set_seed(config.system.seed)
-    model = GPT(model_config(config, tokenizer))
-    return train(config.pretrain, work_dir / "pretrain", model, splits, lambda row: True, tokenizer)
+    model = GPT(CN(**config.model.to_dict(), vocab_size=tokenizer.vocab_size))
+    return language_model_trainer(stages, "pretrain", model, splits, tokenizer)
 
 
-def sft(config, work_dir, splits, tokenizer):
+def sft(config, stages, splits, tokenizer):
     """The same objective, on the positive texts alone."""
     set_seed(config.system.seed + 1)
-    model = start_from(config, work_dir, "pretrain", tokenizer)
-    return train(config.sft, work_dir / "sft", model, splits, is_positive(config, splits), tokenizer)
+    model = stages.load("pretrain", device=config.rl.device)
+    positive = positive_texts(config, splits)
+    return language_model_trainer(stages, "sft", model, positive, tokenizer)
 
 
-def train(section, work_dir, model, splits, keep, tokenizer):
+def language_model_trainer(stages, stage, model, splits, tokenizer):
+    """The Trainer of a language model on texts, which cross-entropy is its own default loss for."""
+    texts = {name: [row["text"] for row in rows] for name, rows in splits.items()}
     size = model.config.block_size
-    texts = {name: [row["text"] for row in rows if keep(row)] for name, rows in splits.items()}
-    trainer = Trainer(trainer_config(section, work_dir), model, data.Windows(texts["train"], tokenizer, size),
-                      data.Windows(texts["valid"], tokenizer, size, consecutive=True))
-    trainer.run()
-    return trainer
+    return Trainer(
+        stages.trainer_config(stage),
+        model,
+        data.Windows(texts["train"], tokenizer, size),
+        data.Windows(texts["valid"], tokenizer, size, consecutive=True),
+    )
 
 
-def trunk(config, work_dir, splits, tokenizer):
-    """A language model of whole texts, for the reward models to start from."""
-    return preferences.train_trunk(config, work_dir, splits)
+def rl(config, stages, splits, tokenizer):
+    """From the sft model, and held near to it by the KL penalty.
 
-
-def reward(config, work_dir, splits, tokenizer):
-    """A reward model from the comparisons within one half of the texts."""
-    return preferences.train_reward_model(config, work_dir, splits, "reward")
-
-
-def judge(config, work_dir, splits, tokenizer):
-    """Another one from the other half, which the policy never sees."""
-    return preferences.train_reward_model(config, work_dir, splits, "judge")
-
-
-def rl(config, work_dir, splits, tokenizer):
-    """From the sft model, held near to it by the KL penalty. Every episode starts from the end-of-text token."""
-    set_seed(config.system.seed + 2)
-    policy, reference = (start_from(config, work_dir, "sft", tokenizer) for _ in range(2))
-    happiness, judges = reward_functions(config, work_dir, splits, tokenizer)
+    Every episode begins with the end-of-text token.
+    """
+    seed = rl_seed(config)
+    set_seed(seed + 2)
+    policy = stages.load("sft", device=config.rl.device)
+    reference = stages.load("sft", device=config.rl.device)
+    reward_fn, judges = reward_functions(config, stages, splits, tokenizer)
     if config.rl.algorithm == "dpo":
-        C = trainer_config(config.dpo, work_dir / "rl", "beta", "pairs")
-        tweets = report.sample(reference, tokenizer, happiness, 2 * config.dpo.pairs, config.system.seed + 7)
-        trainer = Trainer(C, ActorCritic(policy), preferences.pairs(tweets), loss_fn=DPOLoss(reference, config.dpo.beta))
+        n = 2 * config.dpo.pairs
+        tweets = report.sample_tweets(reference, tokenizer, n, seed + 7, reward_fn)
+        trainer = Trainer(
+            stages.trainer_config("rl"),
+            ActorCritic(policy),
+            preferences.pairs(tweets),
+            loss_fn=DPOLoss(reference, config.dpo.beta),
+        )
     else:
-        C = trainer_config(config.rl, work_dir / "rl", "reward")
-        C.group_size = C.group_size if C.algorithm in ("rloo", "grpo") else None  # all episodes begin alike: only these compare them
-        trainer = PPOTrainer(C, policy, happiness, [[tokenizer.eot_token]], ref_policy=reference, tokenizer=tokenizer)
+        trainer = PPOTrainer(
+            stages.trainer_config("rl"),
+            policy,
+            reward_fn,
+            prompts=[[tokenizer.eot_token]],
+            ref_policy=reference,
+            tokenizer=tokenizer,
+        )
 
     def look(trainer):
-        """Now and then: what the policy writes, and what judges whom it does not learn from say of that."""
-        if (trainer.iter_num + 1) % config.report.every == 0 and trainer.rank == 0:
-            tweets = report.sample(policy, tokenizer, happiness, config.report.looked_at, config.system.seed)
-            trainer.metrics |= {"eval/kl": report.kl_to(reference, tweets), "eval/scores": tweets.rewards.mean().item(),
-                                **{f"eval/{name}": report.judged(judge, tweets).mean().item() for name, judge in judges.items()}}
-            write_text(work_dir / "samples" / f"rl_{trainer.iter_num + 1:04}.txt", "\n".join(tweets.texts[:10]) + "\n")
+        """Now and then: what the policy writes, and what those judges say whom it never meets."""
+        if (trainer.iter_num + 1) % config.report.every != 0 or trainer.rank > 0:
+            return
+        n = config.report.looked_at
+        tweets = report.sample_tweets(policy, tokenizer, n, seed, reward_fn)
+        trainer.metrics["eval/kl"] = report.kl_to(reference, tweets)
+        trainer.metrics["eval/scores"] = tweets.rewards.mean().item()
+        for name, judge in judges.items():
+            trainer.metrics[f"eval/{name}"] = report.score(tweets, judge).mean().item()
+        path = Path(config.system.work_dir) / "samples" / f"rl_{trainer.iter_num + 1:04}.txt"
+        write_text(path, "\n".join(tweets.texts[:10]) + "\n")
 
     trainer.add_callback("on_batch_end", look)
-    trainer.run()
     return trainer
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# running them
+
+
+def make_stages(config, tokenizer):
+    """The run's stages: who trains them, what they depend on, what is checked and locked."""
+    human = Trainer if config.rl.reward == "human" else None  # None: the stage does not take place
+    dpo = config.rl.algorithm == "dpo"
+    stages = Stages(
+        config,
+        config.system.work_dir,
+        order={
+            "pretrain": Trainer,
+            "sft": Trainer,
+            "trunk": human,
+            "reward": human,
+            "judge": human,
+            "rl": {"dpo": Trainer, "best_of_n": None}.get(config.rl.algorithm, PPOTrainer),
+        },
+        base=config.base,
+        # judge is trained as reward is, and dpo's Trainer has a section of its own
+        sections={"judge": ["reward"], "rl": ["dpo", "rl"] if dpo else ["rl", "dpo"]},
+        extras={
+            "trunk": ["vocab_size", "group_size"],
+            "reward": ["group_size"],
+            "judge": ["group_size"],
+            "rl": ["beta", "pairs"] if dpo else ["reward", "seed"],
+        },
+        overrides={"rl": {} if dpo else algorithm_overrides(config)},
+        free=["stages", "prompt", "base", "system.work_dir", "report.*"],
+        facts={"vocabulary": "".join(tokenizer.chars)},
+        tokenizer=tokenizer,
+    )
+    if distributed.rank() == 0:
+        tokenizer.save_pretrained(config.system.work_dir)
+    return stages
+
+
+def algorithm_overrides(config):
+    """Options of this script's that an algorithm has no use for, for PPOTrainer to leave alone."""
+    row = rlhf.ALGORITHMS.get(config.rl.algorithm)
+    if row is None:
+        return {}
+    defaults = get_config().rl
+    overrides = {}
+    # All episodes begin alike, so groups matter only where tweets are compared with each other.
+    if (config.rl.advantage or row.advantage) not in rlhf.GROUP_ADVANTAGES:
+        overrides["group_size"] = None
+    if (config.rl.kl_penalty or row.kl_penalty) == "none":
+        for name in ("kl_coef", "kl_target"):
+            if getattr(config.rl, name) == getattr(defaults, name):
+                overrides[name] = None
+    return overrides
+
+
+def run_stage(stage, config, stages, splits, tokenizer):
+    """Run a stage, unless it is finished; its trainer, or None."""
+    if stage in HUMAN_STAGES:
+        return preferences.run_stage(stage, config, stages, splits)
+    make_trainer = {"pretrain": pretrain, "sft": sft, "rl": rl}[stage]
+    return stages.run(stage, lambda: make_trainer(config, stages, splits, tokenizer))
+
+
+# --------------------------------------------------------------------------------------------------
 # their parts
 
 
-def reward_functions(config, work_dir, splits, tokenizer):
-    """(the reward that the policy learns from, {name: a judge that it never sees})."""
+def reward_functions(config, stages, splits, tokenizer):
+    """(the reward that the policy learns from, {name: a judge that it never meets})."""
     by_vader = TextReward(preferences.vader(), tokenizer)
     if config.rl.reward == "vader":
         return by_vader, {}
-    reference = start_from(config, work_dir, "sft", tokenizer)
-    tweets = report.sample(reference, tokenizer, None, NORMALIZED_ON, config.system.seed + 6)
-    learned = preferences.load_rewards(config, work_dir, splits, tweets, tokenizer)
+    reference = stages.load("sft", device=config.rl.device)
+    seed = config.system.seed + 6
+    tweets = report.sample_tweets(reference, tokenizer, NORMALIZED_ON, seed)
+    learned = preferences.load_rewards(config, stages, splits, tweets, tokenizer)
     return learned["reward"], {"judge": learned["judge"], "vader": by_vader}
 
 
+def rl_seed(config):
+    """The seed of rl and of the report's tweets."""
+    return config.system.seed if config.rl.seed is None else config.rl.seed
+
+
 def load_data(config):
-    """The splits and the tokenizer of their characters."""
-    rows = data.load_jsonl(config.data.path) if config.data.path else data.load_icwsm(data.fetch())
-    splits = data.split(rows)
-    sizes = {name: len(part) for name, part in splits.items()}
+    """The splits, and the tokenizer of their characters."""
+    if config.data.path:
+        rows = data.load_jsonl(config.data.path)
+    else:
+        rows = data.load_icwsm(data.fetch())
+    splits = split_rows(rows, "text")
+    sizes = {name: len(split) for name, split in splits.items()}
     if not all(sizes.values()):
-        raise ValueError(f"{len(rows)} texts are too few to split into train, valid and test ({sizes}): a few hundred will do")
-    logger.info("%d texts: %s", len(rows), ", ".join(f"{n} {name}" for name, n in sizes.items()))
-    return splits, CharTokenizer.train([row["text"] for row in splits["train"]], config.data.min_count)
+        raise ValueError(
+            f"{len(rows)} texts are too few to split into train, valid and test ({sizes}): a few "
+            "hundred will do"
+        )
+    counts = ", ".join(f"{n} {name}" for name, n in sizes.items())
+    logger.info("%d texts: %s", len(rows), counts)
+    texts = [row["text"] for row in splits["train"]]
+    return splits, CharTokenizer.train(texts, config.data.min_count)
 
 
-def is_positive(config, splits):
-    """Which texts the sft stage learns from; where no text is rated, all of them."""
+def positive_texts(config, splits):
+    """The splits of what the sft stage learns from; where no text is rated, of all texts."""
     if all(row["rating"] is None for rows in splits.values() for row in rows):
-        return lambda row: True
-    keep = lambda row: row["rating"] is not None and row["rating"] > config.data.positive
-    if not (any(map(keep, splits["train"])) and any(map(keep, splits["valid"]))):
-        raise ValueError(f"no texts are rated above --data.positive={config.data.positive}: lower it")
-    return keep
+        return splits
+    positive = {
+        name: [
+            row
+            for row in rows
+            if row["rating"] is not None and row["rating"] > config.data.positive
+        ]
+        for name, rows in splits.items()
+    }
+    if not positive["train"] or not positive["valid"]:
+        raise ValueError(
+            f"no texts are rated above --data.positive={config.data.positive}: lower it"
+        )
+    return positive
 
 
 def check_choices(config):
-    """The stages to run; ValueError for any that there is not, and so for the algorithm and the reward."""
-    for name, given, known in (("stages", config.stages.split(","), STAGES), ("rl.algorithm", [config.rl.algorithm], ALGORITHMS),
-                               ("rl.reward", [config.rl.reward], ("vader", "human"))):
-        if unknown := set(given) - set(known):
-            raise ValueError(f"--{name}={','.join(given)}: {', '.join(sorted(unknown))} is none of {','.join(known)}")
-    check_numbers(config.rl, "group_size", low=1, whole=True)
+    """The stages to run. ValueError for a stage, an algorithm or a reward that does not exist."""
+    wanted = config.stages.split(",")
+    check_known("stages", wanted, STAGES)
+    check_known("rl.algorithm", [config.rl.algorithm], ALGORITHMS)
+    check_known("rl.reward", [config.rl.reward], ("vader", "human"))
+    if config.rl.algorithm == "best_of_n":
+        check_numbers(config.rl, "group_size", low=1, whole=True)
     check_numbers(config.dpo, "pairs", low=1, whole=True)
-    unneeded = {"trunk", "reward", "judge"} if config.rl.reward == "vader" else set()
-    unneeded |= {"rl"} if config.rl.algorithm == "best_of_n" else set()
-    if config.stages != ",".join(STAGES) and (idle := unneeded & set(config.stages.split(","))):
-        raise ValueError(f"--stages={config.stages}: {', '.join(sorted(idle))} has nothing to do with --rl.reward={config.rl.reward} and "
-                         f"--rl.algorithm={config.rl.algorithm}")
-    return [stage for stage in STAGES if stage in config.stages.split(",") and stage not in unneeded]
+
+    unneeded = set(HUMAN_STAGES) if config.rl.reward == "vader" else set()
+    if config.rl.algorithm == "best_of_n":
+        unneeded.add("rl")  # which takes no training
+    idle = sorted(unneeded & set(wanted))
+    if idle and config.stages != ",".join(STAGES):
+        raise ValueError(
+            f"--stages={config.stages}: {', '.join(idle)} has nothing to do with "
+            f"--rl.reward={config.rl.reward} and --rl.algorithm={config.rl.algorithm}"
+        )
+    return [stage for stage in STAGES if stage in wanted and stage not in unneeded]
 
 
-def claim(work_dir, config, tokenizer):
-    """Keep options and vocabulary in work_dir; ValueError where it holds a run with others."""
-    options = dict(config.leaves()) | {"vocabulary": "".join(tokenizer.chars)}
-    free = {"stages", "prompt", "system.work_dir", *(name for name in options if name.startswith("report.")),
-            *(f"{stage}.{name}" for stage in (*STAGES, "dpo") for name in FREE_TO_CHANGE)}
-    RunFolder(work_dir).claim(options, free)
-    if distributed.rank() == 0:
-        tokenizer.save_pretrained(work_dir)
+def check_known(option, values, known):
+    """ValueError where an option has a value that is none of the known ones."""
+    unknown = sorted(set(values) - set(known))
+    if unknown:
+        raise ValueError(
+            f"--{option}={','.join(values)}: {', '.join(unknown)} is none of {','.join(known)}"
+        )
 
 
-def print_continuations(config, work_dir):
-    """Ten ways to go on from --prompt, by the furthest stage that is finished."""
-    if not (work_dir / "config.json").exists():
-        raise ValueError(f"there is no model in {work_dir} yet: run this script without --prompt first")
-    for name, value in json.loads((work_dir / "config.json").read_text(encoding="utf-8")).items():
-        if name.startswith("model."):
-            setattr(config.model, name.removeprefix("model."), value)  # the model is what it was trained as
-    tokenizer = CharTokenizer.from_pretrained(work_dir)
-    stage = next((s for s in ("rl", "sft") if finished(work_dir / s)), "pretrain")
-    model = start_from(config, work_dir, stage, tokenizer)
-    if strange := sorted(set(config.prompt) - tokenizer.ids.keys()):
-        raise ValueError(f"--prompt has characters that the model has never seen: {' '.join(strange)}")
-    if len(config.prompt) >= config.model.block_size:
-        raise ValueError(f"--prompt has {len(config.prompt)} characters, which leaves no room in {config.model.block_size}")
-    for text in report.sample(model, tokenizer, None, n=10, seed=config.system.seed, prompt=config.prompt).texts:
-        print(text)
+def print_continuations(config):
+    """Ten ways to continue --prompt, by the last stage that is finished in the work_dir."""
+    work_dir = Path(config.system.work_dir)
+    finished = [stage for stage in ("rl", "sft", "pretrain") if is_finished(work_dir / stage)]
+    if not finished:
+        raise ValueError(
+            f"there is no model in {work_dir} yet: run this script without --prompt first"
+        )
+    folder = work_dir / finished[0] / "model"
+    tokenizer = CharTokenizer.from_pretrained(folder)
+    model = GPT.from_pretrained(folder).to(pick_device(config.rl.device))
+    unknown = sorted(set(config.prompt) - tokenizer.ids.keys())
+    if unknown:
+        raise ValueError(
+            f"--prompt has characters that the model has never seen: {' '.join(unknown)}"
+        )
+    if len(config.prompt) >= model.config.block_size:
+        raise ValueError(
+            f"--prompt has {len(config.prompt)} characters, which leaves no room in "
+            f"{model.config.block_size}"
+        )
+    tweets = report.sample_tweets(model, tokenizer, 10, config.system.seed, prompt=config.prompt)
+    for text in tweets.texts:
+        print(config.prompt + text)
 
 
 if __name__ == "__main__":

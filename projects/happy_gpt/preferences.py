@@ -1,41 +1,50 @@
 """
 Learning from comparisons: a reward model from what people said, and the pairs that DPO learns from.
 
-Some 20 people rated each text from -4 to 4. Of two texts from the same source whose mean ratings lie more than MARGIN apart, people
-prefer the happier one, and from such comparisons a RewardModel learns to give a number (Ziegler et al. 2019, Stiennon et al. 2020).
-People do not all agree: each of the 20 of one text against each of the 20 of the other is a comparison of its own, and the loss is the
-mean over them all.
+Some 20 people rated each text from -4 to 4. Of two texts from the same source whose mean ratings
+lie more than MARGIN apart, people prefer the happier one. From such comparisons a RewardModel
+learns to give a number (Ziegler et al. 2019, Stiennon et al. 2020). People do not all agree, so
+each rater of one text against each rater of the other is a comparison of its own, and the loss is
+the mean over them all.
 
-The reward model reads byte pairs, not letters: ten thousand ratings do not teach spelling. So it has a trunk of its own, pre-trained on
-whole texts.
+The reward model reads byte pairs, not characters, because ten thousand ratings do not teach
+spelling. So it has a trunk of its own, pre-trained on whole texts.
 """
 
+import functools
 import hashlib
 import json
 import logging
 import math
+from pathlib import Path
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import Dataset, TensorDataset
 
 from mingpt.bpe import BPETokenizer
 from mingpt.checkpoint import write_text
+from mingpt.config import CfgNode as CN
 from mingpt.datasets import pad_and_mask
+from mingpt.evaluation import Samples
 from mingpt.model import GPT
 from mingpt.rlhf import RewardModel, TextReward
+from mingpt.stages import Stages
 from mingpt.trainer import Trainer
 from mingpt.utils import import_extra, set_seed
-from stages import model_config, require, trainer_config
 
 logger = logging.getLogger("mingpt.happy_gpt")
 MARGIN = 0.5
 
 
-def get_default_configs():
-    """The options of the trunk's pre-training and of the reward models'; a batch is one group of texts."""
+def get_default_configs() -> tuple[CN, CN]:
+    """The options of the trunk's pre-training and of the reward models.
+
+    The Trainer's batch_size is 1: an item is a whole group of texts.
+    """
     trunk = Trainer.get_default_config()
-    trunk.vocab_size = 1024
+    trunk.vocab_size = 1024          # byte pairs
     trunk.group_size = 64            # texts in a batch
     trunk.max_iters = 3000
     trunk.batch_size = 1
@@ -43,8 +52,9 @@ def get_default_configs():
     trunk.lr_schedule = "cosine"
     trunk.warmup_iters = 100
     trunk.eval_every = 500
+
     reward = Trainer.get_default_config()
-    reward.group_size = 64
+    reward.group_size = 64           # texts in a batch, all compared with each other
     reward.epochs = 6
     reward.batch_size = 1
     reward.learning_rate = 5e-4
@@ -54,181 +64,316 @@ def get_default_configs():
     return trunk, reward
 
 
-class Groups(Dataset):
-    """Texts in groups of like length, so that little of a batch is padding, and if `apart` is set, of one source each.
+# --------------------------------------------------------------------------------------------------
+# the stages trunk, reward and judge
 
-    An item is (idx (n, T), attention_mask (n, T)) and, where they are of one source, their `agreement` (n, n); a text is <eot> tokens <eot>.
+
+def run_stage(stage: str, config: CN, stages: Stages, splits: dict) -> Trainer | None:
+    """Run one of the three stages, unless it is finished; its trainer, or None."""
+    if stages.finished(stage):
+        return None
+    if stage == "trunk":
+        texts = [row["text"] for row in splits["train"]]
+        reader = BPETokenizer.train(texts, config.trunk.vocab_size)
+        trainer = functools.partial(trunk_trainer, config, stages, splits, reader)
+    else:
+        reader = load_reader(stages)
+        trainer = functools.partial(reward_trainer, stage, config, stages, splits, reader)
+    return stages.run(stage, trainer, tokenizer=reader)
+
+
+def load_reader(stages: Stages) -> BPETokenizer:
+    """The tokenizer of the trunk and the reward models."""
+    return BPETokenizer.from_pretrained(stages.model_folder("trunk"))
+
+
+def trunk_trainer(config: CN, stages: Stages, splits: dict, tokenizer: BPETokenizer) -> Trainer:
+    """The Trainer of a language model of whole texts, for the reward models to start from."""
+    set_seed(config.system.seed + 3)
+    groups = {
+        name: Groups(splits[name], tokenizer, config.trunk.group_size, by_source=False)
+        for name in ("train", "valid")
+    }
+    return Trainer(
+        stages.trainer_config("trunk"),
+        GPT(reader_config(config, splits, tokenizer)),
+        groups["train"],
+        groups["valid"],
+        loss_fn=language_model_loss,
+        collate_fn=only_item,
+        weight_fn=count_targets,
+    )
+
+
+def reward_trainer(
+    stage: str, config: CN, stages: Stages, splits: dict, tokenizer: BPETokenizer
+) -> Trainer:
+    """The Trainer of a reward model, on the comparisons within one half of the texts.
+
+    stage: reward or judge, each of which has a half of its own.
     """
+    set_seed(config.system.seed + {"reward": 4, "judge": 5}[stage])
+    trunk = stages.load("trunk", device="cpu")
+    groups = {}
+    for name in ("train", "valid"):
+        rows = [
+            row
+            for row in splits[name]
+            if half(row["text"]) == stage and row["rating"] is not None
+        ]
+        if not rows:
+            raise ValueError(
+                "a reward model needs texts with ratings: give some, or leave --rl.reward=vader"
+            )
+        groups[name] = Groups(rows, tokenizer, config.reward.group_size, by_source=True)
+    return Trainer(
+        stages.trainer_config(stage),
+        RewardModel.from_gpt(trunk),
+        groups["train"],
+        groups["valid"],
+        loss_fn=group_loss,
+        collate_fn=only_item,
+        weight_fn=count_comparisons,
+    )
 
-    def __init__(self, rows, tokenizer, size, apart):
-        self.groups = []
-        for source in sorted({row["source"] for row in rows}) if apart else [None]:
-            mine = sorted((row for row in rows if source in (row["source"], None)), key=lambda row: len(row["text"]))
-            for group in (mine[start:start + size] for start in range(0, len(mine), size)):
-                texts = [torch.tensor(encode(tokenizer, row["text"])) for row in group]
-                self.groups.append((*pad_and_mask(texts), *([agreement(group)] if apart else [])))
 
-    def __len__(self):
-        return len(self.groups)
+def reader_config(config: CN, splits: dict, tokenizer: BPETokenizer) -> CN:
+    """The options of a model that reads whole texts: of the policy's size, with dropout.
 
-    def __getitem__(self, i):
-        return self.groups[i]
+    Its block_size holds every text and every tweet. Dropout, because the few ratings are read
+    several times.
+    """
+    longest = max(
+        len(encode(tokenizer, row["text"])) for rows in splits.values() for row in rows
+    )
+    longest_tweet = 4 * config.model.block_size + 2  # a character has up to four bytes
+    options = config.model.to_dict()
+    options |= {"vocab_size": tokenizer.vocab_size, "block_size": max(longest, longest_tweet)}
+    options |= {"embd_pdrop": 0.1, "resid_pdrop": 0.1, "attn_pdrop": 0.1}
+    return CN(**options)
 
 
-def encode(tokenizer, text):
+def encode(tokenizer: BPETokenizer, text: str) -> list[int]:
+    """The ids of <eot> text <eot>."""
     return [tokenizer.eot_token, *tokenizer.encode(text), tokenizer.eot_token]
 
 
-def train(section, work_dir, model, groups, loss_fn, weight_fn):
-    """Run a Trainer on groups of texts, a group a batch."""
-    C = trainer_config(section, work_dir, "vocab_size", "group_size")
-    trainer = Trainer(C, model, groups["train"], groups["valid"], loss_fn, lambda items: items[0], weight_fn)
-    trainer.run()
-    return trainer
+# --------------------------------------------------------------------------------------------------
+# batches and losses
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# what people prefer
+class Groups(Dataset):
+    """Texts in groups of like length, so that little of a batch is padding.
+
+    An item is (idx (n, T), attention_mask (n, T)). With by_source a group's texts are of one
+    source, and the item also has their `agreement` (n, n).
+    """
+
+    def __init__(self, rows: list[dict], tokenizer: BPETokenizer, size: int, by_source: bool):
+        self.groups: list[tuple[Tensor, ...]] = []
+        for row_set in split_by_source(rows) if by_source else [rows]:
+            by_length = sorted(row_set, key=lambda row: len(row["text"]))
+            for start in range(0, len(by_length), size):
+                group = by_length[start : start + size]
+                texts = [torch.tensor(encode(tokenizer, row["text"])) for row in group]
+                idx, attention_mask = pad_and_mask(texts)
+                if by_source:
+                    self.groups.append((idx, attention_mask, agreement(group)))
+                else:
+                    self.groups.append((idx, attention_mask))
+
+    def __len__(self) -> int:
+        return len(self.groups)
+
+    def __getitem__(self, i: int) -> tuple[Tensor, ...]:
+        return self.groups[i]
 
 
-def train_trunk(config, work_dir, splits):
-    """A language model of whole texts."""
-    set_seed(config.system.seed + 3)
-    tokenizer = words(config, splits)
-    targets = lambda batch: batch[0][:, 1:].masked_fill(~batch[1][:, 1:], -1)
-    groups = {name: Groups(splits[name], tokenizer, config.trunk.group_size, apart=False) for name in ("train", "valid")}
-    return train(config.trunk, work_dir / "trunk", GPT(reader_config(config, splits, tokenizer)), groups,
-                 loss_fn=lambda model, batch: model(batch[0][:, :-1], targets(batch))[1], weight_fn=lambda batch: int(batch[1][:, 1:].sum()))
+def split_by_source(rows: list[dict]) -> list[list[dict]]:
+    """The rows of each source, sources in alphabetical order."""
+    sources = sorted({row["source"] for row in rows})
+    return [[row for row in rows if row["source"] == source] for source in sources]
 
 
-def train_reward_model(config, work_dir, splits, stage):
-    """A reward model from the comparisons within a half of the texts: one half for the stage reward, the other for judge."""
-    set_seed(config.system.seed + {"reward": 4, "judge": 5}[stage])
-    tokenizer = words(config, splits)
-    trunk = GPT(reader_config(config, splits, tokenizer))
-    trunk.load_state_dict(require(work_dir, "trunk")["model"])
-    rows = {name: [row for row in splits[name] if half(row["text"]) == stage and row["rating"] is not None] for name in ("train", "valid")}
-    if not all(rows.values()):
-        raise ValueError("a reward model needs texts with ratings: give some, or leave --rl.reward=vader")
-    groups = {name: Groups(part, tokenizer, config.reward.group_size, apart=True) for name, part in rows.items()}
-    return train(config.reward, work_dir / stage, RewardModel.from_gpt(trunk), groups, group_loss,
-                 weight_fn=lambda batch: int((~batch[2].isnan()).sum()))
+def only_item(items: list[tuple]) -> tuple:
+    """Collate a batch of one item, which is a batch already."""
+    return items[0]
 
 
-def comparisons(rows):
-    """(m, 2): all pairs (i, j) of rows where people find i happier than j, by their mean ratings."""
+def language_model_loss(model: GPT, batch: tuple[Tensor, Tensor]) -> Tensor:
+    """The mean cross-entropy over all tokens of a group of texts, in nats."""
+    idx, attention_mask = batch
+    targets = idx[:, 1:].masked_fill(~attention_mask[:, 1:], -1)
+    return model(idx[:, :-1], targets)[1]
+
+
+def count_targets(batch: tuple[Tensor, Tensor]) -> int:
+    """How many tokens `language_model_loss` is a mean over."""
+    return int(batch[1][:, 1:].sum())
+
+
+def comparisons(rows: list[dict]) -> Tensor:
+    """(m, 2): all pairs (i, j) of rows where people find i happier than j, by mean ratings."""
     rating = torch.tensor([float(row["rating"]) for row in rows])
     return (rating[:, None] - rating > MARGIN).nonzero()
 
 
-def agreement(rows):
-    """(n, n): which share of all raters of i against all raters of j find i happier, ties half; NaN where (i, j) is no comparison."""
+def agreement(rows: list[dict]) -> Tensor:
+    """(n, n): the share of all pairs (rater of i, rater of j) that find i happier, ties half.
+
+    NaN where (i, j) is no comparison.
+    """
     raters = [row.get("ratings", [row["rating"]]) for row in rows]
-    each = torch.tensor([float(number) for numbers in raters for number in numbers])
-    share = torch.block_diag(*(torch.full((1, len(numbers)), 1 / len(numbers)) for numbers in raters))  # whose ratings they are
-    higher = (each[:, None] > each).float() + 0.5 * (each[:, None] == each).float()
+    ratings = torch.tensor([float(rating) for of_text in raters for rating in of_text])  # (R,)
+    higher = (ratings[:, None] > ratings).float() + 0.5 * (ratings[:, None] == ratings).float()
+    # mean_over_raters (n, R): row i averages over the raters of text i
+    means = [torch.full((1, len(of_text)), 1 / len(of_text)) for of_text in raters]
+    mean_over_raters = torch.block_diag(*means)
+    shares = mean_over_raters @ higher @ mean_over_raters.T
     i, j = comparisons(rows).unbind(1)
-    found = torch.full((len(rows), len(rows)), math.nan)
-    found[i, j] = (share @ higher @ share.T)[i, j]
-    return found
+    labels = torch.full((len(rows), len(rows)), math.nan)
+    labels[i, j] = shares[i, j]
+    return labels
 
 
-def group_loss(model, batch):
-    """Bradley-Terry on all comparisons of a group in one pass, not one for each (Ouyang et al. 2022, section 3.5): (loss, metrics)."""
-    idx, attention_mask, share = batch
-    scores, compared = model(idx, attention_mask), ~share.isnan()
-    margin, share = (scores[:, None] - scores)[compared], share[compared]
+def group_loss(model: RewardModel, batch: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, dict]:
+    """Bradley-Terry on all comparisons of a group: (loss, metrics).
+
+    The group is read once, not once for each comparison (Ouyang et al. 2022, section 3.5).
+    """
+    idx, attention_mask, labels = batch
+    scores = model(idx, attention_mask)  # (n,)
+    compared = ~labels.isnan()
+    margin = (scores[:, None] - scores)[compared]
+    share = labels[compared]  # how many raters prefer the first
     loss = -(share * F.logsigmoid(margin) + (1 - share) * F.logsigmoid(-margin)).mean()
     return loss, {"accuracy": (margin > 0).float().mean()}
 
 
-def half(text):
-    """The reward model or the judge: who learns from this text, by its hash."""
-    return ("reward", "judge")[hashlib.sha256(b"half " + text.encode()).digest()[0] % 2]
+def count_comparisons(batch: tuple[Tensor, Tensor, Tensor]) -> int:
+    """How many comparisons `group_loss` is a mean over."""
+    return int((~batch[2].isnan()).sum())
 
 
-def words(config, splits):
-    """The vocabulary of byte pairs of the training texts."""
-    return BPETokenizer.train([row["text"] for row in splits["train"]], config.trunk.vocab_size)
+def half(text: str) -> str:
+    """Who learns from this text, the reward model or the judge, by its hash."""
+    digest = hashlib.sha256(b"half " + text.encode()).digest()
+    return ("reward", "judge")[digest[0] % 2]
 
 
-def reader_config(config, splits, tokenizer):
-    """The policy's size, at a block_size that holds every text and every tweet, with dropout: the few ratings are read several times."""
-    longest = max(len(encode(tokenizer, row["text"])) for rows in splits.values() for row in rows)
-    longest = max(longest, 4 * config.model.block_size + 2)  # a character has up to four bytes
-    return model_config(config, tokenizer, block_size=longest, embd_pdrop=0.1, resid_pdrop=0.1, attn_pdrop=0.1)
+# --------------------------------------------------------------------------------------------------
+# rewards of tweets
 
 
-def load_rewards(config, work_dir, splits, tweets, tokenizer):
-    """{stage: its reward model as a reward_fn}, for reward and judge, of mean 0 and variance 1 on these tweets of the sft model."""
-    reader = words(config, splits)
-    size = reader_config(config, splits, reader)
+def load_rewards(
+    config: CN, stages: Stages, splits: dict, tweets: Samples, tokenizer
+) -> dict[str, TextReward]:
+    """{stage: its reward model as a reward_fn}, for reward and judge.
 
-    def load(stage):
-        model = RewardModel(size)
-        model.load_state_dict(require(work_dir, stage)["model"])
-        model.to(tweets.idx.device)
-        model.normalize(torch.tensor(judge(model, reader, tweets.texts)), unit_variance=True)
-        if not (work_dir / stage / "accuracy.json").exists():
-            report_accuracy(work_dir / stage, splits, lambda texts: judge(model, reader, texts))
-        return TextReward(lambda completions, prompts: judge(model, reader, completions), tokenizer)
+    tweets: samples of the sft model, on which the rewards get mean 0 and variance 1.
+    """
+    reader = load_reader(stages)
+    reward_fns = {}
+    for stage in ("reward", "judge"):
+        model = stages.load(stage, RewardModel, device=str(tweets.idx.device))
+        scores = torch.tensor(judge(model, reader, tweets.texts))
+        model.normalize(scores, unit_variance=True)
+        report_accuracy(config, stages, splits, stage, functools.partial(judge, model, reader))
+        reward_fns[stage] = TextReward(judge_completions(model, reader), tokenizer)
+    return reward_fns
 
-    return {stage: load(stage) for stage in ("reward", "judge")}
 
+def judge_completions(model: RewardModel, reader: BPETokenizer):
+    """A TextReward's function of a reward model."""
 
-def report_accuracy(folder, splits, score):
-    """Which share of the held-out comparisons a reward model gets right, and which VADER, into accuracy.json."""
-    rows = [row for name in ("valid", "test") for row in splits[name] if row["rating"] is not None]
-    texts = [row["text"] for row in rows]
-    found = {folder.name: accuracies(score(texts), rows), "vader": accuracies(vader()(texts, texts), rows)}
-    for name, accuracy in found.items():
-        logger.info("comparisons that %s gets right: %s", name, ", ".join(f"{source} {share:.3f}" for source, share in accuracy.items()))
-    write_text(folder / "accuracy.json", json.dumps(found, indent=2) + "\n")
+    def rewards(completions, prompts):
+        return judge(model, reader, completions)
+
+    return rewards
 
 
 @torch.no_grad()
-def judge(model, tokenizer, texts):
-    """What a reward model says of each of the texts."""
+def judge(model: RewardModel, reader: BPETokenizer, texts: list[str]) -> list[float]:
+    """The reward model's score of each text."""
     model.eval()
-    device, scores = model.head.weight.device, []
+    scores: list[float] = []
     for start in range(0, len(texts), 128):
-        idx, attention_mask = pad_and_mask([torch.tensor(encode(tokenizer, text)) for text in texts[start:start + 128]])
+        rows = [torch.tensor(encode(reader, text)) for text in texts[start : start + 128]]
+        idx, attention_mask = pad_and_mask(rows)
+        device = model.head.weight.device
         scores += model(idx.to(device), attention_mask.to(device)).tolist()
     return scores
 
 
 def vader():
-    """f(completions, prompts) -> list of compound scores in [-1, 1], by a lexicon and rules (Hutto & Gilbert 2014)."""
-    analyzer = import_extra("vaderSentiment.vaderSentiment", "projects").SentimentIntensityAnalyzer()
-    return lambda completions, prompts: [analyzer.polarity_scores(text)["compound"] for text in completions]
+    """A TextReward's function: compound scores in [-1, 1], by a lexicon and rules.
+
+    (Hutto & Gilbert 2014.)
+    """
+    module = import_extra("vaderSentiment.vaderSentiment", "projects")
+    analyzer = module.SentimentIntensityAnalyzer()
+
+    def compound(completions, prompts):
+        return [analyzer.polarity_scores(text)["compound"] for text in completions]
+
+    return compound
 
 
-def accuracies(scores, rows):
-    """{source: share of its comparisons that the scores get right}, ties counted half, and the same for all but the tweets."""
+# --------------------------------------------------------------------------------------------------
+# how good a reward model is
+
+
+def report_accuracy(config: CN, stages: Stages, splits: dict, stage: str, score) -> None:
+    """Write accuracy.json: the share of held-out comparisons that a model and VADER get right."""
+    path = Path(config.system.work_dir) / stage / "accuracy.json"
+    if path.exists() or (stages.stage_folder(stage) / "accuracy.json").exists():
+        return
+    rows = [
+        row for name in ("valid", "test") for row in splits[name] if row["rating"] is not None
+    ]
+    texts = [row["text"] for row in rows]
+    scores = {stage: score(texts), "vader": vader()(texts, texts)}
+    accuracy = {name: accuracies(values, rows) for name, values in scores.items()}
+    for name, by_source in accuracy.items():
+        shares = ", ".join(f"{source} {share:.3f}" for source, share in by_source.items())
+        logger.info("comparisons that %s gets right: %s", name, shares)
+    write_text(path, json.dumps(accuracy, indent=2) + "\n")
+
+
+def accuracies(scores: list[float], rows: list[dict]) -> dict[str, float]:
+    """{source: share of its comparisons that the scores get right}, ties counted half.
+
+    Also of all sources but the tweets, together.
+    """
     right, total = {}, {}
     for source in sorted({row["source"] for row in rows}):
-        mine = [i for i, row in enumerate(rows) if row["source"] == source]
-        chosen, rejected = torch.tensor(scores)[mine][comparisons([rows[i] for i in mine])].unbind(1)
-        right[source] = ((chosen > rejected).sum() + 0.5 * (chosen == rejected).sum()).item()
+        of_source = [i for i, row in enumerate(rows) if row["source"] == source]
+        pairs_of_rows = comparisons([rows[i] for i in of_source])
+        chosen, rejected = torch.tensor(scores)[of_source][pairs_of_rows].unbind(1)
+        ties = chosen == rejected
+        right[source] = ((chosen > rejected).sum() + 0.5 * ties.sum()).item()
         total[source] = len(chosen)
+    shares = {source: right[source] / total[source] for source in right if total[source]}
     others = [source for source in right if source != "tweets"]
-    return {source: right[source] / total[source] for source in right if total[source]} | {
-        "all but tweets": sum(right[source] for source in others) / max(1, sum(total[source] for source in others))}
+    right_of_others = sum(right[source] for source in others)
+    total_of_others = sum(total[source] for source in others)
+    return shares | {"all but tweets": right_of_others / max(1, total_of_others)}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # what DPO learns from
 
 
-def pairs(tweets):
+def pairs(tweets: Samples) -> TensorDataset:
     """The model's own tweets two by two, the one of more reward first; ties are left out.
 
-    A dataset of (idx, attention_mask, completion_mask), (2, T) each, as `DPOLoss` takes them.
+    Items are (idx, attention_mask, completion_mask), (2, T) each, as `DPOLoss` takes them.
     """
     rewards = tweets.rewards.view(-1, 2)
-    order = rewards.argsort(1, descending=True) + torch.arange(0, len(tweets.rewards), 2)[:, None]
-    order = order[rewards[:, 0] != rewards[:, 1]]
-    logger.info("%d pairs of tweets, %d of them of unlike reward", len(rewards), len(order))
-    idx, written = tweets.idx.cpu()[order], tweets.mask.cpu()[order]
-    start = torch.ones_like(idx[..., :1], dtype=torch.bool)
-    return TensorDataset(idx, torch.cat([start, written], dim=-1), torch.cat([~start, written], dim=-1))
+    first_of_pair = torch.arange(0, len(tweets.rewards), 2)
+    order = rewards.argsort(1, descending=True) + first_of_pair[:, None]
+    differ = rewards[:, 0] != rewards[:, 1]
+    logger.info("%d pairs of tweets, %d of them of unlike reward", len(rewards), differ.sum())
+    order = order[differ]
+    tensors = (tweets.idx, tweets.attention_mask, tweets.completion_mask)
+    return TensorDataset(*(x.cpu()[order] for x in tensors))
