@@ -180,7 +180,7 @@ class Run:
 
 
 def prepare(args: list[str], doc: str) -> Run:
-    """The run of a command line: all its options are checked, and its texts are read or made.
+    """The run of a command line: its texts are read or made, and the options of all stages checked.
 
     Raises ValueError for options that a stage refuses, or that differ from those it began with.
     """
@@ -209,8 +209,9 @@ def data_folder(config: CN) -> Path:
 
 def make_stages(config: CN, work_dir: Path, texts: Corpus) -> Stages:
     """The stages of a run, in order. All of their options are checked here."""
+    starts_from_weights = bool(config.model.name)  # of other people, who have pre-trained them
     order = {
-        "pretrain": None if config.model.name else Trainer,  # other people did it
+        "pretrain": None if starts_from_weights else Trainer,
         "sft": Trainer,
         "reward": Trainer,
         "judge": Trainer,
@@ -252,10 +253,11 @@ def load_model(run: Run, stage: str) -> GPT | RewardModel:
     return model
 
 
-def model_config(config: CN, tokenizer: BPETokenizer) -> CN:
-    """The options of a GPT with this vocabulary."""
-    options = {name: value for name, value in config.model.to_dict().items() if name != "name"}
-    return CN(**options, model_type=None, vocab_size=tokenizer.vocab_size)
+def model_config(config: CN, vocab_size: int) -> CN:
+    """The options of a new GPT."""
+    options = config.model.to_dict()
+    del options["name"]
+    return CN(**{**options, "model_type": None, "vocab_size": vocab_size})
 
 
 def draw_rows(config: CN, rows: list[dict], n: int) -> list[dict]:

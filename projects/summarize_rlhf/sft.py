@@ -32,7 +32,7 @@ def main(run: Run) -> None:
 def pretrain(run: Run) -> Trainer:
     """A trainer for a language model of the whole texts, in windows of block_size tokens."""
     set_seed(run.config.system.seed)
-    model = GPT(pipeline.model_config(run.config, run.corpus.tokenizer))
+    model = GPT(pipeline.model_config(run.config, run.corpus.tokenizer.vocab_size))
     block_size = run.config.model.block_size
     return Trainer(
         run.stages.trainer_config("pretrain"),
