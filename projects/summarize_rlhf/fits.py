@@ -107,8 +107,7 @@ def random_texts(config: CN, *shape: int) -> Tensor:
 
 
 def random_gpt(config: CN) -> GPT:
-    options = {name: value for name, value in config.model.to_dict().items() if name != "name"}
-    return GPT(CN(**options, model_type=None))
+    return GPT(pipeline.model_config(config, config.model.vocab_size))
 
 
 if __name__ == "__main__":

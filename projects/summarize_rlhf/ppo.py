@@ -16,7 +16,7 @@ from mingpt import evaluation
 from mingpt.checkpoint import run_script
 from mingpt.config import CfgNode as CN
 from mingpt.model import GPT
-from mingpt.rlhf import PPOTrainer, RewardModel, ValueModel
+from mingpt.rlhf import PPOTrainer, RewardModel, ValueModel, choose
 from mingpt.utils import set_seed
 
 
@@ -33,7 +33,7 @@ def ppo(run: Run) -> PPOTrainer:
     policy = pipeline.load_model(run, "sft")
     reference = pipeline.load_model(run, "sft")
     judges = reward.load(run)
-    options = pipeline.trainer_config(run, "ppo", max_new_tokens=config.data.summary_tokens)
+    options = run.stages.trainer_config("ppo")
     # The value function begins as the reward model (Stiennon et al. 2020), unless it is a head on
     # the policy's own trunk.
     value_model = None
@@ -55,7 +55,7 @@ def ppo(run: Run) -> PPOTrainer:
 
 def has_value_function(options: CN) -> bool:
     """Whether the algorithm learns a value function."""
-    return options.algorithm == "ppo"
+    return choose(options).advantage == "gae"
 
 
 def look_at_held_out(
