@@ -31,7 +31,6 @@ from pathlib import Path
 
 import docstrings
 import tldr
-
 from mingpt.bpe import BPETokenizer
 from mingpt.checkpoint import write_text
 from mingpt.config import CfgNode as CN

@@ -8,11 +8,11 @@ The sizes are those of the options, and all texts have full length. Weights and 
 nothing is downloaded.
 """
 
-import pipeline
 import torch
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
+import pipeline
 from mingpt.checkpoint import run_script
 from mingpt.config import CfgNode as CN, parse_args
 from mingpt.model import GPT

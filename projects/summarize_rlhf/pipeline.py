@@ -12,7 +12,6 @@ from pathlib import Path
 
 import corpus
 from corpus import Corpus
-
 from mingpt import evaluation
 from mingpt.bpe import BPETokenizer
 from mingpt.checkpoint import write_text

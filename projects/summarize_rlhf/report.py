@@ -13,12 +13,11 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-import pipeline
-import reward
 import torch
-from pipeline import Run
 from torch import Tensor
 
+import pipeline
+import reward
 from mingpt import evaluation
 from mingpt.bpe import BPETokenizer
 from mingpt.checkpoint import write_text
@@ -28,6 +27,7 @@ from mingpt.plots import plot_metrics
 from mingpt.rlhf import RewardModel
 from mingpt.run_folder import read_metrics
 from mingpt.utils import import_extra, peak_memory_mb
+from pipeline import Run
 
 
 @dataclass
@@ -47,17 +47,19 @@ def write(run: Run) -> None:
 
     # The same seed for both: each text's two summaries come from the same random numbers.
     sft, ppo = pipeline.load_model(run, "sft"), pipeline.load_model(run, "ppo")
-    judges = reward.load(run)
+    reward_models = reward.load(run)
     outcomes = {}
     for stage, model in (("sft", sft), ("ppo", ppo)):
         samples = pipeline.summarize(config, model, tokenizer, prompts, config.system.seed)
-        scores = {name: evaluation.score(samples, judge) for name, judge in judges.items()}
+        scores = {}
+        for name, reward_model in reward_models.items():
+            scores[name] = evaluation.score(samples, reward_model)
         outcomes[stage] = Outcome(samples, scores)
 
     summary = {
         "accuracy": json.loads((run.work_dir / "accuracy.json").read_text(encoding="utf-8")),
         "texts": len(rows),
-        **figures_of_authors(judges, rows, tokenizer),
+        **figures_of_authors(reward_models, rows, tokenizer),
         **figures_of_stages(outcomes, authors),
         "kl_ppo": evaluation.kl(outcomes["ppo"].samples, sft, config.ppo.temperature),
         "seconds": seconds_of_stages(run),
@@ -79,7 +81,7 @@ def write(run: Run) -> None:
 
 @torch.no_grad()
 def figures_of_authors(
-    judges: dict[str, RewardModel],
+    reward_models: dict[str, RewardModel],
     rows: list[dict],
     tokenizer: BPETokenizer,
     batch_size: int = 256,
@@ -94,12 +96,12 @@ def figures_of_authors(
     idx, attention_mask = pad_and_mask(texts)
 
     figures = {}
-    for name, judge in judges.items():
-        device = judge.head.weight.device
+    for name, model in reward_models.items():
+        device = model.head.weight.device
         scores = []
         for first in range(0, len(rows), batch_size):
             batch = slice(first, first + batch_size)
-            scores.append(judge(idx[batch].to(device), attention_mask[batch].to(device)))
+            scores.append(model(idx[batch].to(device), attention_mask[batch].to(device)))
         figures[f"{name}_authors"] = torch.cat(scores).mean().item()
     figures["length_authors"] = total_length / len(rows)
     return figures

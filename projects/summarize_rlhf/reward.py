@@ -17,12 +17,11 @@ import json
 import logging
 from pathlib import Path
 
-import pipeline
 import torch
-from corpus import Splits
-from pipeline import Run
 from torch import Tensor
 
+import pipeline
+from corpus import Splits
 from mingpt import evaluation
 from mingpt.bpe import BPETokenizer
 from mingpt.checkpoint import run_script, write_text
@@ -32,6 +31,7 @@ from mingpt.plots import plot_metrics
 from mingpt.rlhf import RewardModel, comparison_loss, comparison_scores
 from mingpt.trainer import Trainer
 from mingpt.utils import set_seed
+from pipeline import Run
 
 logger = logging.getLogger("mingpt.summarize_rlhf")
 

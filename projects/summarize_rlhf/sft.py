@@ -9,17 +9,17 @@ The loss is on the tokens of the summary alone (Stiennon et al. 2020, section 3.
 
 import functools
 
-import pipeline
 import torch
-from pipeline import Run
 from torch.utils.data import TensorDataset
 
+import pipeline
 from mingpt.bpe import BPETokenizer
 from mingpt.checkpoint import run_script
 from mingpt.datasets import Completions
 from mingpt.model import GPT
 from mingpt.trainer import Trainer
 from mingpt.utils import set_seed
+from pipeline import Run
 
 
 def main(run: Run) -> None:
