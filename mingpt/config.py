@@ -8,15 +8,22 @@ A script builds a tree of defaults, then merges its command line into it:
     config.trainer.max_iters    # 10
 
 An option exists when the tree of defaults has it, so a typo is an error and not a new option. Its
-default also fixes its type. The name and the idea of CfgNode are minGPT's.
+default also fixes its type. What it means stands as a comment beside the default, in the function
+that makes the tree; `documented` reads these comments, and `--help`, `print(config)` and Python's
+`help` show them. The name and the idea of CfgNode are minGPT's.
 """
 
 import ast
 import difflib
+import functools
+import inspect
+import io
 import math
 import numbers
 import sys
-from collections.abc import Iterator
+import textwrap
+import tokenize
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 
@@ -26,17 +33,24 @@ class CfgNode:
     A leaf is a plain Python value. A dict among the arguments becomes a subtree.
     """
 
+    # Slots, and so no options: {leaf: what it means}, and {leaf: the heading that it stands under}.
+    __slots__ = ("__dict__", "_headings", "_meanings")
+    _meanings: dict[str, str]
+    _headings: dict[str, str]
+
     if TYPE_CHECKING:  # type checkers cannot see the options, which only exist at run time
 
         def __getattr__(self, name: str) -> Any: ...
         def __setattr__(self, name: str, value: Any) -> None: ...
 
     def __init__(self, **options: Any):
+        self._meanings = {}
+        self._headings = {}
         for name, value in options.items():
             setattr(self, name, CfgNode(**value) if isinstance(value, dict) else value)
 
     def __str__(self) -> str:
-        return "\n".join(f"{name} = {value!r}" for name, value in self.leaves())
+        return "\n".join(self.describe("{name} = {value!r}"))
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, CfgNode) and self.to_dict() == other.to_dict()
@@ -48,6 +62,18 @@ class CfgNode:
                 yield from value.leaves(f"{prefix}{name}.")
             else:
                 yield prefix + name, value
+
+    def describe(self, form: str, prefix: str = "") -> Iterator[str]:
+        """A line for each option, in the given form, with its meaning; and the headings."""
+        for name, value in vars(self).items():
+            if name in self._headings:
+                yield f"# {self._headings[name]}"
+            if isinstance(value, CfgNode):
+                yield from value.describe(form, f"{prefix}{name}.")
+            else:
+                option = form.format(name=prefix + name, value=value)
+                meaning = self._meanings.get(name)
+                yield f"{option:38}  # {meaning}" if meaning else option
 
     def to_dict(self) -> dict[str, Any]:
         """The tree as nested dicts."""
@@ -160,7 +186,93 @@ def parse_args(config: CfgNode, args: list[str], about: str) -> None:
     With `--help` or `-h` print `about` and every option with its default, and exit.
     """
     if "--help" in args or "-h" in args:
-        options = "\n".join(f"  --{name}={value}" for name, value in config.leaves())
+        options = textwrap.indent("\n".join(config.describe("--{name}={value}")), "  ")
         sys.stdout.write(f"{about.strip()}\n\nOptions and their defaults:\n{options}\n")
         sys.exit(0)
     config.merge_from_args(args)
+
+
+# --------------------------------------------------------------------------------------------------
+# What options mean: the comments beside their defaults
+
+
+def documented(get_config: Callable[..., CfgNode]) -> Callable[..., CfgNode]:
+    """Decorator for a function that makes a tree of defaults and returns it.
+
+    The comment behind a default becomes what the option means, and comment lines above it the
+    heading of the options that follow. The function's docstring gets all of them, for `help`.
+    """
+    meanings, headings = read_comments(get_config)
+
+    @functools.wraps(get_config)
+    def with_meanings(*args: Any, **kwargs: Any) -> CfgNode:
+        config = get_config(*args, **kwargs)
+        for name, comment in meanings.items():
+            attach(config, name, comment, heading=False)
+        for name, comment in headings.items():
+            attach(config, name, comment, heading=True)
+        return config
+
+    options = "\n".join(with_meanings().describe("{name} = {value!r}"))
+    with_meanings.__doc__ = f"{inspect.getdoc(get_config)}\n\n{options}"
+    return with_meanings
+
+
+def attach(config: CfgNode, name: str, comment: str, heading: bool) -> None:
+    """Give an option, by its dotted name, its meaning or its heading. It may have been deleted."""
+    *sections, leaf = name.split(".")
+    node: Any = config
+    for section in sections:
+        node = getattr(node, section, None)
+    if isinstance(node, CfgNode):
+        (node._headings if heading else node._meanings)[leaf] = comment
+
+
+def read_comments(function: Callable) -> tuple[dict[str, str], dict[str, str]]:
+    """({option: the comment behind it}, {option: the comment lines above it}) of a function.
+
+    Options are what it assigns, as in `C.rl.max_iters = 200`, or passes, as in `CN(max_iters=200)`.
+    """
+    try:
+        source = textwrap.dedent(inspect.getsource(function))
+    except OSError:
+        return {}, {}  # no source file here
+    behind, above = comments_by_line(source)
+    meanings = {}
+    headings = {}
+    for node in ast.walk(ast.parse(source)):
+        for name in assigned_options(node):
+            assert isinstance(node, (ast.Assign, ast.keyword))
+            if node.end_lineno in behind:
+                meanings[name] = behind[node.end_lineno]
+            if node.lineno in above:
+                headings[name] = above[node.lineno]
+    return meanings, headings
+
+
+def assigned_options(node: ast.AST) -> list[str]:
+    """The dotted names of the options that a piece of syntax sets: one, several or none."""
+    if isinstance(node, ast.keyword) and node.arg is not None:
+        return [node.arg]
+    if isinstance(node, ast.Assign):
+        targets = [target for target in node.targets if isinstance(target, ast.Attribute)]
+        return [ast.unparse(target).partition(".")[2] for target in targets]
+    return []
+
+
+def comments_by_line(source: str) -> tuple[dict[int, str], dict[int, str]]:
+    """({line: the comment behind its code}, {line: the comment lines right above it})."""
+    behind = {}
+    above = {}
+    block: list[str] = []
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        line = token.start[0]
+        text = token.string.lstrip("# ")
+        if token.type == tokenize.COMMENT and token.line.strip().startswith("#"):
+            block.append(text)
+            above[line + 1] = " ".join(block)
+        elif token.type == tokenize.COMMENT:
+            behind[line] = text
+        elif token.type != tokenize.NL:
+            block = []
+    return behind, above

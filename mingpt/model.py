@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mingpt.config import CfgNode as CN, check_numbers
+from mingpt.config import CfgNode as CN, check_numbers, documented
 from mingpt.unembed import Unembed, next_logits
 from mingpt.utils import adamw
 from mingpt.weights import Pretrained
@@ -243,19 +243,24 @@ class GPT(Pretrained, nn.Module):
     presets = PRESETS  # from_pretrained looks up here how many heads a bare state dict has
 
     @staticmethod
+    @documented
     def get_default_config() -> CN:
         """All options of a model, with their defaults."""
         return CN(
-            model_type=None,   # name in PRESETS, instead of the next three; default None
-            n_layer=None,      # number of blocks; no default
-            n_head=None,       # attention heads of a block, a divisor of n_embd; no default
-            n_embd=None,       # channels of the residual stream; no default
-            vocab_size=None,   # number of token ids, always needed; no default
-            block_size=None,   # longest context, in tokens, always needed; no default
-            embd_pdrop=0.1,    # dropout of the embeddings, a probability; default 0.1
-            resid_pdrop=0.1,   # dropout of what a sub-block adds to the stream; default 0.1
-            attn_pdrop=0.1,    # dropout of the attention weights; default 0.1
-            tie_weights=True,  # one matrix embeds tokens and predicts them; default True (GPT-2)
+            # Either a preset or the three sizes.
+            model_type=None,   # name in PRESETS
+            n_layer=None,      # number of blocks
+            n_head=None,       # attention heads of a block, a divisor of n_embd
+            n_embd=None,       # channels of the residual stream
+            # These two always.
+            vocab_size=None,   # number of token ids
+            block_size=None,   # longest context, in tokens
+            # Probabilities of dropout.
+            embd_pdrop=0.1,    # of the embeddings
+            resid_pdrop=0.1,   # of what a sub-block adds to the residual stream
+            attn_pdrop=0.1,    # of the attention weights
+            # GPT-2 ties its weights.
+            tie_weights=True,  # one matrix embeds tokens and predicts them
         )
 
     def __init__(self, config: CN):

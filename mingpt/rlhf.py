@@ -47,7 +47,7 @@ from torch.nn import functional as F
 
 from mingpt import distributed
 from mingpt.checkpoint import get_rng_state, set_rng_state
-from mingpt.config import CfgNode as CN, check_numbers
+from mingpt.config import CfgNode as CN, check_numbers, documented
 from mingpt.datasets import Prompts, end_token
 from mingpt.heads import ActorCritic, RewardModel, ValueHead, ValueModel, first_column
 from mingpt.model import GPT, last_real, stop_ids
@@ -738,6 +738,7 @@ class PPOTrainer(Trainer):
     model: ActorCritic
 
     @staticmethod
+    @documented
     def get_default_config() -> CN:
         """The Trainer's options, some with other defaults, and PPO's own."""
         C = Trainer.get_default_config()

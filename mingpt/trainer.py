@@ -43,7 +43,7 @@ from mingpt.checkpoint import (
     raise_signal,
     set_rng_state,
 )
-from mingpt.config import CfgNode as CN, check_numbers
+from mingpt.config import CfgNode as CN, check_numbers, documented
 from mingpt.run_folder import RunFolder
 from mingpt.utils import adamw, keep_freed_memory, pick_device, pick_precision, set_seed
 
@@ -78,6 +78,7 @@ class Trainer:
     """
 
     @staticmethod
+    @documented
     def get_default_config() -> CN:
         """Every option and its default."""
         C = CN()
