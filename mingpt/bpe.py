@@ -53,7 +53,7 @@ Merge = tuple[int, int, int]  # two neighbouring tokens, and the token that take
 
 # --- 1. The idea ---------------------------------------------------------------------------------
 # The ids below 256 are the bytes, and every merge adds the next id. These three functions define
-# what BPE is. The sections after this one compute the same faster, and the tests compare them.
+# what BPE is. Sections 3 and 4 compute the same faster, and the tests compare them with these.
 
 
 def simple_train(ids: list[int], n_merges: int) -> dict[Pair, int]:
@@ -112,8 +112,8 @@ SPLIT = regex.compile(
 )
 
 # The same for ASCII text, where the standard library's `re` is several times faster than `regex`.
-# re.ASCII because the \s of `re` otherwise matches \x1c to \x1f, which Unicode calls no whitespace.
-# Letters come first because they are the most frequent; this changes no match.
+# re.ASCII because the \s of `re` otherwise matches \x1c to \x1f, which Unicode does not count as
+# whitespace. Letters come first because they are the most frequent; that changes no match.
 ASCII_SPLIT = re.compile(
     r" ?[A-Za-z]+|'(?:[stmd]|re|ve|ll)| ?[0-9]+| ?[^\sA-Za-z0-9]+|\s+(?!\S)|\s+", re.ASCII
 )
@@ -156,19 +156,19 @@ def bytes_to_unicode() -> dict[int, str]:
 # --- 3. Encoding, fast ---------------------------------------------------------------------------
 # A word is a few bytes, so its merges are found in a short list. Two functions do this, one for
 # usual words and one for very long ones. `merges` is the list of merges in the order of learning,
-# `ranks` gives the place of a pair in it: a lower rank was learned earlier and is applied earlier.
+# `ranks` gives the position of a pair in it: the lower the rank, the earlier it is applied.
 
 NO_RANK = sys.maxsize  # the rank of a pair that has no merge: higher than all others
 LONG_WORD = 200  # bytes; above this, the heap of merge_long is faster
-GONE = -1  # takes the place of a token that was joined with the one before it; no id is negative
+GONE = -1  # marks a token that was merged into the one before it; no id is negative
 
 
 def merge_short(ids: list[int], ranks: dict[Pair, int], merges: list[Merge]) -> tuple[int, ...]:
     """Merge the bytes of a usual word; ids is changed in place.
 
-    The rank of every pair is kept in a list. Each step joins the pair of the lowest rank and then
-    looks up the two pairs that its new token forms with its neighbours. n steps, each over a list
-    of n ranks: n² in all, which is little while n is small.
+    The ranks of all pairs are kept in a list. Each step merges the pair of the lowest rank and then
+    looks up the two pairs that the new token forms with its neighbours. Up to n steps, each over a
+    list of n ranks: n² in all, which is little while n is small.
     """
     pair_ranks = list(map(ranks.get, pairwise(ids), repeat(NO_RANK)))
     while pair_ranks:
@@ -189,11 +189,11 @@ def merge_long(ids: list[int], ranks: dict[Pair, int], merges: list[Merge]) -> t
     """Merge the bytes of a long word, in n log n steps; ids is changed in place.
 
     A megabyte without a space is one word, and n² steps would take hours. So the pairs wait in a
-    heap, sorted by rank and then by place, and the tokens are a linked list: joining two of them
+    heap, sorted by rank and then by position, and the tokens are a linked list: merging two of them
     moves no others. Pairs that have changed stay in the heap and are dropped when they come up.
     """
     n = len(ids)
-    previous = list(range(-1, n - 1))  # the place of each token's left neighbour
+    previous = list(range(-1, n - 1))  # the position of each token's left neighbour
     following = list(range(1, n + 1))  # ... and of its right one; n is the end
     heap = [(ranks[pair], i) for i, pair in enumerate(pairwise(ids)) if pair in ranks]
     heapq.heapify(heap)
@@ -202,14 +202,14 @@ def merge_long(ids: list[int], ranks: dict[Pair, int], merges: list[Merge]) -> t
         left, right, new_id = merges[rank]
         j = following[i]
         if j == n or ids[i] != left or ids[j] != right:
-            continue  # one of the two has been joined with another token since
-        # the new token stands at i; j drops out of the list
+            continue  # one of the two has been merged with another token since
+        # The new token stands at i; j drops out of the list.
         ids[i] = new_id
         ids[j] = GONE
         following[i] = following[j]
         if following[i] < n:
             previous[following[i]] = i
-        # and it forms new pairs with its neighbours
+        # It forms new pairs with its neighbours.
         for a, b in ((previous[i], i), (i, following[i])):
             if a >= 0 and b < n and (ids[a], ids[b]) in ranks:
                 heapq.heappush(heap, (ranks[ids[a], ids[b]], a))
@@ -223,18 +223,19 @@ def merge_long(ids: list[int], ranks: dict[Pair, int], merges: list[Merge]) -> t
 
 
 def most_frequent_pairs(words: list[list[int]], counts: list[int], n: int) -> Iterator[Pair]:
-    """Yield up to n times the most frequent pair of neighbours, and join it in all the words.
+    """Yield up to n times the most frequent pair of neighbours, and merge it in all the words.
 
     words: lists of ids, changed in place; words[i] occurs counts[i] times in the text. The k-th
     pair (from 0) gets the id 256 + k. Of equally frequent pairs, the one with the lowest ids.
     """
-    pair_counts: dict[Pair, int] = defaultdict(int)
-    words_with: dict[Pair, set[int]] = defaultdict(set)  # or that had the pair at some time
+    # How often each pair occurs, and in which words; a word may since have lost the pair.
+    pair_counts: defaultdict[Pair, int] = defaultdict(int)
+    words_with: defaultdict[Pair, set[int]] = defaultdict(set)
     for i, word in enumerate(words):
         for pair in pairwise(word):
             pair_counts[pair] += counts[i]
             words_with[pair].add(i)
-    # heapq gives the smallest entry first: with the count negative, that is the most frequent pair
+    # heapq gives the smallest entry first: with the count negative, that is the most frequent pair.
     heap = [(-count, pair) for pair, count in pair_counts.items()]
     heapq.heapify(heap)
     for new_id in range(256, 256 + n):
@@ -242,24 +243,29 @@ def most_frequent_pairs(words: list[list[int]], counts: list[int], n: int) -> It
         if best is None:
             return
         yield best
+        # Merge it in every word that has it, and correct the counts of the pairs beside it.
         new_pairs = set()
         for i in words_with.pop(best):
-            for old_pair, new_pair in join_in_word(words[i], best, new_id):
+            for old_pair, new_pair in merge_in_word(words[i], best, new_id):
                 pair_counts[old_pair] -= counts[i]
                 pair_counts[new_pair] += counts[i]
                 words_with[new_pair].add(i)
                 new_pairs.add(new_pair)
         del pair_counts[best]
         for pair in new_pairs:
-            if pair_counts[pair] > 0:  # in "ababab", a pair that appears can be joined at once
+            # 0 is possible: in "abab", the first "a b" makes (ab, a), the second changes it again
+            if pair_counts[pair] > 0:
                 heapq.heappush(heap, (-pair_counts[pair], pair))
 
 
-def pop_most_frequent(heap: list[tuple[int, Pair]], pair_counts: dict[Pair, int]) -> Pair | None:
+def pop_most_frequent(
+    heap: list[tuple[int, Pair]],
+    pair_counts: defaultdict[Pair, int],
+) -> Pair | None:
     """Take the most frequent pair off the heap; None where no pair is left.
 
-    The heap is not told when a count falls. Such an entry promises too much, so it comes up too
-    early: then it goes back with its true count, or away if the pair no longer occurs.
+    The heap is not told when a count falls. An entry with an old, higher count comes up too early:
+    then it goes back with its true count, or is dropped if the pair no longer occurs.
     """
     while heap:
         negative_count, pair = heapq.heappop(heap)
@@ -271,15 +277,15 @@ def pop_most_frequent(heap: list[tuple[int, Pair]], pair_counts: dict[Pair, int]
     return None
 
 
-def join_in_word(word: list[int], pair: Pair, new_id: int) -> list[tuple[Pair, Pair]]:
+def merge_in_word(word: list[int], pair: Pair, new_id: int) -> list[tuple[Pair, Pair]]:
     """Replace every pair in the word by new_id, in place and from left to right.
 
-    Returns what this does to its neighbours, as (old pair, new pair). Joining "a n" in "b a n d"
-    turns "b a" into "b an", and "n d" into "an d".
+    Returns what this does to the pairs beside it, as (old pair, new pair). Merging "a n" in
+    "b a n d" turns "b a" into "b an", and "n d" into "an d".
     """
     left, right = pair
     changes = []
-    joined: list[int] = []  # the new word, as far as word[:done] goes
+    merged: list[int] = []  # what word[:done] has become
     done = 0
     i = 0
     last = len(word) - 1
@@ -291,15 +297,15 @@ def join_in_word(word: list[int], pair: Pair, new_id: int) -> list[tuple[Pair, P
         if word[i + 1] != right:
             i += 1
             continue
-        joined += word[done:i]
-        if joined:
-            changes.append(((joined[-1], left), (joined[-1], new_id)))
-        joined.append(new_id)
+        merged += word[done:i]
+        if merged:
+            changes.append(((merged[-1], left), (merged[-1], new_id)))
+        merged.append(new_id)
         i += 2
         done = i
         if i <= last:
             changes.append(((right, word[i]), (new_id, word[i])))
-    word[:] = joined + word[done:]
+    word[:] = merged + word[done:]
     return changes
 
 
@@ -371,12 +377,14 @@ class Encoder:
         """
         allowed_special = set(allowed_special)
         if not allowed_special:
+            # the usual way: split, look up each word, and put the ids of all words in one list
             return list(chain.from_iterable(map(self.words.__getitem__, split_words(text))))
         unknown = sorted(allowed_special - self.special.keys())
         if unknown:
             raise ValueError(
                 f"got allowed_special={unknown}; this vocabulary has {sorted(self.special)}"
             )
+        # cut the text at the special tokens, and encode what is between them
         ids = []
         any_special = "|".join(map(re.escape, allowed_special))
         for piece in re.split(f"({any_special})", text):  # the brackets keep the separators

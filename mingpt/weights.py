@@ -5,23 +5,23 @@ Every model here has the two methods of `Pretrained`, `from_pretrained` and `sav
 
     GPT.from_pretrained("gpt2")        a name on the Hugging Face hub, "user/repo" as well
     GPT.from_pretrained("out/sft")     a folder that transformers or save_pretrained wrote
-    GPT.from_pretrained("ckpt.pt")     one file: .safetensors, or a state dict of PyTorch's
+    GPT.from_pretrained("ckpt.pt")     one file: .safetensors, or a state dict of torch.save's
 
 GPT-2 is one architecture, but its files come in many dialects. Who writes what:
 
-    transformers    The matrices of the blocks are (in, out), as in OpenAI's TensorFlow code. Names
-                    begin with "transformer." (GPT2LMHeadModel) or lack it (GPT2Model). Until 2023
-                    causal masks stood among the weights. A tied head may be left out.
-    minGPT          The matrices are (out, in), as in nn.Linear. Causal masks among the weights, and
-                    a head that is not tied. Its scripts write their options into a config.json.
-    nanoGPT         {"model": weights, "model_args": options}. Compiled, it has "_orig_mod." before
-                    every name. With bias=False, nothing in it has a bias.
-    this library    `save_pretrained` writes transformers' dialect. State dicts of our models have
-                    (out, in), and before the names what wraps the model (DDP, ActorCritic).
+    transformers    The blocks' matrices are (in, out), as in OpenAI's TensorFlow code. Names begin
+                    with "transformer." (GPT2LMHeadModel) or lack it (GPT2Model). Until 2023 causal
+                    masks were saved among the weights. A tied head may be left out.
+    minGPT          The matrices are (out, in), as in nn.Linear. There are causal masks, and the
+                    head is not tied. Its scripts write their options into a config.json.
+    nanoGPT         A file is {"model": weights, "model_args": options}. If the model was compiled,
+                    every name begins with "_orig_mod.". With bias=False it has no biases at all.
+    this library    `save_pretrained` writes transformers' dialect. Checkpoints of the trainers are
+                    (out, in), and names begin with what wraps the model: "module." or "policy.".
 
-The tables below name the differences. Behind them comes `Pretrained`, and then the steps of
-`from_pretrained` in the order in which it takes them: find the file, read its tensors under our
-names, read the options, build the model, check that all fits.
+The tables below name these differences. Then comes `Pretrained`, and after it the steps of
+`from_pretrained` in their order: find the file, read its tensors under our names, read the options,
+build the model and fill it.
 
 Sources: `transformers` for the names and config.json; github.com/huggingface/safetensors for the
 file format.
@@ -129,19 +129,20 @@ class Pretrained(nn.Module):
         Raises ValueError for a name or path that does not exist, for files that are damaged or
         could run code, and for weights that do not fit their config.
         """
+        # 1. Find the file: on this machine, or else on the hub.
         path = Path(name_or_path).expanduser()
         if not path.exists():
             path = hub_folder(str(name_or_path), revision)
+        # 2. Read its tensors, under our names.
         tensors, model_args = read_tensors(weights_file(path))
+        # 3. Read the options of the model; those of the caller come before those of the file.
         config = cls.get_default_config()
         check_known(options, config)
         config.merge_from_dict(read_options(cls, path, tensors, model_args) | options)
         if config.n_head is None:
-            raise ValueError(
-                f"{path} does not tell how many heads share its {config.n_embd} channels: "
-                "pass n_head"
-            )
-        # Built with shapes alone, without memory and values: the file's tensors take their place.
+            width = f"its {config.n_embd} channels"
+            raise ValueError(f"{path} does not tell how many heads share {width}: pass n_head")
+        # 4. Build the model with empty parameters, and put the file's tensors in their place.
         with torch.device("meta"), NoInit():
             model = cls(config).eval()
         fill(model, tensors, path)
@@ -150,9 +151,9 @@ class Pretrained(nn.Module):
     def save_pretrained(self, folder: str | Path) -> None:
         """Write model.safetensors and config.json into the folder.
 
-        A GPT is written as transformers' GPT2LMHeadModel, and transformers reads it. A reward or
-        value model is written in the same format, but its head has no counterpart there: it is
-        read by this library.
+        A GPT's are those of a GPT2LMHeadModel, and transformers reads them. A reward or value
+        model's have the same format, but only this library reads them back: transformers does not
+        know the head, and would give the model a random one.
         """
         tensors = {}
         for name, parameter in self.named_parameters():  # a tied head is the embedding: once only
@@ -201,7 +202,7 @@ def hub_folder(name: str, revision: str) -> Path:
 
     Raises ValueError where the hub has no such model, or no weights of it that we read.
     """
-    # a name is also a part of a path on this machine: nothing like "../.." may get through
+    # The name becomes a part of a path on this machine: "../.." must not get through.
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):
         raise ValueError(
             f"got {name!r}; expected an existing file or folder, "
@@ -220,8 +221,10 @@ def hub_folder(name: str, revision: str) -> Path:
         return download(f"{url}/{file}", folder / file, headers=headers)
 
     fetch("config.json")
-    cached = [file for file in WEIGHT_FILES if (folder / file).exists()]
-    for file in cached if cached else WEIGHT_FILES:
+    # The hub is asked for one name after the other, unless the cache shows which one it has.
+    cached = tuple(file for file in WEIGHT_FILES if (folder / file).exists())
+    candidates = cached if cached else WEIGHT_FILES
+    for file in candidates:
         with contextlib.suppress(NotFound):  # the model has its weights under another name
             for shard in shards(fetch(file)):
                 fetch(shard.name)
@@ -272,9 +275,10 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """({name in our models: tensor}, nanoGPT's model_args) from a file, or from an index's files.
+    """({our name: tensor}, nanoGPT's model_args) from a file, or from all the files of an index.
 
-    What stands before the names is gone, and what is SKIPPED. Types and shapes are the file's.
+    The PREFIXES are gone from the names, and what is SKIPPED is left out. The tensors keep the
+    types and shapes that they have in the file.
     """
     tensors: dict[str, Tensor] = {}
     model_args: dict[str, Any] = {}
@@ -292,10 +296,10 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def load_file(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """({name: tensor}, nanoGPT's model_args) exactly as they stand in one file.
+    """({name: tensor}, nanoGPT's model_args) exactly as one file has them.
 
-    A pickle, which torch.save writes, can contain any code. PyTorch's weights_only refuses all but
-    tensors and plain data. Whatever goes wrong, a ValueError says that the file is to blame.
+    torch.save writes pickles, which can contain any code. PyTorch's weights_only refuses all but
+    tensors and plain data. Raises ValueError for that, and for everything else that goes wrong.
     """
     try:
         if file.suffix == ".safetensors":
@@ -310,14 +314,14 @@ def load_file(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def load_safetensors(file: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file. They are mapped: the disk is read where one is used."""
+    """The tensors of a safetensors file, mapped: the disk is read when a tensor is first used."""
     with safe_open(file, "pt") as f:
         names = f.keys()  # f is not a dict: a loop over f itself fails
         return {name: f.get_tensor(name) for name in names}
 
 
 def load_state_dict(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors of a file of torch.save's, and nanoGPT's model_args where it has them."""
+    """The tensors of a file of torch.save's, and nanoGPT's model_args where it has some."""
     # torch.save writes zip files since 2020, and only those can be mapped instead of read
     state = torch.load(file, map_location="cpu", weights_only=True, mmap=is_zipfile(file))
     model_args = state.get("model_args")
@@ -399,10 +403,8 @@ def read_config_json(file: Path) -> dict[str, Any]:
         return config
     for name, allowed in GPT2_ONLY.items():
         if config.get(name, allowed[0]) not in allowed:
-            expected = " or ".join(map(repr, allowed))
-            raise ValueError(
-                f"{file} has {name}={config[name]!r}; this library's GPT-2 needs {expected}"
-            )
+            needed = " or ".join(map(repr, allowed))
+            raise ValueError(f"{file} has {name}={config[name]!r}; our GPT-2 needs {needed}")
     return config
 
 
@@ -476,16 +478,16 @@ def fit_to_parameters(
 ) -> dict[str, Tensor]:
     """The tensor of every parameter, (out, in) and in fp32.
 
-    Where a matrix must be turned for that, it is only a view: its memory stays as it is in the
+    A matrix that must be transposed for that becomes a view: its memory stays as it is in the
     file. Raises ValueError where names, shapes or types do not fit the model.
     """
     parameters = dict(model.named_parameters())  # a tied head is the embedding: once only
     if not any(is_bias(name) for name in tensors):
-        # nanoGPT's bias=False: biases of zero compute the same
+        # nanoGPT's bias=False. With biases of zero, our model computes the same.
         zeros = {name: torch.zeros(p.shape) for name, p in parameters.items() if is_bias(name)}
         tensors = tensors | zeros
     check_names(tensors, parameters, model, path)
-    # The attention's matrix is C by 3 C, so its shape tells which way round all of them are.
+    # This matrix has C inputs and 3 C outputs: its shape tells which of the two all of them are.
     c_attn = tensors["transformer.h.0.attn.c_attn.weight"]
     in_out = c_attn.shape[:1] == (model.config.n_embd,)
     fitted = {}

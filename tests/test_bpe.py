@@ -65,12 +65,12 @@ class TestTheIdea(unittest.TestCase):
 
     @settings(max_examples=100, deadline=None)
     @given(st.lists(TOKENS, max_size=20), st.tuples(TOKENS, TOKENS))
-    def test_joining_in_a_word_tells_what_changes(self, word, pair):
+    def test_merging_in_a_word_tells_what_changes(self, word, pair):
         counts = Counter(pairwise(word))
         expected = bpe.replace_pair(word, pair, 9)
-        changes = bpe.join_in_word(word, pair, 9)
+        changes = bpe.merge_in_word(word, pair, 9)
         self.assertEqual(word, expected)
-        # adding the changes gives the counts of the new word, but for the pair that was joined
+        # adding the changes gives the counts of the new word, but for the pair that was merged
         counts.subtract(old_pair for old_pair, _ in changes)
         counts.update(new_pair for _, new_pair in changes)
         counts.pop(pair, None)
