@@ -261,17 +261,22 @@ def assigned_options(node: ast.AST) -> list[str]:
 
 def comments_by_line(source: str) -> tuple[dict[int, str], dict[int, str]]:
     """({line: the comment behind its code}, {line: the comment lines right above it})."""
-    behind = {}
-    above = {}
-    block: list[str] = []
+    behind: dict[int, str] = {}
+    above: dict[int, str] = {}
+    block: list[str] = []  # comment lines since the last code
+    last = (0, 0)  # line and column of the last comment behind code
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        line = token.start[0]
+        line, column = token.start
         text = token.string.lstrip("# ")
-        if token.type == tokenize.COMMENT and token.line.strip().startswith("#"):
+        has_code = not token.line.strip().startswith("#")
+        if token.type == tokenize.COMMENT and has_code:
+            behind[line] = text
+            last = (line, column)
+        elif token.type == tokenize.COMMENT and not block and column == last[1]:
+            behind[last[0]] += f" {text}"  # it continues the comment above it
+        elif token.type == tokenize.COMMENT:
             block.append(text)
             above[line + 1] = " ".join(block)
-        elif token.type == tokenize.COMMENT:
-            behind[line] = text
         elif token.type != tokenize.NL:
             block = []
     return behind, above

@@ -82,26 +82,30 @@ class Trainer:
     def get_default_config() -> CN:
         """Every option and its default."""
         C = CN()
+        # The machine.
         C.device = "auto"            # auto is cuda, else mps, else cpu
-        C.precision = "auto"         # fp32, or autocast to bf16 or fp16
+        C.precision = "auto"         # fp32, bf16 or fp16; auto: bf16 on a GPU that has it
         C.compile = False            # torch.compile the model: starts later, runs faster
         C.num_workers = 0            # processes that load data beside the one that trains
-        C.max_iters = None           # stop after this many iterations,
-        C.epochs = None              # ... or this many passes over the data; None and None: never
+        # How long, and how much at a time.
+        C.max_iters = None           # stop after this many iterations
+        C.epochs = None              # stop after this many passes over the data
         C.batch_size = 64            # examples per optimizer step, in all processes together
         C.micro_batch_size = None    # examples per forward and backward pass; None: all at once
-        C.learning_rate = 3e-4
-        C.lr_schedule = "constant"   # or linear, cosine: decay to lr_final_fraction at the end
-        C.lr_final_fraction = 0.0
-        C.warmup_iters = 0           # the learning rate first rises linearly from 0
-        C.betas = (0.9, 0.95)        # of Adam
-        C.eps = 1e-8                 # of Adam
+        # The optimizer, AdamW.
+        C.learning_rate = 3e-4       # its highest value
+        C.lr_schedule = "constant"   # constant; or decay until the end: linear or cosine
+        C.lr_final_fraction = 0.0    # of the learning rate, where a decay ends
+        C.warmup_iters = 0           # iterations in which the learning rate rises from 0
+        C.betas = (0.9, 0.95)        # decay of the means of gradients and of their squares
+        C.eps = 1e-8                 # keeps a division by the second mean from exploding
         C.weight_decay = 0.1         # on the weights of matrix products only
         C.grad_norm_clip = 1.0       # largest norm of the gradient; None: no limit
-        C.work_dir = None            # folder for metrics.jsonl and checkpoints; None writes nothing
-        C.log_every = 10             # iterations between rows of metrics
-        C.eval_every = None          # iterations between evaluations; None: never
-        C.checkpoint_every = 500     # iterations between checkpoints
+        # What is kept, every so many iterations.
+        C.work_dir = None            # folder for metrics.jsonl and checkpoints; None: keep nothing
+        C.log_every = 10             # a row of metrics
+        C.eval_every = None          # an evaluation; None: never
+        C.checkpoint_every = 500     # a checkpoint
         C.tensorboard = False        # write the metrics for TensorBoard, too
         return C
 

@@ -1,13 +1,17 @@
 """Options: the tree, the command line, and the checks of numbers."""
 
 import contextlib
+import copy
 import io
 import math
 import unittest
 
 import numpy as np
 
-from mingpt.config import CfgNode, check_numbers, parse_args
+from mingpt.config import CfgNode, check_numbers, documented, parse_args
+from mingpt.model import GPT
+from mingpt.rlhf import PPOTrainer
+from mingpt.trainer import Trainer
 
 
 def example():
@@ -20,6 +24,89 @@ def example():
         free=None,
         model={"n_layer": 2},
     )
+
+
+@documented
+def make_config():
+    """Options of an example."""
+    C = CfgNode()
+    C.seed = 1            # of all random
+                          # numbers
+    C.silent = True
+    # How fast it learns.
+    # In two lines.
+    C.rate = C.other = 0.5  # per step
+
+    C.model = CfgNode(
+        n_layer=2,  # blocks
+        n_head=3,
+    )
+    C.model.size = 4      # in metres
+    C.trainer = Trainer.get_default_config()
+    C.trainer.max_iters = 7
+    C.trainer.batch_size = 3  # of ours
+    del C.silent
+    return C
+
+
+class TestMeanings(unittest.TestCase):
+    """The comments beside the defaults say what options mean."""
+
+    def setUp(self):
+        self.lines = str(make_config()).splitlines()
+
+    def line(self, start):
+        [line] = [line for line in self.lines if line.startswith(start)]
+        return line
+
+    def assert_meaning(self, option, meaning):
+        self.assertRegex(self.line(option), f"  # {meaning}$")
+
+    def test_a_comment_may_continue_below_itself(self):
+        self.assert_meaning("seed = 1", "of all random numbers")
+        self.assertNotIn("# numbers", self.lines)
+
+    def test_a_comment_behind_two_defaults(self):
+        self.assert_meaning("rate = 0.5", "per step")
+        self.assert_meaning("other = 0.5", "per step")
+
+    def test_a_comment_in_a_section(self):
+        self.assert_meaning("model.size = 4", "in metres")
+
+    def test_a_comment_behind_an_argument(self):
+        [line] = [x for x in str(GPT.get_default_config()).splitlines() if x.startswith("n_layer")]
+        self.assertRegex(line, "  # number of blocks$")
+
+    def test_an_option_without_a_comment_has_no_meaning(self):
+        self.assertEqual(self.line("model.n_head"), "model.n_head = 3")
+
+    def test_comment_lines_above_are_a_heading(self):
+        heading = self.lines.index("# How fast it learns. In two lines.")
+        self.assertTrue(self.lines[heading + 1].startswith("rate = 0.5"))
+
+    def test_a_section_keeps_the_meanings_of_the_function_that_made_it(self):
+        self.assert_meaning("trainer.max_iters = 7", "stop after this many iterations")
+
+    def test_a_comment_of_the_script_comes_before_that_of_the_section(self):
+        self.assert_meaning("trainer.batch_size = 3", "of ours")
+
+    def test_copies_keep_them_and_they_are_no_options(self):
+        config = make_config()
+        self.assertEqual(str(copy.deepcopy(config)), str(config))
+        self.assertEqual(list(config.to_dict()), ["seed", "rate", "other", "model", "trainer"])
+
+    def test_every_option_of_the_library_has_one(self):
+        for source in (GPT, Trainer, PPOTrainer):
+            for line in str(source.get_default_config()).splitlines():
+                self.assertRegex(line, "# .+")
+
+    def test_help_shows_them(self):
+        self.assertIn("max_new_tokens = 64", PPOTrainer.get_default_config.__doc__)
+        self.assertIn("# tokens in a completion", PPOTrainer.get_default_config.__doc__)
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed), self.assertRaises(SystemExit):
+            parse_args(make_config(), ["--help"], "about")
+        self.assertRegex(printed.getvalue(), r"\n  --seed=1 +# of all random numbers\n")
 
 
 class TestTree(unittest.TestCase):

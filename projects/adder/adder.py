@@ -26,7 +26,7 @@ import torch
 from torch.utils.data import TensorDataset
 
 from mingpt.checkpoint import run_script, write_text
-from mingpt.config import CfgNode, check_numbers, parse_args
+from mingpt.config import CfgNode, check_numbers, documented, parse_args
 from mingpt.model import GPT
 from mingpt.run_folder import RunFolder
 from mingpt.trainer import FREE_TO_CHANGE, Trainer
@@ -35,6 +35,7 @@ from mingpt.utils import log_to_console, set_seed
 # -- config ----------------------------------------------------------------------------------------
 
 
+@documented
 def get_config() -> CfgNode:
     """Every option and its default."""
     C = CfgNode()

@@ -27,7 +27,7 @@ from measure import Row
 from sides import SideFailed, compare, serve
 
 from mingpt.checkpoint import run_script
-from mingpt.config import CfgNode, parse_args
+from mingpt.config import CfgNode, documented, parse_args
 from mingpt.utils import log_to_console, set_seed
 
 logger = logging.getLogger("mingpt.bench")
@@ -44,6 +44,7 @@ BENCHMARKS = {
 }
 
 
+@documented
 def get_config() -> CfgNode:
     """Every option and its default."""
     config = CfgNode()

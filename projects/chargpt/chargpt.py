@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from mingpt.chars import UNKNOWN, CharTokenizer
 from mingpt.checkpoint import run_script, write_text
-from mingpt.config import CfgNode, check_numbers, parse_args
+from mingpt.config import CfgNode, check_numbers, documented, parse_args
 from mingpt.datasets import read_text
 from mingpt.download import download, home
 from mingpt.model import GPT
@@ -41,6 +41,7 @@ logger = logging.getLogger("mingpt.chargpt")
 # -- config ----------------------------------------------------------------------------------------
 
 
+@documented
 def get_config() -> CfgNode:
     """Every option and its default."""
     C = CfgNode()

@@ -23,7 +23,7 @@ from torch.utils.data import TensorDataset
 
 from mingpt.bpe import END_OF_TEXT, BPETokenizer
 from mingpt.checkpoint import run_script, write_text
-from mingpt.config import CfgNode, check_numbers, parse_args
+from mingpt.config import CfgNode, check_numbers, documented, parse_args
 from mingpt.datasets import read_text
 from mingpt.model import GPT
 from mingpt.run_folder import RunFolder
@@ -35,6 +35,7 @@ logger = logging.getLogger("mingpt.finetune")
 # -- config ----------------------------------------------------------------------------------------
 
 
+@documented
 def get_config() -> CfgNode:
     """Every option and its default."""
     C = CfgNode()

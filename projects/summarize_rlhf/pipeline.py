@@ -15,7 +15,7 @@ from corpus import Corpus
 from mingpt import evaluation
 from mingpt.bpe import BPETokenizer
 from mingpt.checkpoint import write_text
-from mingpt.config import CfgNode as CN, parse_args
+from mingpt.config import CfgNode as CN, documented, parse_args
 from mingpt.evaluation import Samples
 from mingpt.model import GPT
 from mingpt.rlhf import PPOTrainer, RewardModel
@@ -30,6 +30,7 @@ SOURCES = ("docstrings", "tldr")
 # the options
 
 
+@documented
 def get_config(data: str = "docstrings") -> CN:
     """Every option and its default; tldr has other defaults than docstrings."""
     C = CN()
