@@ -31,8 +31,6 @@ class CfgNode:
         def __getattr__(self, name: str) -> Any: ...
         def __setattr__(self, name: str, value: Any) -> None: ...
 
-        def __setattr__(self, name: str, value: Any) -> None: ...
-
     def __init__(self, **options: Any):
         for name, value in options.items():
             setattr(self, name, CfgNode(**value) if isinstance(value, dict) else value)
@@ -109,16 +107,18 @@ def parse_option(name: str, text: str, default: Any) -> Any:
     """The value that `text` means for an option with this default.
 
     Text is read as a Python literal where it is one, and else as a string. An option whose default
-    is a string takes the text as it is. Otherwise the value must have the default's type, with
-    three exceptions: an int may stand for a float, a tuple for a list and the other way round, and
-    None may stand for anything, as anything may for None. Raises ValueError for another type.
+    is a string takes the text as it is, and one whose default is None takes any value. Otherwise
+    the value must have the default's type, with three exceptions: an int may stand for a float, a
+    tuple for a list and the other way round, and None for anything. Raises ValueError for another
+    type.
     """
     if isinstance(default, str):
-        return text
+        return text  # --name=12 is the string "12"
     try:
         value = ast.literal_eval(text)
     except (ValueError, SyntaxError):
-        value = text
+        value = text  # out/run-1, or any other word
+    # Not isinstance: in Python True is an int, too, but --seed=True is a mistake.
     if default is None or value is None or type(value) is type(default):
         return value
     if isinstance(default, float) and type(value) is int:
@@ -144,7 +144,7 @@ def check_numbers(
     """
     kind: type = numbers.Integral if whole else numbers.Real
     for name in names:
-        value = getattr(config, name)
+        value = getattr(config, name)  # a Python number, or one of NumPy's
         if optional and value is None:
             continue
         is_number = isinstance(value, kind) and not isinstance(value, bool)

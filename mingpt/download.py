@@ -196,10 +196,17 @@ def write_body(answer: "requests.Response", part: Path, start: int, size: int | 
     Two processes that download the same file do no harm: they write the same bytes to the same
     places.
     """
-    # disable=None: no bar where the output is not a terminal
-    bar_options: dict = {"desc": part.stem, "unit": "B", "unit_scale": True, "disable": None}
-    mode = "r+b" if part.exists() else "wb"
-    with part.open(mode) as f, tqdm(total=size, initial=start, **bar_options) as bar:
+    with (
+        part.open("r+b" if part.exists() else "wb") as f,
+        tqdm(
+            desc=part.stem,
+            total=size,
+            initial=start,
+            unit="B",
+            unit_scale=True,
+            disable=None,  # no bar where the output is not a terminal
+        ) as bar,
+    ):
         f.seek(start)
         for chunk in answer.iter_content(2**16):
             f.write(chunk)

@@ -34,6 +34,7 @@ from tqdm import tqdm
 from mingpt import rewards
 from mingpt.config import CfgNode, check_numbers
 from mingpt.datasets import encode_prompts, end_token, left_pad
+from mingpt.model import stop_ids
 from mingpt.prefix import needed_mask
 from mingpt.rewards import RewardFn
 from mingpt.rlhf import is_stop, written_mask
@@ -88,7 +89,7 @@ def sample(
     tokenizer: Any,
     max_new_tokens: int,
     temperature: float = 1.0,
-    stop_token: int | Sequence[int] | None = None,
+    stop_token: int | list[int] | tuple[int, ...] | None = None,
     stop_strings: Sequence[str] = (),
     reward_fn: RewardFn | None = None,
     seed: int = 0,
@@ -116,7 +117,7 @@ def sample(
         temperature=temperature,
         stop_token=stop_token,
     )
-    left_out = {end, *as_list(stop_token)}
+    left_out = {end, *stop_ids(stop_token)}
     samples = Samples(
         prompts=decode_rows(idx, attention_mask & ~completion_mask, tokenizer, left_out),
         texts=decode_rows(idx, completion_mask, tokenizer, left_out),
@@ -158,7 +159,7 @@ def generate_batch(
     *,
     max_new_tokens: int,
     temperature: float,
-    stop_token: int | Sequence[int] | None,
+    stop_token: int | list[int] | tuple[int, ...] | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The same of one batch, in longest + max_new_tokens columns."""
     # The batch is read at the length of its own longest prompt, and padded further only afterwards.
@@ -178,7 +179,7 @@ def generate_batch(
     attention_mask = torch.cat([prompt_mask, completion_mask[:, prompt_length:]], dim=1)
     left = longest - prompt_length
     right = max_new_tokens - log_probs.size(1)  # generate stops early where all rows have ended
-    fill = next(iter(as_list(stop_token)), 0)
+    fill = next(iter(stop_ids(stop_token)), 0)
     return (
         F.pad(idx, (left, right), value=fill),
         F.pad(attention_mask, (left, right)),
@@ -241,13 +242,6 @@ def decode_rows(
 def decode(ids: list[int], tokenizer: Any, left_out: set[int | None]) -> str:
     """The text of ids, without some special tokens."""
     return tokenizer.decode([token for token in ids if token not in left_out])
-
-
-def as_list(stop_token: int | Sequence[int] | None) -> list[int]:
-    """The stop tokens as a list, which is empty for None."""
-    if stop_token is None:
-        return []
-    return list(stop_token) if isinstance(stop_token, Sequence) else [stop_token]
 
 
 def check_stop_strings(stop_strings: Sequence[str]) -> None:

@@ -3,6 +3,7 @@ Curves of metrics, as PNG files.
 """
 
 from pathlib import Path
+from typing import Any
 
 from mingpt.checkpoint import atomic_write
 from mingpt.utils import import_extra
@@ -40,7 +41,7 @@ def plot_metrics(
     plt.close(figure)
 
 
-def draw_curves(axis, curves: dict) -> None:
+def draw_curves(axis: Any, curves: dict) -> None:
     """Draw {label: (xs, ys)} and a legend on a matplotlib axis."""
     for label, (xs, ys) in curves.items():
         points = [(x, y) for x, y in zip(xs, ys, strict=True) if y is not None and y == y]

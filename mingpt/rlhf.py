@@ -50,7 +50,7 @@ from mingpt.checkpoint import get_rng_state, set_rng_state
 from mingpt.config import CfgNode as CN, check_numbers
 from mingpt.datasets import Prompts, end_token
 from mingpt.heads import ActorCritic, RewardModel, ValueHead, ValueModel, first_column
-from mingpt.model import GPT, last_real
+from mingpt.model import GPT, last_real, stop_ids
 from mingpt.rewards import RewardError, RewardFn, Scores, TextReward, check_reward_fn, score
 from mingpt.trainer import Trainer
 
@@ -605,7 +605,7 @@ def choose(config: CN) -> Algorithm:
 
 
 def check_choices(choices: Algorithm) -> None:
-    """ValueError for an unknown choice, or for choices that do not go together."""
+    """ValueError for a choice that does not exist, or choices that do not go together."""
     allowed = {
         "advantage": ("gae", "return", *GROUP_ADVANTAGES),
         "kl_penalty": ("reward", "loss", "none"),
@@ -623,7 +623,11 @@ def check_choices(choices: Algorithm) -> None:
     check_numbers(choices, "ppo_epochs", "group_size", low=1, whole=True)
     check_numbers(choices, "kl_coef")
     clip_bounds(choices.clip_range)
+    check_combination(choices)
 
+
+def check_combination(choices: Algorithm) -> None:
+    """ValueError for choices that do not go together."""
     compares = choices.advantage in GROUP_ADVANTAGES
     if compares and choices.group_size == 1:
         raise ValueError(
@@ -886,31 +890,23 @@ class PPOTrainer(Trainer):
 
         prompts, prompt_mask: (B, P), left-padded. prompt_index: (B,), their rows in the dataset.
         """
-        prompt_length = prompts.size(1)
         # The first action is taken in the state behind the prompt's last token. The columns before
         # it are a prefix, which the rows of a group share. A prompt of one token has none.
-        prefix_length = prompt_length - 1
+        prefix_length = prompts.size(1) - 1
         rows_per_prompt = self.choices.group_size if prefix_length > 0 else 1
         sharing = (prefix_length, rows_per_prompt)
 
-        # Sample the completions. In half precision, sampling token by token rounds differently
-        # from one pass over the whole row. Then the log-probs are computed as the update will.
+        # Sample the completions, and read them with the reference and the value function.
         with self.autocast():
-            idx, sampled_log_probs = self.sample(prompts, prompt_mask)
-            completion_mask = written_mask(idx, prompt_length, self.stop_token)
-            attention_mask = torch.cat([prompt_mask, completion_mask[:, prompt_length:]], dim=1)
-            if self.precision == "fp32":
-                old_log_probs = F.pad(sampled_log_probs, (prefix_length, 0))
-            else:
-                old_log_probs = self.log_probs(self.policy, idx, attention_mask, *sharing)
+            idx, attention_mask, completion_mask, old_log_probs = self.sample(
+                prompts, prompt_mask, *sharing
+            )
             ref_log_probs = self.log_probs(self.ref_policy, idx, attention_mask, *sharing)
             values = self.values(idx, attention_mask, *sharing)
-
-        mask = completion_mask[:, 1:]
+        mask = completion_mask[:, 1:]  # (B, T-1): from columns to actions
         values = masked(values, mask)
-        kl = masked(kl_estimate(old_log_probs, ref_log_probs), mask)
 
-        # Score the texts.
+        # Score the whole texts. Those that were cut off may pay for it.
         scored = self.score(idx, attention_mask, completion_mask, prompt_index, rows_per_prompt)
         ended = (completion_mask & is_stop(idx, self.stop_token)).any(1)
         scores = scored.rewards - self.config.missing_eos_penalty * ~ended
@@ -925,7 +921,7 @@ class PPOTrainer(Trainer):
             old_log_probs=old_log_probs,
             ref_log_probs=ref_log_probs,
             old_values=values,
-            kl=kl,
+            kl=masked(kl_estimate(old_log_probs, ref_log_probs), mask),
             scores=scores,
             ended=ended,
             prompt_index=prompt_index,
@@ -939,12 +935,14 @@ class PPOTrainer(Trainer):
 
     # -- the parts of a rollout --------------------------------------------------------------------
 
-    def sample(self, prompts: Tensor, prompt_mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Continue the prompts (B, P): idx (B, P + n), and log-probs of the new tokens (B, n).
+    def sample(
+        self, prompts: Tensor, prompt_mask: Tensor, prefix_length: int, rows_per_prompt: int
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Continue the prompts (B, P): idx, attention_mask, completion_mask (B, T), and log π_old.
 
-        From the whole softmax: no top-k and no top-p, or the ratio would not start at 1.
+        From the whole softmax: with top-k or top-p the ratio would not start at 1.
         """
-        return self.policy.generate(  # type: ignore[operator]  # a policy need not be a GPT
+        idx, log_probs = self.policy.generate(  # type: ignore[operator]  # need not be a GPT
             prompts,
             self.config.max_new_tokens,
             temperature=self.config.temperature,
@@ -953,6 +951,19 @@ class PPOTrainer(Trainer):
             stop_token=self.stop_token,
             return_log_probs=True,
         )
+        prompt_length = prompts.size(1)
+        completion_mask = written_mask(idx, prompt_length, self.stop_token)
+        attention_mask = torch.cat([prompt_mask, completion_mask[:, prompt_length:]], dim=1)
+        # The sampler knows log π of what it drew. But in half precision, sampling token by token
+        # rounds differently from one pass over the whole row, as the update does it. There the
+        # log-probs are computed anew, so that the ratio starts at 1.
+        if self.precision == "fp32":
+            old_log_probs = F.pad(log_probs, (prefix_length, 0))  # (B, n) -> (B, T-1)
+        else:
+            old_log_probs = self.log_probs(
+                self.policy, idx, attention_mask, prefix_length, rows_per_prompt
+            )
+        return idx, attention_mask, completion_mask, old_log_probs
 
     def log_probs(
         self,
@@ -1121,14 +1132,7 @@ class PPOTrainer(Trainer):
 
     def policy_and_value_loss(self, model: nn.Module, batch: MicroBatch) -> tuple[Tensor, dict]:
         """A micro-batch's part of the minibatch's loss, and its parts of the metrics."""
-        choices = self.choices
         episodes = batch.episodes
-        mask = episodes.loss_mask
-        averaging: dict[str, Any] = {
-            "loss_mean": choices.loss_mean,
-            "max_new_tokens": self.config.max_new_tokens,
-            "denominator": batch.denominator,
-        }
         log_probs, values = model(
             episodes.idx,
             episodes.attention_mask,
@@ -1137,20 +1141,45 @@ class PPOTrainer(Trainer):
             episodes.rows_per_prompt,
         )
 
-        # The clipped surrogate.
+        # Raise the probability of tokens that were better than expected, but not too far.
+        loss, metrics = self.policy_loss(log_probs, batch)
+
+        # Teach the value function what the returns were.
+        if self.choices.advantage == "gae":
+            v_loss = value_loss(
+                values,
+                episodes.old_values,
+                episodes.returns,
+                episodes.loss_mask,
+                self.config.value_clip_range,
+                denominator=batch.tokens,
+            )
+            loss = loss + self.config.value_coef * v_loss
+            metrics["loss/value"] = v_loss.detach()
+
+        # Hold the policy near the reference, where the rewards do not do that already.
+        if self.choices.kl_penalty == "loss":
+            loss = loss + self.kl_coef * self.kl_loss(log_probs, batch)
+        return loss, metrics
+
+    def policy_loss(self, log_probs: Tensor, batch: MicroBatch) -> tuple[Tensor, dict]:
+        """The clipped surrogate, and how far the policy is from the one that sampled."""
+        episodes = batch.episodes
+        mask = episodes.loss_mask
         loss, clip_fraction = ppo_policy_loss(
             log_probs,
             episodes.old_log_probs,
             episodes.advantages,
             mask,
-            choices.clip_range,
-            choices.ratio,
-            **averaging,
+            self.choices.clip_range,
+            self.choices.ratio,
+            self.choices.loss_mean,
+            self.config.max_new_tokens,
+            batch.denominator,
         )
-
-        # How far the policy is from the one that wrote the episodes. Means over tokens.
         log_ratio = masked(log_probs - episodes.old_log_probs, mask).detach()
         batch.log_prob_errors.append(log_ratio.abs().max())
+        # These are means over tokens, of which this micro-batch holds a share.
         share = mask.sum() / batch.tokens
         metrics = {
             "loss/policy": loss.detach(),
@@ -1158,29 +1187,23 @@ class PPOTrainer(Trainer):
             "policy/approxkl": share * masked_mean(log_ratio**2 / 2, mask),
             "val/ratio": share * masked_mean(log_ratio.exp(), mask),
         }
-
-        # The value function's squared error.
-        if choices.advantage == "gae":
-            v_loss = value_loss(
-                values,
-                episodes.old_values,
-                episodes.returns,
-                mask,
-                self.config.value_clip_range,
-                denominator=batch.tokens,
-            )
-            loss = loss + self.config.value_coef * v_loss
-            metrics["loss/value"] = v_loss.detach()
-
-        # The KL penalty, where it stands in the loss and not in the rewards.
-        if choices.kl_penalty == "loss":
-            kl = kl_estimate(
-                masked(log_probs, mask),
-                masked(episodes.ref_log_probs, mask),
-                choices.kl_estimator,
-            )
-            loss = loss + self.kl_coef * average(kl, mask, **averaging)
         return loss, metrics
+
+    def kl_loss(self, log_probs: Tensor, batch: MicroBatch) -> Tensor:
+        """The estimated KL to the reference policy, averaged as the surrogate is."""
+        mask = batch.episodes.loss_mask
+        kl = kl_estimate(
+            masked(log_probs, mask),
+            masked(batch.episodes.ref_log_probs, mask),
+            self.choices.kl_estimator,
+        )
+        return average(
+            kl,
+            mask,
+            self.choices.loss_mean,
+            self.config.max_new_tokens,
+            batch.denominator,
+        )
 
     # -- what a person watches ---------------------------------------------------------------------
 
@@ -1383,15 +1406,13 @@ def check_group_sizes(config: CN, choices: Algorithm, world_size: int) -> None:
 # masks, metrics, and which policy is which
 
 
-def is_stop(idx: Tensor, stop_token: int | Sequence[int] | None) -> Tensor:
+def is_stop(idx: Tensor, stop_token: int | list[int] | tuple[int, ...] | None) -> Tensor:
     """Where idx holds a stop token: a mask of idx's shape."""
-    if stop_token is None:
-        return torch.zeros_like(idx, dtype=torch.bool)
-    return torch.isin(idx, torch.as_tensor(stop_token, device=idx.device))
+    return torch.isin(idx, torch.tensor(stop_ids(stop_token), dtype=idx.dtype, device=idx.device))
 
 
 def written_mask(
-    idx: Tensor, prompt_length: int, stop_token: int | Sequence[int] | None = None
+    idx: Tensor, prompt_length: int, stop_token: int | list[int] | tuple[int, ...] | None = None
 ) -> Tensor:
     """True on what was generated behind the prompt, up to its first stop token: (B, T) -> (B, T).
 

@@ -215,25 +215,33 @@ class Stages:
         then = stored_options(folder, name)
         if then is None:
             return []
+        then, now = self.in_effect(then), self.in_effect(self.options)
         changes = []
-        for option, value in self.options_of(name).items():
-            # An option that did not exist then counts as its default: so the old run behaved.
-            before = then[option] if option in then else self.default(option)
+        for option in self.options_of(name):
+            before, value = then.get(option), now[option]
             if before == value or (may_be_longer and self.is_longer(name, option, before, value)):
                 continue
             changes.append(f"{option} was {before!r}, is {value!r}")
         return changes
 
-    def default(self, option: str) -> Any:
-        """What an option counts as for a run that did not have it: its Trainer's default."""
-        section, _, leaf = option.rpartition(".")
+    def in_effect(self, options: dict[str, Any]) -> dict[str, Any]:
+        """{dotted name: value} of options as the Trainers understand them.
+
+        An option that did not exist yet counts as its default, because so the old run behaved.
+        """
+        options = dict(options)
         for name in self.names:
             trainer_class = self.order[name]
-            if trainer_class is not None and self.sections[name][0] == section:
-                options = self.trainer_config(name).to_dict()
-                options.pop(leaf, None)
-                return as_json(trainer_class.effective_options(options)).get(leaf)
-        return None
+            assert trainer_class is not None  # names are those that take place
+            prefix = self.sections[name][0] + "."
+            section = {
+                option.removeprefix(prefix): value
+                for option, value in options.items()
+                if option.startswith(prefix)
+            }
+            for leaf, value in trainer_class.effective_options(section).items():
+                options[prefix + leaf] = value
+        return as_json(options)
 
     def is_longer(self, name: str, option: str, before: Any, value: Any) -> bool:
         """Whether the change only makes the stage longer, which no learning rate hangs on."""

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-# With more rows than this, F.linear is the faster way on every processor we measured.
+# Up to this many rows, MKL may leave F.linear to a single thread: see `next_logits`.
 MAX_SWAPPED_ROWS = 8
 
 

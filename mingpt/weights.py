@@ -412,8 +412,8 @@ def read_sizes(tensors: dict[str, Tensor], path: Path) -> dict[str, int]:
     wpe = tensors.get("transformer.wpe.weight")  # (block_size, C)
     if wte is None or wpe is None or wte.dim() != 2 or wpe.dim() != 2:
         raise ValueError(
-            f"{path} is not a GPT-2: expected two matrices wte.weight and wpe.weight, "
-            f"got {list(tensors)[:5]} ..."
+            f"{path} is not a GPT-2, which has matrices wte.weight and wpe.weight; "
+            f"it has {len(tensors)} tensors, the first of them {list(tensors)[:5]}"
         )
     layers = {name.split(".")[2] for name in tensors if name.startswith("transformer.h.")}
     return {

@@ -16,11 +16,17 @@ def read(name):
 
 
 class TestReadme(unittest.TestCase):
-    def test_library_example(self):
+    def run_example(self, word):
+        """Run the README's one example that contains the word; returns its variables."""
         set_seed(0)
-        [code] = re.findall(r"```python\n(.*?)```", read("README.md"), re.DOTALL)
-        names = {"print": lambda idx: None}
+        examples = re.findall(r"```python\n(.*?)```", read("README.md"), re.DOTALL)
+        [code] = [example for example in examples if word in example]
+        names = {"print": lambda *things: None}
         exec(code, names)
+        return names
+
+    def test_library_example(self):
+        names = self.run_example("sevens")
         prompts = torch.tensor([[5]] * 100)
         written = names["model"].generate(prompts, 8, do_sample=True)
         # PPO has taught it to walk to the sevens: a free walk from 5 spends 0.11 of its time there.
@@ -29,6 +35,19 @@ class TestReadme(unittest.TestCase):
         steps = (written[:, 1:] - written[:, :-1]) % 10
         is_step = (steps == 1) | (steps == 9)
         self.assertGreater(is_step.float().mean().item(), 0.9)
+
+    def test_grpo_with_checked_answers(self):
+        names = self.run_example("grpo")
+        trainer = names["trainer"]
+        self.assertEqual(trainer.iter_num, 2)
+        [sample] = trainer.samples(1)
+        self.assertIn(sample["prompt"], {row["prompt"] for row in names["prompts"]})
+
+    def test_comparisons_and_demonstrations(self):
+        names = self.run_example("demonstrations")
+        chosen, rejected = (names["tokenizer"](f"Say hi:{answer}") for answer in (" hi!", " no."))
+        log_probs = [names["model"].log_probs(idx).sum().item() for idx in (chosen, rejected)]
+        self.assertGreater(log_probs[0], log_probs[1])
 
     def test_paths_exist(self):
         for readme in (ROOT / "README.md", ROOT / "RLHF.md", *ROOT.glob("projects/*/readme.md")):

@@ -201,6 +201,20 @@ class TestRun(StagesTestCase):
             self.run_stages(stages, "pretrain", "sft")
         torch.testing.assert_close(self.weights(stages, "sft"), expected, atol=0, rtol=0)
 
+    def test_a_run_from_before_an_option_existed(self):
+        stages = self.make()
+        self.run_stages(stages, "pretrain", "sft", "rl")
+        path = self.folder / "run" / "rl" / "options.json"
+        options = json.loads(path.read_text())
+        for name in ("advantage", "loss_mean", "kl_penalty"):
+            del options[f"rl.{name}"]
+        options["rl.clip_range"] = 0.2  # where None now stands for that
+        path.write_text(json.dumps(options))
+        self.assertTrue(self.make().finished("rl"))
+        words = "rl.advantage was 'gae', is 'return'"
+        with self.assertRaisesRegex(ValueError, words):
+            self.make(rl_advantage="return")
+
     def test_seconds_are_those_of_all_finished_stages(self):
         stages = self.make()
         self.assertEqual(stages.seconds(), 0.0)

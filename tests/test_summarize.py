@@ -6,6 +6,7 @@ miniature.
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -444,6 +445,7 @@ SMALL = [
     "--report.every=1",
     "--report.looked_at=4",
 ]
+STAGES = ("pretrain", "sft", "reward", "judge", "ppo")
 
 
 def run_script(work_dir, *args, script="summarize_rlhf"):
@@ -471,9 +473,11 @@ class TestStages(unittest.TestCase):
         self.assertNotIn("Traceback", result.stderr)
         self.assertRegex(result.stderr.splitlines()[-1], pattern)
 
+    def copy_of_run(self):
+        return shutil.copytree(self.out, Path(tempfile.mkdtemp(dir=self.folder)) / "out")
+
     def checkpoint_times(self):
-        paths = [self.out / stage / "checkpoint.pt" for stage in pipeline.STAGES]
-        return [path.stat().st_mtime_ns for path in paths]
+        return [(self.out / stage / "checkpoint.pt").stat().st_mtime_ns for stage in STAGES]
 
     def read_json(self, name):
         return json.loads((self.out / name).read_text())
@@ -556,12 +560,44 @@ class TestStages(unittest.TestCase):
         result = run_script(self.out, "--ppo.kl_coeff=1")
         self.assert_refused(result, r"did you mean --ppo\.kl_coef\?")
 
-
-class TestStagesOfOthers(TempDirTestCase):
-    """The beginning of a run is somebody else's: a vocabulary, or weights."""
-
     def test_another_vocabulary_is_refused(self):
-        ...
+        copy = self.copy_of_run()
+        BPETokenizer.train(["another vocabulary"], 260).save_pretrained(copy / "data")
+        self.assert_refused(run_script(copy), "vocabulary was")
+
+    def test_another_vocabulary_than_a_models_is_refused(self):
+        copy = self.copy_of_run()
+        BPETokenizer.train(["another vocabulary"], 260).save_pretrained(copy / "data")
+        for path in copy.glob("*/options.json"):  # so that nobody knows the one before
+            path.unlink()
+        pattern = "has a vocabulary of 400 tokens, the tokenizer in .* one of 260"
+        self.assert_refused(run_script(copy, script="ppo"), pattern)
+
+    def test_a_run_on_the_base_of_another(self):
+        new = self.folder / "on_base"
+        result = run_script(new, f"--base={self.out}", "--ppo.kl_coef=0.1")
+        self.assertEqual(result.returncode, 0, result.stderr)
+        self.assertEqual([stage for stage in STAGES if (new / stage).exists()], ["ppo"])
+        for name in ("data", "comparisons.jsonl"):
+            self.assertFalse((new / name).exists(), name)
+        accuracy = json.loads((new / "accuracy.json").read_text())
+        self.assertEqual(accuracy, self.read_json("accuracy.json"))
+        summary = json.loads((new / "summary.json").read_text())
+        self.assertEqual(set(summary["seconds"]), set(STAGES))
+        self.assertEqual(summary["reward_sft"], self.read_json("summary.json")["reward_sft"])
+
+    def test_a_base_with_other_options_is_refused(self):
+        result = run_script(self.folder / "refused", f"--base={self.out}", "--system.seed=1")
+        self.assert_refused(result, "no stage of --base=.*system.seed was 3407, is 1")
+
+
+class TestBeginnings(TempDirTestCase):
+    def test_the_options_of_all_stages_are_checked_before_the_first_begins(self):
+        out = self.folder / "out"
+        result = run_script(out, "--ppo.gamma=2")
+        self.assertEqual(result.returncode, 1)
+        self.assertRegex(result.stderr.splitlines()[-1], r"the stage ppo cannot run .*gamma=2")
+        self.assertFalse((out / "pretrain").exists())
 
     def test_weights_of_others(self):
         tiny = self.folder / "tiny"

@@ -1,4 +1,7 @@
-"""Weights in and out against transformers, downloads from a server that misbehaves, and files that must not be loaded."""
+"""Weights in and out against transformers, files that must not be loaded, and downloads.
+
+The downloads come from a server that misbehaves.
+"""
 
 import hashlib
 import json
@@ -10,10 +13,10 @@ from unittest import mock
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, GPT2Model
 
-from mingpt.model import GPT, PRESETS
-from mingpt.rlhf import RewardModel, ValueModel
 from mingpt.config import CfgNode as CN
 from mingpt.download import download
+from mingpt.model import GPT, PRESETS
+from mingpt.rlhf import RewardModel, ValueModel
 from tests.common import Server, TempDirTestCase, tiny_gpt
 
 BODY = bytes(range(256)) * 4096
@@ -21,14 +24,29 @@ SHA256 = hashlib.sha256(BODY).hexdigest()
 
 
 def hugging_face(seed=0, **options):
-    """A random GPT2LMHeadModel without dropout, its weights large enough for its logits to differ."""
+    """A random GPT2LMHeadModel without dropout, with weights so large that its logits differ."""
     torch.manual_seed(seed)
-    sizes = {"n_layer": 2, "n_head": 2, "n_embd": 16, "vocab_size": 11, "n_positions": 12, "bos_token_id": None, "eos_token_id": None}
-    model = GPT2LMHeadModel(GPT2Config(**{**sizes, **options}, embd_pdrop=0, resid_pdrop=0, attn_pdrop=0, initializer_range=0.1))
+    sizes = {
+        "n_layer": 2,
+        "n_head": 2,
+        "n_embd": 16,
+        "vocab_size": 11,
+        "n_positions": 12,
+        "bos_token_id": None,
+        "eos_token_id": None,
+    }
+    no_dropout = {"embd_pdrop": 0, "resid_pdrop": 0, "attn_pdrop": 0}
+    config = GPT2Config(**{**sizes, **options}, **no_dropout, initializer_range=0.1)
+    model = GPT2LMHeadModel(config)
     for name, p in model.named_parameters():
         if name.endswith(".bias"):
             torch.nn.init.normal_(p, std=0.1)
     return model.eval()
+
+
+def causal_masks(n_layer):
+    """The masks that minGPT keeps among its weights, as transformers did until 2023."""
+    return {f"transformer.h.{i}.attn.bias": torch.ones(1, 1, 12, 12) for i in range(n_layer)}
 
 
 def logits_of(model, idx):
@@ -39,214 +57,487 @@ def logits_of(model, idx):
 def assert_loads(expected, path, **options):
     """from_pretrained(path) gives a model with the logits of the expected one."""
     idx = torch.randint(11, (2, 12))
-    torch.testing.assert_close(logits_of(GPT.from_pretrained(path, **options), idx), logits_of(expected, idx))
+    loaded = GPT.from_pretrained(path, **options)
+    torch.testing.assert_close(logits_of(loaded, idx), logits_of(expected, idx))
 
 
 class TestAgainstTransformers(TempDirTestCase):
     def test_every_preset_there_and_back(self):
         for name, (n_layer, n_head, n_embd) in PRESETS.items():
-            theirs = hugging_face(n_layer=min(n_layer, 3), n_head=n_head, n_embd=n_embd, vocab_size=400, n_positions=64)
+            theirs = hugging_face(
+                n_layer=min(n_layer, 3),
+                n_head=n_head,
+                n_embd=n_embd,
+                vocab_size=400,
+                n_positions=64,
+            )
             theirs.save_pretrained(self.folder / name)
             ours = GPT.from_pretrained(self.folder / name)
-            self.assertFalse(ours.training)
-            idx = torch.randint(400, (2, 64))
-            prompts = {"inputs": idx[:, :4], "attention_mask": torch.ones_like(idx[:, :4])}
+            with self.subTest(name, direction="there"):
+                self.assert_same_model(ours, theirs)
+
             ours.save_pretrained(self.folder / name / "back")
-            for other in (theirs, GPT2LMHeadModel.from_pretrained(self.folder / name / "back").eval()):
-                with self.subTest(name, back=other is not theirs):
-                    torch.testing.assert_close(logits_of(ours, idx), logits_of(other, idx), atol=1e-4, rtol=0)
-                    expected = other.generate(**prompts, max_new_tokens=50, do_sample=False)
-                    self.assertEqual(ours.generate(idx[:, :4], 50).tolist(), expected.tolist())
+            back = GPT2LMHeadModel.from_pretrained(self.folder / name / "back").eval()
+            with self.subTest(name, direction="back"):
+                self.assert_same_model(ours, back)
+
+    def assert_same_model(self, ours, theirs):
+        """The same logits, and the same greedy continuations."""
+        self.assertFalse(ours.training)
+        idx = torch.randint(400, (2, 64))
+        torch.testing.assert_close(logits_of(ours, idx), logits_of(theirs, idx), atol=1e-4, rtol=0)
+        prompts = idx[:, :4]
+        expected = theirs.generate(
+            inputs=prompts,
+            attention_mask=torch.ones_like(prompts),
+            max_new_tokens=50,
+            do_sample=False,
+        )
+        self.assertEqual(ours.generate(prompts, 50).tolist(), expected.tolist())
 
     def test_loss_and_every_gradient(self):
         theirs = hugging_face().train()
         theirs.save_pretrained(self.folder)
         ours = GPT.from_pretrained(self.folder).train()
         idx = torch.randint(11, (3, 12))
-        expected = theirs(idx, labels=idx).loss
+        expected_loss = theirs(idx, labels=idx).loss
         _, loss = ours(idx[:, :-1], idx[:, 1:])
-        torch.testing.assert_close(loss, expected)
-        expected.backward()
-        loss.backward()
-        matrix = lambda name, p: name.split(".")[-2] in ("c_attn", "c_proj", "c_fc") and p.dim() == 2
-        expected = {name: p.grad.t() if matrix(name, p) else p.grad for name, p in theirs.named_parameters()}
-        torch.testing.assert_close({name: p.grad for name, p in ours.named_parameters()}, expected, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(loss, expected_loss)
 
-    def test_untied_sharded_bin_half_and_bare_trunk(self):
-        untied, theirs = hugging_face(tie_word_embeddings=False), hugging_face()
-        self.assertIsInstance(theirs.transformer, GPT2Model)  # its names have no transformer. in front
-        for name, saved, model, options in (("untied", untied, untied, {}), ("sharded", theirs, theirs, {"max_shard_size": "10KB"}),
-                                            ("trunk", theirs.transformer, theirs, {})):
-            saved.save_pretrained(self.folder / name, **options)
-            assert_loads(model, self.folder / name)
-        self.assertTrue((self.folder / "sharded" / "model.safetensors.index.json").exists())
-        theirs.config.save_pretrained(self.folder / "bin")
-        masks = {"transformer.h.0.attn.bias": torch.ones(1, 1, 12, 12), "transformer.h.0.attn.masked_bias": torch.tensor(-1e4)}
-        torch.save({**theirs.state_dict(), **masks}, self.folder / "bin" / "pytorch_model.bin")  # as on the hub until 2023
-        assert_loads(theirs, self.folder / "bin")
-        theirs.bfloat16().save_pretrained(self.folder / "half")
-        self.assertEqual(GPT.from_pretrained(self.folder / "half").lm_head.weight.dtype, torch.float32)
-        assert_loads(theirs.float(), self.folder / "half")
+        expected_loss.backward()
+        loss.backward()
+        expected = {}
+        for name, p in theirs.named_parameters():
+            is_conv1d = name.split(".")[-2] in ("c_attn", "c_proj", "c_fc") and p.dim() == 2
+            expected[name] = p.grad.t() if is_conv1d else p.grad
+        gradients = {name: p.grad for name, p in ours.named_parameters()}
+        torch.testing.assert_close(gradients, expected, atol=1e-5, rtol=1e-4)
+
+    def test_untied_head(self):
+        theirs = hugging_face(tie_word_embeddings=False)
+        theirs.save_pretrained(self.folder)
+        assert_loads(theirs, self.folder)
+
+    def test_sharded(self):
+        theirs = hugging_face()
+        theirs.save_pretrained(self.folder, max_shard_size="10KB")
+        self.assertTrue((self.folder / "model.safetensors.index.json").exists())
+        assert_loads(theirs, self.folder)
+
+    def test_bare_trunk(self):
+        theirs = hugging_face()
+        self.assertIsInstance(theirs.transformer, GPT2Model)  # its names lack "transformer."
+        theirs.transformer.save_pretrained(self.folder)
+        assert_loads(theirs, self.folder)
+
+    def test_pytorch_model_bin_with_masks(self):
+        theirs = hugging_face()
+        theirs.config.save_pretrained(self.folder)
+        masks = {**causal_masks(1), "transformer.h.0.attn.masked_bias": torch.tensor(-1e4)}
+        state = {**theirs.state_dict(), **masks}
+        torch.save(state, self.folder / "pytorch_model.bin")  # as on the hub until 2023
+        assert_loads(theirs, self.folder)
+
+    def test_half_precision_becomes_fp32(self):
+        theirs = hugging_face().bfloat16()
+        theirs.save_pretrained(self.folder)
+        self.assertEqual(GPT.from_pretrained(self.folder).lm_head.weight.dtype, torch.float32)
+        assert_loads(theirs.float(), self.folder)
+
+
+class TestMinGPT(TempDirTestCase):
+    def setUp(self):
+        super().setUp()
+        self.model = tiny_gpt(tie_weights=False, n_layer=3, n_head=3, n_embd=48)  # gpt-nano
+        self.path = self.folder / "mingpt.pt"
+        torch.save({**self.model.state_dict(), **causal_masks(3)}, self.path)
+
+    def test_state_dict(self):
+        assert_loads(self.model, self.path)
+
+    def test_state_dict_beside_the_config_of_its_scripts(self):
+        options = {"model_type": "gpt-nano", "n_layer": None, "n_head": None, "attn_pdrop": 0.2}
+        config = {"system": {"seed": 1}, "model": options}
+        (self.folder / "config.json").write_text(json.dumps(config))
+        assert_loads(self.model, self.path)
+
+
+class TestNanoGPT(TempDirTestCase):
+    """Compiled, without biases, and with a number of heads that the shapes do not tell."""
+
+    def setUp(self):
+        super().setUp()
+        self.model = tiny_gpt(n_layer=3, n_head=6, n_embd=48)
+        for name, p in self.model.named_parameters():
+            if name.endswith(".bias"):
+                p.data.zero_()
+        self.state = {
+            f"_orig_mod.{name}": p
+            for name, p in self.model.state_dict().items()
+            if not name.endswith(".bias")
+        }
+
+    def test_checkpoint(self):
+        checkpoint = {
+            "model": self.state,
+            "model_args": {"n_head": 6, "bias": False},
+            "iter_num": 3,
+            "config": {"dtype": "bfloat16"},
+        }
+        torch.save(checkpoint, self.folder / "nanogpt.pt")
+        assert_loads(self.model, self.folder / "nanogpt.pt")
+
+    def test_bare_state_dict_as_before_pytorch_1_6(self):
+        path = self.folder / "bare.pt"
+        torch.save(self.state, path, _use_new_zipfile_serialization=False)
+        assert_loads(self.model, path, n_head=6)
+
+
+class TestScalarModels(TempDirTestCase):
+    def setUp(self):
+        super().setUp()
+        self.gpt = tiny_gpt()
+
+    def test_reward_and_value_models_there_and_back(self):
+        idx = torch.randint(11, (2, 8))
+        for cls in (RewardModel, ValueModel):
+            with self.subTest(cls.__name__):
+                model = cls.from_gpt(self.gpt)
+                torch.nn.init.normal_(model.head.weight)
+                model.save_pretrained(self.folder / cls.__name__)
+                loaded = cls.from_pretrained(self.folder / cls.__name__)
+                torch.testing.assert_close(loaded(idx), model(idx))
+
+    def test_a_language_model_has_no_head_for_them(self):
+        self.gpt.save_pretrained(self.folder)
+        for cls in (RewardModel, ValueModel):
+            with self.subTest(cls.__name__):
+                message = r"missing \['head.bias', 'head.weight'\].* use from_gpt"
+                self.assertRaisesRegex(ValueError, message, cls.from_pretrained, self.folder)
+
+
+class TestTrainingWhatWasLoaded(TempDirTestCase):
+    """Its blocks' matrices lie transposed, and its memory is the file's."""
+
+    OPTIONS = CN(learning_rate=1e-2, betas=(0.9, 0.95), weight_decay=0.1, eps=1e-3)
+
+    def setUp(self):
+        super().setUp()
+        tiny_gpt().save_pretrained(self.folder)
+        self.file = self.folder / "model.safetensors"
+        self.loaded = GPT.from_pretrained(self.folder).train()
+        self.idx = torch.randint(11, (2, 12))
+
+    def step(self, model, optimizer):
+        optimizer.zero_grad()
+        _, loss = model(self.idx, self.idx)
+        loss.backward()
+        optimizer.step()
+
+    def test_an_optimizer_state_fits_either_way_round(self):
+        other = tiny_gpt()
+        other_optimizer = other.configure_optimizers(self.OPTIONS)
+        optimizer = self.loaded.configure_optimizers(self.OPTIONS)
+        # a step of the other; the loaded one continues from there, and so does the other
+        self.step(other, other_optimizer)
+        self.loaded.load_state_dict(other.state_dict())
+        state = pickle.loads(pickle.dumps(other_optimizer.state_dict()))
+        optimizer.load_state_dict(state)
+        self.step(self.loaded, optimizer)
+        self.step(other, other_optimizer)
+        torch.testing.assert_close(
+            dict(self.loaded.named_parameters()),
+            dict(other.named_parameters()),
+            atol=1e-6,
+            rtol=1e-5,
+        )
+
+    def test_the_file_stays_as_it_was(self):
+        before = self.file.read_bytes()
+        optimizer = self.loaded.configure_optimizers(self.OPTIONS)
+        self.step(self.loaded, optimizer)
+        self.loaded.load_state_dict(tiny_gpt(seed=1).state_dict())
+        self.step(self.loaded, optimizer)
+        self.assertEqual(self.file.read_bytes(), before)
+
+    def test_it_can_be_saved_over_its_own_file(self):
+        optimizer = self.loaded.configure_optimizers(self.OPTIONS)
+        self.step(self.loaded, optimizer)
+        self.loaded.save_pretrained(self.folder)
+        assert_loads(self.loaded, self.folder)
+
+    def test_a_tied_head_can_be_untied(self):
+        path = self.folder / "tied.pt"
+        torch.save(self.loaded.state_dict(), path)  # head and embedding are one in this file
+        untied = GPT.from_pretrained(path, tie_weights=False)
+        head, embedding = untied.lm_head.weight, untied.transformer.wte.weight
+        self.assertNotEqual(head.data_ptr(), embedding.data_ptr())
+
+
+class TestOptions(TempDirTestCase):
+    def setUp(self):
+        super().setUp()
+        tiny_gpt(attn_pdrop=0.3).save_pretrained(self.folder)
+
+    def test_they_replace_those_of_the_config(self):
+        config = GPT.from_pretrained(self.folder, embd_pdrop=0.5).config
+        self.assertEqual(config.embd_pdrop, 0.5)
+        self.assertEqual(config.attn_pdrop, 0.3)
+        self.assertEqual(config.block_size, 12)
+
+    def test_unknown_ones_are_refused(self):
+        with self.assertRaisesRegex(ValueError, "no options .'n_heads'"):
+            GPT.from_pretrained(self.folder, n_heads=2)
+
+    def test_loading_draws_no_random_numbers(self):
+        before = torch.get_rng_state()
+        GPT.from_pretrained(self.folder, embd_pdrop=0.5)
+        self.assertTrue(torch.equal(before, torch.get_rng_state()))
+
+
+class RefusalTestCase(TempDirTestCase):
+    """Begins with a model in self.folder, and spoils it."""
+
+    def setUp(self):
+        super().setUp()
+        self.model = tiny_gpt()
+        self.model.save_pretrained(self.folder)
+        self.config_path = self.folder / "config.json"
+        self.weights_path = self.folder / "model.safetensors"
+
+    def assert_refused(self, message, path=None, **options):
+        path = self.folder if path is None else path
+        self.assertRaisesRegex(ValueError, message, GPT.from_pretrained, path, **options)
+
+
+class TestNothingToLoad(RefusalTestCase):
+    def test_folder_without_weights(self):
+        self.weights_path.unlink()
+        self.assert_refused("contains no weights")
+
+    def test_no_folder_and_no_name_on_the_hub(self):
+        self.assert_refused("expected an existing file or folder", "./no/such/folder")
+
+
+class TestWrongConfig(RefusalTestCase):
+    def assert_config_refused(self, message, **options):
+        config = json.loads(self.config_path.read_text())
+        self.config_path.write_text(json.dumps({**config, **options}))
+        self.assert_refused(message)
+
+    def test_another_width(self):
+        self.assert_config_refused("has .'n_embd': 32. in its config", n_embd=32)
+
+    def test_another_block_size(self):
+        self.assert_config_refused("'block_size': 10{15}", n_positions=10**15)
+
+    def test_another_depth(self):
+        self.assert_config_refused("'n_layer': 3", n_layer=3)
+
+    def test_another_architecture(self):
+        self.assert_config_refused("model_type='llama'", model_type="llama")
+
+    def test_another_activation(self):
+        self.assert_config_refused("activation_function='relu'", activation_function="relu")
+
+    def test_heads_that_do_not_divide_the_channels(self):
+        self.assert_config_refused("not divisible", n_head=3)
+
+    def test_damaged(self):
+        for text in ("{", "3", "[" * 100_000):
+            with self.subTest(text[:10]):
+                self.config_path.write_text(text)
+                self.assert_refused("config.json is damaged")
+
+    def test_missing_where_the_shapes_do_not_tell_the_heads(self):
+        self.config_path.unlink()
+        self.assert_refused("pass n_head")
+
+
+class TestWrongTensors(RefusalTestCase):
+    def assert_tensor_refused(self, name, tensor, message):
+        state = {**self.model.state_dict(), f"transformer.{name}": tensor}
+        self.assert_state_refused(state, message)
+
+    def assert_state_refused(self, state, message):
+        self.config_path.unlink()
+        path = self.folder / "wrong.pt"
+        torch.save(state, path)
+        self.assert_refused(message, path, n_head=2)
+
+    def test_no_embedding(self):
+        state = self.model.state_dict()
+        del state["transformer.wte.weight"]
+        self.assert_state_refused(state, "is not a GPT-2, which has matrices wte.weight")
+
+    def test_missing(self):
+        state = self.model.state_dict()
+        del state["transformer.h.1.ln_1.bias"]
+        self.assert_state_refused(state, "missing .'transformer.h.1.ln_1.bias'")
+
+    def test_integers(self):
+        ones = torch.ones(16, dtype=torch.int8)
+        self.assert_tensor_refused("ln_f.weight", ones, "ln_f.weight as torch.int8")
+
+    def test_wrong_shape(self):
+        message = r"as torch.float32 \(17,\); expected floats of shape \(16,\)"
+        self.assert_tensor_refused("ln_f.weight", torch.ones(17), message)
+
+    def test_a_number_in_the_place_of_a_matrix(self):
+        message = r"c_attn.weight as torch.float32 \(\)"
+        self.assert_tensor_refused("h.0.attn.c_attn.weight", torch.tensor(1.0), message)
+
+    def test_text(self):
+        self.assert_tensor_refused("ln_f.weight", "text", "are not tensors")
+
+    def test_sparse(self):
+        self.assert_tensor_refused("ln_f.weight", torch.ones(16).to_sparse(), "not dense")
 
 
 class Exploit:
+    """Unpickled without care, it makes a folder."""
+
     def __reduce__(self):
         return os.mkdir, ("exploited",)
 
 
-class TestOtherFiles(TempDirTestCase):
-    def test_min_gpt_and_nano_gpt(self):
-        sizes = {"n_layer": 3, "n_head": 3, "n_embd": 48}  # gpt-nano
-        model = tiny_gpt(tie_weights=False, **sizes)
-        masks = {f"transformer.h.{i}.attn.bias": torch.ones(1, 1, 12, 12) for i in range(3)}
-        torch.save({**model.state_dict(), **masks}, self.folder / "mingpt.pt")
-        assert_loads(model, self.folder / "mingpt.pt")
-        config = {"system": {"seed": 1}, "model": {"model_type": "gpt-nano", "n_layer": None, "n_head": None, "attn_pdrop": 0.2}}
-        (self.folder / "config.json").write_text(json.dumps(config))  # its scripts write one beside
-        assert_loads(model, self.folder / "mingpt.pt")
-        (self.folder / "config.json").unlink()
-        model = tiny_gpt(**{**sizes, "n_head": 6})  # a number of heads that shapes do not tell
-        for name, p in model.named_parameters():
-            p.data.zero_() if name.endswith(".bias") else None
-        state = {f"_orig_mod.{name}": p for name, p in model.state_dict().items() if not name.endswith(".bias")}
-        torch.save({"model": state, "model_args": {"n_head": 6, "bias": False}, "iter_num": 3, "config": {"dtype": "bfloat16"}},
-                   self.folder / "nanogpt.pt")
-        assert_loads(model, self.folder / "nanogpt.pt")
-        torch.save(state, self.folder / "bare.pt", _use_new_zipfile_serialization=False)  # as before PyTorch 1.6
-        assert_loads(model, self.folder / "bare.pt", n_head=6)
+class TestDamagedAndHostileFiles(RefusalTestCase):
+    def test_damaged_safetensors(self):
+        good = self.weights_path.read_bytes()
+        outside = {"dtype": "F32", "shape": [11, 16], "data_offsets": [0, 10**12]}
+        header = json.dumps({"transformer.wte.weight": outside}).encode()
+        files = {
+            "cut off in the tensors": good[:-100],
+            "cut off in the header": good[:50],
+            "empty": b"",
+            "an endless header": (2**63 - 1).to_bytes(8, "little") + good[8:],
+            "a tensor outside the file": len(header).to_bytes(8, "little") + header,
+            "a pickle": b"\x80\x04" + good,
+        }
+        for name, data in files.items():
+            with self.subTest(name):
+                self.weights_path.write_bytes(data)
+                self.assert_refused("cannot be loaded: it is missing or damaged")
 
-    def test_reward_and_value_models(self):
-        gpt, idx = tiny_gpt(), torch.randint(11, (2, 8))
-        gpt.save_pretrained(self.folder / "gpt")
-        for cls in (RewardModel, ValueModel):
-            model = cls.from_gpt(gpt)
-            torch.nn.init.normal_(model.head.weight)
-            model.save_pretrained(self.folder / cls.__name__)
-            torch.testing.assert_close(cls.from_pretrained(self.folder / cls.__name__)(idx), model(idx))
-            self.assertRaisesRegex(ValueError, "use from_gpt", cls.from_pretrained, self.folder / "gpt")
-
-    def test_training_what_was_loaded_changes_no_file_and_it_can_be_saved_over_it(self):
-        tiny_gpt().save_pretrained(self.folder)
-        before, model = (self.folder / "model.safetensors").read_bytes(), GPT.from_pretrained(self.folder)
-        models = [tiny_gpt(), model.train()]  # the matrices of the second lie transposed, and an optimizer's state must not care
-        options, idx = CN(learning_rate=1e-2, betas=(0.9, 0.95), weight_decay=0.1, eps=1e-3), torch.randint(11, (2, 12))
-        optimizers = [model.configure_optimizers(options) for model in models]
-        for number in (0, 1, 0):  # a step of the first; the second goes on from there, and so does the first
-            if number == 1:
-                models[1].load_state_dict(models[0].state_dict())
-                optimizers[1].load_state_dict(pickle.loads(pickle.dumps(optimizers[0].state_dict())))
-            optimizers[number].zero_grad()
-            models[number](idx, idx)[1].backward()
-            optimizers[number].step()
-        torch.testing.assert_close(*(dict(model.named_parameters()) for model in models), atol=1e-6, rtol=1e-5)
-        self.assertEqual((self.folder / "model.safetensors").read_bytes(), before)
-        model.save_pretrained(self.folder)
-        assert_loads(model, self.folder)
-        torch.save(model.state_dict(), self.folder / "tied.pt")  # head and embedding are one in this file
-        untied = GPT.from_pretrained(self.folder / "tied.pt", tie_weights=False)
-        self.assertNotEqual(untied.lm_head.weight.data_ptr(), untied.transformer.wte.weight.data_ptr())
-
-    def test_options_and_randomness(self):
-        tiny_gpt(attn_pdrop=0.3).save_pretrained(self.folder)
-        before = torch.get_rng_state()
-        config = GPT.from_pretrained(self.folder, embd_pdrop=0.5).config
-        self.assertEqual((config.embd_pdrop, config.attn_pdrop, config.block_size), (0.5, 0.3, 12))
-        self.assertTrue(torch.equal(before, torch.get_rng_state()))
-        self.assertRaisesRegex(ValueError, "no options .'n_heads'", GPT.from_pretrained, self.folder, n_heads=2)
-
-    def refuses(self, words, path=None, **options):
-        self.assertRaisesRegex(ValueError, words, GPT.from_pretrained, path or self.folder, **options)
-
-    def test_no_weights_or_wrong_ones(self):
-        self.refuses("holds no weights")
-        self.refuses("neither a file or folder here", "./no/such/folder")
-        model = tiny_gpt()
-        model.save_pretrained(self.folder)
-        state, config = model.state_dict(), json.loads((self.folder / "config.json").read_text())
-        for options, words in (({"n_embd": 32}, "says .'n_embd': 32. of itself"), ({"n_positions": 10**15}, "'block_size': 10{15}"),
-                               ({"n_layer": 3}, "'n_layer': 3"), ({"model_type": "llama"}, "model_type='llama'"),
-                               ({"activation_function": "relu"}, "activation_function='relu'"), ({"n_head": 3}, "not divisible")):
-            (self.folder / "config.json").write_text(json.dumps({**config, **options}))
-            self.refuses(words)
-        for damaged in ("{", "3", "[" * 100_000):
-            (self.folder / "config.json").write_text(damaged)
-            self.refuses("config.json is damaged")
-        (self.folder / "config.json").unlink()
-        self.refuses("pass n_head")
-        for name, wrong, words in (("wte.weight", None, "holds no GPT-2"), ("h.1.ln_1.bias", None, "lacks .'transformer.h.1.ln_1.bias'"),
-                                   ("ln_f.weight", torch.ones(16, dtype=torch.int8), "ln_f.weight as torch.int8"),
-                                   ("ln_f.weight", torch.ones(17), "as torch.float32 \\(17,\\), must be float \\(16,\\)"),
-                                   ("ln_f.weight", "text", "are no tensors"), ("ln_f.weight", torch.ones(16).to_sparse(), "not dense"),
-                                   ("h.0.attn.c_attn.weight", torch.tensor(1.0), "c_attn.weight as torch.float32 \\(\\)")):
-            torch.save({k: v for k, v in {**state, "transformer." + name: wrong}.items() if v is not None}, self.folder / "wrong.pt")
-            self.refuses(words, self.folder / "wrong.pt", n_head=2)
-
-    def test_damaged_and_hostile_files(self):
-        tiny_gpt().save_pretrained(self.folder)
-        path = self.folder / "model.safetensors"
-        whole = path.read_bytes()
-        header = json.dumps({"transformer.wte.weight": {"dtype": "F32", "shape": [11, 16], "data_offsets": [0, 10**12]}}).encode()
-        for data in (whole[:-100], whole[:50], b"", (2**63 - 1).to_bytes(8, "little") + whole[8:],
-                     len(header).to_bytes(8, "little") + header, b"\x80\x04" + whole):
-            path.write_bytes(data)
-            self.refuses("no file of weights that can be loaded")
-        path.unlink()
-        for save in (lambda x, path: path.write_bytes(pickle.dumps(x)), torch.save):
-            save({"transformer.wte.weight": Exploit()}, self.folder / "pytorch_model.bin")
-            self.refuses("could run foreign code")
+    def test_a_pickle_that_runs_code(self):
+        self.weights_path.unlink()
+        path = self.folder / "pytorch_model.bin"
+        state = {"transformer.wte.weight": Exploit()}
+        with self.subTest("a bare pickle"):
+            path.write_bytes(pickle.dumps(state))
+            self.assert_refused("could run foreign code")
+        with self.subTest("torch.save"):
+            torch.save(state, path)
+            self.assert_refused("could run foreign code")
         self.assertFalse(os.path.exists("exploited"))
+
+    def test_an_index_that_names_files_elsewhere(self):
+        self.weights_path.unlink()
         for weight_map in ({"a": "../../etc/passwd"}, 3):
-            (self.folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-            self.refuses("in the same folder")
+            with self.subTest(weight_map=weight_map):
+                index = self.folder / "model.safetensors.index.json"
+                index.write_text(json.dumps({"weight_map": weight_map}))
+                self.assert_refused("expected names of files in the same folder")
 
 
 @mock.patch("time.sleep", mock.Mock())  # between tries
 class TestDownload(TempDirTestCase):
+    HALF = f"bytes={len(BODY) // 2}-"
+    THREE_QUARTERS = f"bytes={len(BODY) * 3 // 4}-"
+
     def setUp(self):
         super().setUp()
         self.path = self.folder / "deep" / "file.bin"
+        self.part = self.folder / "deep" / "file.bin.part"
         self.server = self.enterContext(Server({"/file.bin": BODY}))
+        self.url = self.server.url + "/file.bin"
 
     def download(self, moods=(), **options):
         self.server.moods = list(moods)
-        return download(self.server.url + "/file.bin", self.path, **{"sha256": SHA256, "timeout": 0.5, **options})
+        return download(self.url, self.path, **{"sha256": SHA256, "timeout": 0.5, **options})
 
-    def test_trouble_on_the_way_and_once_is_enough(self):
-        half, more = (f"bytes={int(share * len(BODY))}-" for share in (0.5, 0.75))
-        for moods, ranges in (([], [None]), (["slow"], [None]), ([500, 503, 429], [None] * 4), (["cut"], [None, half]),
-                              (["stall"], [None, half]), (["cut", "no range"], [None, half]), (["cut", "wrong range"], [None, half, None]),
-                              (["cut", "corrupt"], [None, half, None]), (["cut", "short range"], [None, half, more])):
-            with self.subTest(moods):
-                self.server.seen.clear()
-                self.path.unlink(missing_ok=True)
-                for _ in range(2):  # the second time, the file is there
-                    self.assertEqual(self.download(moods).read_bytes(), BODY)
-                self.assertEqual([headers.get("Range") for _, headers in self.server.seen], ranges)
-                self.assertEqual(os.listdir(self.path.parent), ["file.bin"])
+    def assert_arrives(self, moods, ranges):
+        """The file is right after trouble, which took requests with these Range headers."""
+        for _ in range(2):  # the second time, the file is there, and nothing is asked for
+            self.assertEqual(self.download(moods).read_bytes(), BODY)
+        self.assertEqual([headers.get("Range") for _, headers in self.server.seen], ranges)
+        self.assertEqual(os.listdir(self.path.parent), ["file.bin"])
 
-    def test_what_is_left_of_a_download(self):
-        self.assertRaisesRegex(ConnectionError, "failed 2 times, at last with", self.download, ["cut", "cut"], tries=2)
+    def test_once_is_enough(self):
+        self.assert_arrives([], [None])
+
+    def test_a_slow_server(self):
+        self.assert_arrives(["slow"], [None])
+
+    def test_a_server_in_trouble(self):
+        self.assert_arrives([500, 503, 429], [None] * 4)
+
+    def test_a_connection_that_ends(self):
+        self.assert_arrives(["cut"], [None, self.HALF])
+
+    def test_a_connection_that_falls_silent(self):
+        self.assert_arrives(["stall"], [None, self.HALF])
+
+    def test_a_server_that_ignores_the_range(self):
+        self.assert_arrives(["cut", "no range"], [None, self.HALF])
+
+    def test_a_server_that_sends_another_range(self):
+        self.assert_arrives(["cut", "wrong range"], [None, self.HALF, None])
+
+    def test_a_rest_that_is_corrupt(self):
+        self.assert_arrives(["cut", "corrupt"], [None, self.HALF, None])
+
+    def test_a_server_that_sends_less_than_the_range(self):
+        self.assert_arrives(["cut", "short range"], [None, self.HALF, self.THREE_QUARTERS])
+
+    def test_a_part_stays_when_all_tries_failed(self):
+        with self.assertRaisesRegex(ConnectionError, "failed 2 times, at last with"):
+            self.download(["cut", "cut"], tries=2)
         self.assertEqual(os.listdir(self.path.parent), ["file.bin.part"])
         self.assertEqual(self.download().read_bytes(), BODY)
-        self.assertEqual(self.server.seen[-1][1].get("Range"), f"bytes={len(BODY) // 2 + len(BODY) // 4}-")
-        for n in (10, len(BODY), len(BODY) + 1):  # of another file
-            self.path.rename(self.path.parent / "file.bin.part").write_bytes(b"x" * n)
-            self.assertEqual(self.download().read_bytes(), BODY)
+        _, headers = self.server.seen[-1]
+        self.assertEqual(headers.get("Range"), self.THREE_QUARTERS)
+
+    def test_a_part_of_another_file(self):
+        self.part.parent.mkdir()
+        for n in (10, len(BODY), len(BODY) + 1):
+            with self.subTest(bytes=n):
+                self.path.unlink(missing_ok=True)
+                self.part.write_bytes(b"x" * n)
+                self.assertEqual(self.download().read_bytes(), BODY)
 
     def test_many_at_once(self):
         self.server.moods = ["slow"] * 8
+
+        def download_once(_):
+            return download(self.url, self.path, SHA256, len(BODY))
+
         with ThreadPoolExecutor(4) as pool:
-            for path in pool.map(lambda _: download(self.server.url + "/file.bin", self.path, SHA256, len(BODY)), range(4)):
+            for path in pool.map(download_once, range(4)):
                 self.assertEqual(path.read_bytes(), BODY)
         self.assertEqual(os.listdir(self.path.parent), ["file.bin"])
 
-    def test_what_is_final(self):
-        for moods, options, words in (([404], {}, "answers Not Found \\(404\\)"), ([401], {}, "may you read it"),
-                                      (["corrupt"], {}, "SHA-256 .*, not"), ([], {"size": 10}, f"{len(BODY)} bytes, not 10")):
-            with self.subTest(words), self.assertRaisesRegex(ValueError, words):
-                self.download(moods, **options)
-            self.assertEqual(os.listdir(self.path.parent), [])
-        self.assertRaisesRegex(ConnectionError, "failed 2 times", download, "http://127.0.0.1:9/nobody", self.path, tries=2)
+    def assert_final(self, message, moods=(), **options):
+        """It is not tried again, and nothing is left of it."""
+        with self.assertRaisesRegex(ValueError, message):
+            self.download(moods, **options)
+        self.assertEqual(os.listdir(self.path.parent), [])
+
+    def test_a_file_that_is_not_there(self):
+        self.assert_final("answers Not Found \\(404\\)", moods=[404])
+
+    def test_a_file_that_may_not_be_read(self):
+        self.assert_final("may you read it", moods=[401])
+
+    def test_a_corrupt_file(self):
+        self.assert_final("SHA-256 .*, not", moods=["corrupt"])
+
+    def test_a_file_of_another_size(self):
+        self.assert_final(f"{len(BODY)} bytes, not 10", size=10)
+
+    def test_no_server(self):
+        with self.assertRaisesRegex(ConnectionError, "failed 2 times"):
+            download("http://127.0.0.1:9/nobody", self.path, tries=2)
 
 
 class TestHub(TempDirTestCase):
@@ -256,7 +547,11 @@ class TestHub(TempDirTestCase):
         self.theirs.save_pretrained(self.folder / "one")
         self.theirs.save_pretrained(self.folder / "many", max_shard_size="10KB")
         self.server = self.enterContext(Server({}))
-        hub = {"HF_ENDPOINT": self.server.url, "HF_TOKEN": "secret", "MINGPT_HOME": str(self.folder / "home")}
+        hub = {
+            "HF_ENDPOINT": self.server.url,
+            "HF_TOKEN": "secret",
+            "MINGPT_HOME": str(self.folder / "home"),
+        }
         self.enterContext(mock.patch.dict(os.environ, hub))
 
     def serve(self, folder, name, revision="main"):
@@ -264,23 +559,52 @@ class TestHub(TempDirTestCase):
             url = f"/{name}/resolve/{revision}/{path.name}"
             self.server.files[url] = path.read_bytes()
             if path.suffix == ".safetensors":
-                self.server.headers[url] = {"X-Linked-Etag": f'"{hashlib.sha256(path.read_bytes()).hexdigest()}"'}
+                sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+                self.server.headers[url] = {"X-Linked-Etag": f'"{sha256}"'}
 
-    def test_names_revisions_shards_and_the_cache(self):
-        for folder, name, options in (("one", "gpt2", {}), ("many", "user/repo", {}), ("one", "user/repo", {"revision": "refs/pr/1"})):
-            self.serve(folder, name, options.get("revision", "main").replace("/", "%2F"))
-            for _ in range(2):
-                assert_loads(self.theirs, name, **options)
-                self.server.files.clear()  # the second time, all is there
-        self.assertEqual({headers["Authorization"] for _, headers in self.server.seen}, {"Bearer secret"})
+    def assert_loads_twice(self, name, **options):
+        """From the hub, and then from the cache, with the hub gone."""
+        assert_loads(self.theirs, name, **options)
+        self.server.files.clear()
+        assert_loads(self.theirs, name, **options)
+
+    def test_a_name_without_a_user(self):
+        self.serve("one", "gpt2")
+        self.assert_loads_twice("gpt2")
+
+    def test_shards(self):
+        self.serve("many", "user/repo")
+        self.assert_loads_twice("user/repo")
+
+    def test_revisions_are_kept_apart(self):
+        self.serve("many", "user/repo")
+        self.assert_loads_twice("user/repo")
+        self.serve("one", "user/repo", "refs%2Fpr%2F1")
+        self.assert_loads_twice("user/repo", revision="refs/pr/1")
+
+    def test_every_request_has_the_token(self):
+        self.serve("many", "user/repo")
+        assert_loads(self.theirs, "user/repo")
+        tokens = {headers["Authorization"] for _, headers in self.server.seen}
+        self.assertEqual(tokens, {"Bearer secret"})
+
+    def test_no_such_model(self):
+        with self.assertRaisesRegex(ValueError, "Not Found"):
+            GPT.from_pretrained("nobody/nothing")
+
+    def test_a_model_without_weights(self):
         self.server.files["/user/empty/resolve/main/config.json"] = b"{}"
-        for name, words in (("nobody/nothing", "Not Found"), ("user/empty", "has no weights at")):
-            self.assertRaisesRegex(ValueError, words, GPT.from_pretrained, name)
+        with self.assertRaisesRegex(ValueError, "has no weights at"):
+            GPT.from_pretrained("user/empty")
 
-    def test_a_torn_or_corrupt_file_is_never_loaded(self):
+    def test_a_corrupt_file_is_never_loaded(self):
         self.serve("one", "gpt2")
         self.server.moods = [None, "corrupt"]
         self.assertRaisesRegex(ValueError, "SHA-256", GPT.from_pretrained, "gpt2")
-        self.server.moods = ["cut"]
+        assert_loads(self.theirs, "gpt2")  # the next try begins anew
+
+    def test_a_torn_file_is_never_loaded(self):
+        self.serve("one", "gpt2")
+        self.server.moods = [None, "cut"]
         with mock.patch("time.sleep"):
             assert_loads(self.theirs, "gpt2")

@@ -137,7 +137,7 @@ def draw_group(axis, benchmark: str, rows: list[Row]) -> None:
     ratios = [row.ratio for row in rows]
     colors = ["tab:green" if ratio >= 1 else "tab:orange" for ratio in ratios]
     bars = axis.barh(works, ratios, color=colors)
-    axis.bar_label(bars, fmt="%.2f", padding=3, fontsize=9)
+    axis.bar_label(bars, fmt="%.2f", label_type="center", color="white", fontweight="bold")
     axis.axvline(1, color="black", linewidth=1)
     axis.set_ylim(len(rows) - 0.5, -0.5)  # downwards
     axis.tick_params(labelsize=9)

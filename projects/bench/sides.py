@@ -111,7 +111,7 @@ def start_side(benchmark: str, number: int, name: str, config: CfgNode) -> Itera
 
 
 class Side:
-    """The parent's end of one side: tells the process to run and records how long that took."""
+    """One side as its parent sees it: tells the process to run, records how long that took."""
 
     def __init__(self, process: subprocess.Popen[str], errors: TextIO):
         self.process = process
@@ -137,8 +137,8 @@ class Side:
 
     def end(self) -> float | None:
         """End the process. Its peak memory in MB, or None where that is not known."""
-        answer, _ = self.process.communicate()
-        return json.loads(answer)
+        self.process.stdin.close()
+        return self.read_answer()
 
     def read_answer(self) -> Any:
         line = self.process.stdout.readline()

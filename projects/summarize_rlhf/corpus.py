@@ -31,7 +31,6 @@ from pathlib import Path
 
 import docstrings
 import tldr
-
 from mingpt.bpe import BPETokenizer
 from mingpt.checkpoint import write_text
 from mingpt.config import CfgNode as CN
@@ -66,7 +65,7 @@ class Corpus:
 
 def load(config: CN, folder: Path) -> Corpus:
     """The corpus in the folder. The first call makes it."""
-    if not (folder / "finished").exists():
+    if not is_made(folder):
         make(config, folder)
     tokenizer = BPETokenizer() if config.model.name else BPETokenizer.from_pretrained(folder)
     comparisons = None
@@ -76,6 +75,11 @@ def load(config: CN, folder: Path) -> Corpus:
     sizes = [f"{len(rows)} {split}" for split, rows in corpus.rows.items()]
     logger.info("texts: %s", ", ".join(sizes))
     return corpus
+
+
+def is_made(folder: Path) -> bool:
+    """Whether `make` has written everything into the folder."""
+    return (folder / "finished").exists()
 
 
 def read_splits(folder: Path, kind: str) -> Splits:

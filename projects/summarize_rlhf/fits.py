@@ -8,11 +8,11 @@ The sizes are those of the options, and all texts have full length. Weights and 
 nothing is downloaded.
 """
 
-import pipeline
 import torch
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
+import pipeline
 from mingpt.checkpoint import run_script
 from mingpt.config import CfgNode as CN, parse_args
 from mingpt.model import GPT
@@ -107,8 +107,7 @@ def random_texts(config: CN, *shape: int) -> Tensor:
 
 
 def random_gpt(config: CN) -> GPT:
-    options = {name: value for name, value in config.model.to_dict().items() if name != "name"}
-    return GPT(CN(**options, model_type=None))
+    return GPT(pipeline.model_config(config, config.model.vocab_size))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ Each stage script calls `prepare` with its command line, and hands the `Run` to 
 """
 
 import json
-import logging
 import random
 import re
 from dataclasses import dataclass, replace
@@ -13,20 +12,17 @@ from pathlib import Path
 
 import corpus
 from corpus import Corpus
-
 from mingpt import evaluation
 from mingpt.bpe import BPETokenizer
 from mingpt.checkpoint import write_text
 from mingpt.config import CfgNode as CN, parse_args
 from mingpt.evaluation import Samples
 from mingpt.model import GPT
-from mingpt.rlhf import PPOTrainer
+from mingpt.rlhf import PPOTrainer, RewardModel
+from mingpt.stages import Stages
 from mingpt.trainer import Trainer
 from mingpt.utils import import_extra, log_to_console
 
-logger = logging.getLogger("mingpt.summarize_rlhf")
-
-STAGES = ("pretrain", "sft", "reward", "judge", "ppo")
 SOURCES = ("docstrings", "tldr")
 
 
@@ -37,6 +33,7 @@ SOURCES = ("docstrings", "tldr")
 def get_config(data: str = "docstrings") -> CN:
     """Every option and its default; tldr has other defaults than docstrings."""
     C = CN()
+    C.base = ""                      # another run's folder, to start from its finished stages
 
     C.system = CN()
     C.system.seed = 3407
@@ -171,42 +168,108 @@ def parse_options(args: list[str], doc: str) -> CN:
 # the run
 
 
-class Stages: pass
-
 @dataclass
 class Run:
     """What a stage works with."""
 
     config: CN
-    work_dir: Path  # the run's folder, with one for each stage
+    work_dir: Path  # the run's folder
     corpus: Corpus
-    stages: Stages
+    stages: Stages  # which of them are finished, and the models that they left
 
 
 def prepare(args: list[str], doc: str) -> Run:
-    """The run of a command line: its options are checked and kept, and its texts are there.
+    """The run of a command line: its texts are read or made, and the options of all stages checked.
 
-    Raises ValueError for options that cannot be used, and where work_dir has a run with others.
+    Raises ValueError for options that a stage refuses, or that differ from those it began with.
     """
     config = parse_options(args, doc)
     log_to_console()
     for module in ("matplotlib", "rouge_score"):
         import_extra(module, "projects")  # before the work, not after it
     work_dir = Path(config.system.work_dir)
-    texts = corpus.load(config, work_dir / "data")
-    claim(config, work_dir, texts)
-    return Run(config, work_dir, texts, Stages(work_dir))
+    texts = corpus.load(config, data_folder(config))
+    return Run(config, work_dir, texts, make_stages(config, work_dir, texts))
 
 
-def model_config(config: CN, tokenizer: BPETokenizer) -> CN:
-    """The options of a GPT with this vocabulary."""
-    options = {name: value for name, value in config.model.to_dict().items() if name != "name"}
-    return CN(**options, model_type=None, vocab_size=tokenizer.vocab_size)
+def data_folder(config: CN) -> Path:
+    """Where the texts are: in the run's own folder or else, if they are there, in base's.
+
+    Stages of base have learned from base's texts, and those of the installed packages may have
+    changed since.
+    """
+    own = Path(config.system.work_dir) / "data"
+    if config.base and not corpus.is_made(own):
+        of_base = Path(config.base) / "data"
+        if corpus.is_made(of_base):
+            return of_base
+    return own
+
+
+def make_stages(config: CN, work_dir: Path, texts: Corpus) -> Stages:
+    """The stages of a run, in order. All of their options are checked here."""
+    starts_from_weights = bool(config.model.name)  # of other people, who have pre-trained them
+    order = {
+        "pretrain": None if starts_from_weights else Trainer,
+        "sft": Trainer,
+        "reward": Trainer,
+        "judge": Trainer,
+        "ppo": PPOTrainer,
+    }
+    of_comparisons = ["reward", "comparisons"]  # the judge is trained as the reward model is
+    return Stages(
+        config,
+        work_dir,
+        order,
+        base=config.base,
+        sections={"reward": of_comparisons, "judge": of_comparisons},
+        overrides={"ppo": {"max_new_tokens": config.data.summary_tokens}},
+        free=["base", "system.work_dir", "report.*"],
+        facts={"vocabulary": texts.tokenizer_checksum},
+        tokenizer=texts.tokenizer,
+    )
+
+
+def load_model(run: Run, stage: str) -> GPT | RewardModel:
+    """The model that a stage left, in evaluation mode.
+
+    ValueError if the stage is not finished, or if its vocabulary is not that of the texts.
+    """
+    if not run.stages.finished(stage):
+        script = {"pretrain": "sft", "judge": "reward"}.get(stage, stage)
+        raise ValueError(
+            f"the stage {stage} is not finished in {run.work_dir}: run {script}.py first, with the "
+            "same options"
+        )
+    model_class = RewardModel if stage in ("reward", "judge") else GPT
+    model = run.stages.load(stage, model_class, run.config.ppo.device)
+    if model.config.vocab_size != run.corpus.tokenizer.vocab_size:
+        raise ValueError(
+            f"the model in {run.stages.model_folder(stage)} has a vocabulary of "
+            f"{model.config.vocab_size} tokens, the tokenizer in {data_folder(run.config)} one of "
+            f"{run.corpus.tokenizer.vocab_size}: they are of two runs; choose another work_dir"
+        )
+    return model
+
+
+def model_config(config: CN, vocab_size: int) -> CN:
+    """The options of a new GPT."""
+    options = config.model.to_dict()
+    del options["name"]
+    return CN(**{**options, "model_type": None, "vocab_size": vocab_size})
 
 
 def draw_rows(config: CN, rows: list[dict], n: int) -> list[dict]:
     """n rows drawn at random, or all if there are fewer; neighbours come from the same package."""
     return random.Random(config.system.seed).sample(rows, min(n, len(rows)))
+
+
+def write_json(path: Path, value: dict) -> None:
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+# --------------------------------------------------------------------------------------------------
+# sampling
 
 
 def summarize(
@@ -228,48 +291,3 @@ def summarize(
         batch_size=batch_size,
     )
     return replace(samples, texts=[text.strip() for text in samples.texts])
-
-
-def write_json(path: Path, value: dict) -> None:
-    write_text(path, json.dumps(value, indent=2) + "\n")
-
-
-# ---- interim
-import torch
-from mingpt import distributed
-from mingpt.rlhf import RewardModel
-from mingpt.run_folder import RunFolder, finished
-from mingpt.trainer import FREE_TO_CHANGE
-from mingpt.utils import pick_device
-
-class Stages:
-    def __init__(self, work_dir): self.work_dir=work_dir
-    def run(self, name, make):
-        if not finished(self.work_dir/name):
-            logger.info("%s", name); make().run()
-
-def claim(config, work_dir, texts):
-    free = {"system.work_dir", *(f"{stage}.{option}" for stage in STAGES for option in FREE_TO_CHANGE)}
-    free |= {name for name, _ in config.leaves() if name.startswith("report.")}
-    RunFolder(work_dir).claim(dict(config.leaves()) | {"vocabulary": texts.tokenizer_checksum}, free)
-
-def trainer_config(run, stage, **extras):
-    section = run.config.reward if stage == "judge" else getattr(run.config, stage)
-    return CN(**section.to_dict(), **extras, work_dir=str(run.work_dir / stage))
-
-def load_model(run, stage):
-    config, tokenizer = run.config, run.corpus.tokenizer
-    folder = run.work_dir / stage
-    if (state := finished(folder)) is None:
-        script = {"pretrain": "sft", "judge": "reward"}.get(stage, stage)
-        raise ValueError(f"the stage {stage} is not finished in {folder.parent}: run {script}.py first, with the same options")
-    weights = {name.removeprefix("policy."): weight for name, weight in state["model"].items() if not name.startswith("value_model.")}
-    rows = len(weights["transformer.wte.weight"])
-    if rows != tokenizer.vocab_size:
-        raise ValueError(f"the model in {folder} has a vocabulary of {rows} tokens, the tokenizer in {folder.parent / 'data'} "
-                         f"one of {tokenizer.vocab_size}: they are of two runs; choose another work_dir")
-    sizes = folder.parent / "model.json"
-    model_options = CN(**json.loads(sizes.read_text(encoding="utf-8"))) if sizes.exists() else model_config(config, tokenizer)
-    model = (RewardModel if "head.weight" in weights else GPT)(model_options)
-    model.load_state_dict(weights)
-    return model.to(distributed.join(pick_device(config.ppo.device))).eval()

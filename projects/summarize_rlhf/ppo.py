@@ -10,14 +10,12 @@ import functools
 import pipeline
 import report
 import reward
-from pipeline import Run
-
 from mingpt import evaluation
 from mingpt.checkpoint import run_script
-from mingpt.config import CfgNode as CN
 from mingpt.model import GPT
-from mingpt.rlhf import PPOTrainer, RewardModel, ValueModel
+from mingpt.rlhf import PPOTrainer, RewardModel, ValueModel, choose
 from mingpt.utils import set_seed
+from pipeline import Run
 
 
 def main(run: Run) -> None:
@@ -32,40 +30,35 @@ def ppo(run: Run) -> PPOTrainer:
     set_seed(config.system.seed + 4)
     policy = pipeline.load_model(run, "sft")
     reference = pipeline.load_model(run, "sft")
-    judges = reward.load(run)
-    options = pipeline.trainer_config(run, "ppo", max_new_tokens=config.data.summary_tokens)
-    # The value function begins as the reward model (Stiennon et al. 2020), unless it is a head on
-    # the policy's own trunk.
+    reward_models = reward.load(run)
+    options = run.stages.trainer_config("ppo")
+    # Only generalised advantage estimation needs a value function. It begins as the reward model
+    # (Stiennon et al. 2020), unless it is a head on the policy's own trunk.
     value_model = None
-    if has_value_function(options) and not options.shared_trunk:
-        value_model = ValueModel.from_gpt(judges["reward"])
+    if choose(options).advantage == "gae" and not options.shared_trunk:
+        value_model = ValueModel.from_gpt(reward_models["reward"])
     trainer = PPOTrainer(
         options,
         policy,
-        judges["reward"],
+        reward_models["reward"],
         [row["prompt"] for row in run.corpus.rows["train"]],
         value_model=value_model,
         ref_policy=reference,
         tokenizer=tokenizer,
     )
-    look = functools.partial(look_at_held_out, run, policy, reference, judges)
+    look = functools.partial(look_at_held_out, run, policy, reference, reward_models)
     trainer.add_callback("on_batch_end", look)
     return trainer
-
-
-def has_value_function(options: CN) -> bool:
-    """Whether the algorithm learns a value function."""
-    return options.algorithm == "ppo"
 
 
 def look_at_held_out(
     run: Run,
     policy: GPT,
     reference: GPT,
-    judges: dict[str, RewardModel],
+    reward_models: dict[str, RewardModel],
     trainer: PPOTrainer,
 ) -> None:
-    """Now and then: the policy's KL and what its judges think of it, on held-out texts."""
+    """Now and then: what reward model and judge think of held-out summaries, and their KL."""
     config = run.config
     is_due = (trainer.iter_num + 1) % config.report.every == 0
     if not is_due or trainer.rank > 0:
@@ -74,8 +67,8 @@ def look_at_held_out(
     prompts = [row["prompt"] for row in rows]
     seed = config.system.seed  # the same each time
     samples = pipeline.summarize(config, policy, run.corpus.tokenizer, prompts, seed)
-    for name, judge in judges.items():
-        trainer.metrics[f"eval/{name}"] = evaluation.score(samples, judge).mean().item()
+    for name, model in reward_models.items():
+        trainer.metrics[f"eval/{name}"] = evaluation.score(samples, model).mean().item()
     trainer.metrics["eval/kl"] = evaluation.kl(samples, reference, config.ppo.temperature)
 
 

@@ -13,12 +13,11 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-import pipeline
-import reward
 import torch
-from pipeline import Run
 from torch import Tensor
 
+import pipeline
+import reward
 from mingpt import evaluation
 from mingpt.bpe import BPETokenizer
 from mingpt.checkpoint import write_text
@@ -26,8 +25,9 @@ from mingpt.datasets import pad_and_mask
 from mingpt.evaluation import Samples
 from mingpt.plots import plot_metrics
 from mingpt.rlhf import RewardModel
-from mingpt.run_folder import finished, read_metrics
+from mingpt.run_folder import read_metrics
 from mingpt.utils import import_extra, peak_memory_mb
+from pipeline import Run
 
 
 @dataclass
@@ -47,26 +47,28 @@ def write(run: Run) -> None:
 
     # The same seed for both: each text's two summaries come from the same random numbers.
     sft, ppo = pipeline.load_model(run, "sft"), pipeline.load_model(run, "ppo")
-    judges = reward.load(run)
+    reward_models = reward.load(run)
     outcomes = {}
     for stage, model in (("sft", sft), ("ppo", ppo)):
         samples = pipeline.summarize(config, model, tokenizer, prompts, config.system.seed)
-        scores = {name: evaluation.score(samples, judge) for name, judge in judges.items()}
+        scores = {}
+        for name, reward_model in reward_models.items():
+            scores[name] = evaluation.score(samples, reward_model)
         outcomes[stage] = Outcome(samples, scores)
 
     summary = {
         "accuracy": json.loads((run.work_dir / "accuracy.json").read_text(encoding="utf-8")),
         "texts": len(rows),
-        **figures_of_authors(judges, rows, tokenizer),
+        **figures_of_authors(reward_models, rows, tokenizer),
         **figures_of_stages(outcomes, authors),
         "kl_ppo": evaluation.kl(outcomes["ppo"].samples, sft, config.ppo.temperature),
-        "seconds": seconds_of_stages(run.work_dir),
+        "seconds": seconds_of_stages(run),
         "peak_rss_mb": peak_memory(run.work_dir / "summary.json"),
         "seed": config.system.seed,
     }
     write_text(run.work_dir / "samples.md", side_by_side(rows, authors, outcomes))
-    plot_training(run.work_dir)
-    plot_ppo(run.work_dir)
+    plot_training(run)
+    plot_ppo(run)
     ppo.save_pretrained(run.work_dir / "model")
     tokenizer.save_pretrained(run.work_dir / "model")
     pipeline.write_json(run.work_dir / "summary.json", summary)
@@ -79,7 +81,7 @@ def write(run: Run) -> None:
 
 @torch.no_grad()
 def figures_of_authors(
-    judges: dict[str, RewardModel],
+    reward_models: dict[str, RewardModel],
     rows: list[dict],
     tokenizer: BPETokenizer,
     batch_size: int = 256,
@@ -94,12 +96,12 @@ def figures_of_authors(
     idx, attention_mask = pad_and_mask(texts)
 
     figures = {}
-    for name, judge in judges.items():
-        device = judge.head.weight.device
+    for name, model in reward_models.items():
+        device = model.head.weight.device
         scores = []
         for first in range(0, len(rows), batch_size):
             batch = slice(first, first + batch_size)
-            scores.append(judge(idx[batch].to(device), attention_mask[batch].to(device)))
+            scores.append(model(idx[batch].to(device), attention_mask[batch].to(device)))
         figures[f"{name}_authors"] = torch.cat(scores).mean().item()
     figures["length_authors"] = total_length / len(rows)
     return figures
@@ -133,10 +135,13 @@ def rouge_l(references: list[str], texts: list[str]) -> float:
     return sum(f_measures) / len(texts)
 
 
-def seconds_of_stages(work_dir: Path) -> dict[str, int]:
-    """How long each finished stage trained, interruptions left out."""
-    states = {stage: finished(work_dir / stage) for stage in pipeline.STAGES}
-    return {stage: round(state["seconds"]) for stage, state in states.items() if state is not None}
+def seconds_of_stages(run: Run) -> dict[str, int]:
+    """How long each stage trained, interruptions left out."""
+    seconds = {}
+    for stage in run.stages.names:
+        path = run.stages.stage_folder(stage) / "finished.json"
+        seconds[stage] = round(json.loads(path.read_text(encoding="utf-8"))["seconds"])
+    return seconds
 
 
 def peak_memory(path: Path) -> int:
@@ -209,8 +214,8 @@ def table(summary: dict, work_dir: Path) -> str:
 class Metrics:
     """A stage's metrics over its iterations, as curves to plot."""
 
-    def __init__(self, work_dir: Path, stage: str):
-        self.rows = read_metrics(work_dir / stage / "metrics.jsonl")
+    def __init__(self, run: Run, stage: str):
+        self.rows = read_metrics(run.stages.stage_folder(stage) / "metrics.jsonl")
 
     def curve(self, name: str) -> tuple[list, list]:
         """(iterations, values); a value is None where it was not measured."""
@@ -219,28 +224,28 @@ class Metrics:
         return iterations, values
 
 
-def plot_training(work_dir: Path) -> None:
+def plot_training(run: Run) -> None:
     """Losses of the language models; losses and accuracies of reward model and judge."""
     panels = {}
     for stage in ("pretrain", "sft"):
-        metrics = Metrics(work_dir, stage)
-        if metrics.rows:  # without pre-training there are none
+        if stage in run.stages.names:  # with other people's weights there is no pre-training
+            metrics = Metrics(run, stage)
             panels[f"{stage}: loss"] = {
                 "train": metrics.curve("loss"),
                 "validation": metrics.curve("valid_loss"),
             }
-    reward_model, judge = Metrics(work_dir, "reward"), Metrics(work_dir, "judge")
+    reward_model, judge = Metrics(run, "reward"), Metrics(run, "judge")
     for name in ("loss", "accuracy"):
         panels[f"comparisons: {name}"] = {
             "reward model": reward_model.curve(f"valid_{name}"),
             "judge": judge.curve(f"valid_{name}"),
         }
-    plot_metrics(work_dir / "plots" / "training.png", panels)
+    plot_metrics(run.work_dir / "plots" / "training.png", panels)
 
 
-def plot_ppo(work_dir: Path) -> None:
+def plot_ppo(run: Run) -> None:
     """Reward, KL and length during PPO: of the rollouts, and of summaries of held-out texts."""
-    metrics = Metrics(work_dir, "ppo")
+    metrics = Metrics(run, "ppo")
     panels = {
         "reward": {
             "rollouts": metrics.curve("objective/scores"),
@@ -254,4 +259,4 @@ def plot_ppo(work_dir: Path) -> None:
         "length, tokens": {"rollouts": metrics.curve("episode_length")},
         "ended": {"rollouts": metrics.curve("ended")},
     }
-    plot_metrics(work_dir / "plots" / "ppo.png", panels)
+    plot_metrics(run.work_dir / "plots" / "ppo.png", panels)

@@ -15,21 +15,23 @@ learned more than the weaknesses of one reward model.
 import functools
 import json
 import logging
+from pathlib import Path
 
-import pipeline
 import torch
-from corpus import Splits
-from pipeline import Run
 from torch import Tensor
 
+import pipeline
+from corpus import Splits
 from mingpt import evaluation
 from mingpt.bpe import BPETokenizer
 from mingpt.checkpoint import run_script, write_text
 from mingpt.datasets import Comparisons, read_jsonl
+from mingpt.model import GPT
 from mingpt.plots import plot_metrics
 from mingpt.rlhf import RewardModel, comparison_loss, comparison_scores
 from mingpt.trainer import Trainer
 from mingpt.utils import set_seed
+from pipeline import Run
 
 logger = logging.getLogger("mingpt.summarize_rlhf")
 
@@ -60,7 +62,7 @@ def train(run: Run, splits: Splits, stage: str) -> Trainer:
     rows = [row for row in splits["train"] if row["part"] == stage]
     block_size = run.config.model.block_size
     return Trainer(
-        pipeline.trainer_config(run, stage),
+        run.stages.trainer_config(stage),
         model,
         Comparisons(rows, run.corpus.tokenizer, block_size),
         Comparisons(splits["valid"], run.corpus.tokenizer, block_size),
@@ -94,15 +96,17 @@ def load(run: Run) -> dict[str, RewardModel]:
 
 
 def comparisons_with_sft_model(run: Run) -> Splits:
-    """What `compare` makes of all texts; kept in comparisons.jsonl."""
-    path = run.work_dir / "comparisons.jsonl"
+    """{split: comparisons}, as `compare` makes them; kept in comparisons.jsonl."""
+    path = comparisons_file(run)
     if not path.exists():
         model = pipeline.load_model(run, "sft")
         lines = []
         for number, (split, rows) in enumerate(run.corpus.rows.items()):
-            # the sft model has learned its own part of the training texts by heart
-            rows = [row for row in rows if split != "train" or row["part"] != "sft"]
-            for comparison in compare(run, model, rows, run.config.system.seed + 100 * number):
+            if split == "train":
+                # The sft model knows the authors' lines of its own part by heart.
+                rows = [row for row in rows if row["part"] != "sft"]
+            seed = run.config.system.seed + 100 * number
+            for comparison in compare(run, model, rows, seed):
                 lines.append(json.dumps({**comparison, "split": split}) + "\n")
         write_text(path, "".join(lines))
     comparisons = read_jsonl(path, "prompt", "chosen", "part", "split")
@@ -111,7 +115,16 @@ def comparisons_with_sft_model(run: Run) -> Splits:
     }
 
 
-def compare(run: Run, model: torch.nn.Module, rows: list[dict], seed: int) -> list[dict]:
+def comparisons_file(run: Run) -> Path:
+    """The comparisons.jsonl of the run that trained the reward model, which may be base."""
+    own = run.work_dir / "comparisons.jsonl"
+    if not run.stages.finished("reward"):
+        return own
+    of_reward_model = run.stages.stage_folder("reward").with_name("comparisons.jsonl")
+    return of_reward_model if of_reward_model.exists() else own
+
+
+def compare(run: Run, model: GPT, rows: list[dict], seed: int) -> list[dict]:
     """Each author's line against samples of the sft model and against another text's line."""
     tokenizer = run.corpus.tokenizer
     prompts = [row["prompt"] for row in rows]
@@ -124,7 +137,7 @@ def compare(run: Run, model: torch.nn.Module, rows: list[dict], seed: int) -> li
     for i, row in enumerate(rows):
         rejected = [" " + sample.texts[i] for sample in samples]
         rejected.append(rows[others[i]]["completion"])
-        # A sample of junk may have more tokens once it was decoded and encoded again.
+        # A sample of junk may have more tokens after it has been decoded and encoded again.
         longest = max(len(tokenizer.encode(text)) for text in rejected)
         if len(tokenizer.encode(row["prompt"])) + longest >= run.config.model.block_size:
             continue

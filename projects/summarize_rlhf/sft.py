@@ -9,17 +9,17 @@ The loss is on the tokens of the summary alone (Stiennon et al. 2020, section 3.
 
 import functools
 
-import pipeline
 import torch
-from pipeline import Run
 from torch.utils.data import TensorDataset
 
+import pipeline
 from mingpt.bpe import BPETokenizer
 from mingpt.checkpoint import run_script
 from mingpt.datasets import Completions
 from mingpt.model import GPT
 from mingpt.trainer import Trainer
 from mingpt.utils import set_seed
+from pipeline import Run
 
 
 def main(run: Run) -> None:
@@ -32,10 +32,10 @@ def main(run: Run) -> None:
 def pretrain(run: Run) -> Trainer:
     """A trainer for a language model of the whole texts, in windows of block_size tokens."""
     set_seed(run.config.system.seed)
-    model = GPT(pipeline.model_config(run.config, run.corpus.tokenizer))
+    model = GPT(pipeline.model_config(run.config, run.corpus.tokenizer.vocab_size))
     block_size = run.config.model.block_size
     return Trainer(
-        pipeline.trainer_config(run, "pretrain"),
+        run.stages.trainer_config("pretrain"),
         model,
         windows(run.corpus.rows["train"], run.corpus.tokenizer, block_size),
         windows(run.corpus.rows["valid"], run.corpus.tokenizer, block_size),
@@ -70,12 +70,11 @@ def sft(run: Run) -> Trainer:
         model = GPT.from_pretrained(config.model.name)
     else:
         model = pipeline.load_model(run, "pretrain")
-    pipeline.write_json(run.work_dir / "model.json", model.config.to_dict())
     rows = run.corpus.rows["train"]
     if run.corpus.comparisons is None:
         rows = [row for row in rows if row["part"] == "sft"]
     return Trainer(
-        pipeline.trainer_config(run, "sft"),
+        run.stages.trainer_config("sft"),
         model,
         Completions(rows, tokenizer, config.model.block_size),
         Completions(run.corpus.rows["valid"], tokenizer, config.model.block_size),

@@ -21,7 +21,6 @@ import pipeline
 import ppo
 import reward
 import sft
-
 from mingpt.checkpoint import run_script
 
 
