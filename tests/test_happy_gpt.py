@@ -229,6 +229,11 @@ class TestReport(unittest.TestCase):
         logits, _ = model(torch.tensor([context]))
         return logits[0, -1].log_softmax(0)[token].item()
 
+    def test_the_readme_shows_how_to_use_the_result(self):
+        readme = (PROJECT / "readme.md").read_text(encoding="utf-8")
+        for line in report.USAGE.format(folder="out/happy_gpt/rl/model").splitlines()[2:]:
+            self.assertIn(line.strip(), readme)
+
     def test_the_table_of_samples_escapes_what_markdown_reads(self):
         tweets = report.sample_tweets(tiny_gpt(1), self.tokenizer, 2, 4, lambda i, a, m: m.sum(1))
         tweets.texts[0] = "a|b"
