@@ -175,7 +175,7 @@ def sft(config, stages, splits, tokenizer):
 
 
 def language_model_trainer(stages, stage, model, splits, tokenizer):
-    """The Trainer of a language model on texts, which cross-entropy is its own default loss for."""
+    """The Trainer of a language model, which returns its cross-entropy itself: no loss_fn."""
     texts = {name: [row["text"] for row in rows] for name, rows in splits.items()}
     size = model.config.block_size
     return Trainer(
@@ -271,20 +271,22 @@ def make_stages(config, tokenizer):
 
 
 def algorithm_overrides(config):
-    """Options of this script's that an algorithm has no use for, for PPOTrainer to leave alone."""
+    """Which of this script's defaults, chosen for ppo, another algorithm decides for itself."""
     row = rlhf.ALGORITHMS.get(config.rl.algorithm)
     if row is None:
         return {}
-    defaults = get_config().rl
-    overrides = {}
-    # All episodes begin alike, so groups matter only where tweets are compared with each other.
+    ours = []
     if (config.rl.advantage or row.advantage) not in rlhf.GROUP_ADVANTAGES:
-        overrides["group_size"] = None
+        ours.append("group_size")  # all episodes begin alike: groups only serve to compare them
     if (config.rl.kl_penalty or row.kl_penalty) == "none":
-        for name in ("kl_coef", "kl_target"):
-            if getattr(config.rl, name) == getattr(defaults, name):
-                overrides[name] = None
-    return overrides
+        ours += ["kl_coef", "kl_target"]
+    if row.ppo_epochs == 1:
+        ours.append("ppo_epochs")
+    defaults = get_config().rl
+    # What the user has chosen stays. None is the algorithm's own choice.
+    return {
+        name: None for name in ours if getattr(config.rl, name) == getattr(defaults, name)
+    }
 
 
 def run_stage(stage, config, stages, splits, tokenizer):
@@ -318,10 +320,8 @@ def rl_seed(config):
 
 def load_data(config):
     """The splits, and the tokenizer of their characters."""
-    if config.data.path:
-        rows = data.load_jsonl(config.data.path)
-    else:
-        rows = data.load_icwsm(data.fetch())
+    path = config.data.path
+    rows = data.load_jsonl(path) if path else data.load_icwsm(data.fetch())
     splits = split_rows(rows, "text")
     sizes = {name: len(split) for name, split in splits.items()}
     if not all(sizes.values()):

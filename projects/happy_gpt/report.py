@@ -138,7 +138,7 @@ def write(
         n = config.report.frontier_samples
         samples = sample_tweets(models["sft"], tokenizer, n, seed + 1, reward_fn)
         reference_rewards = samples.rewards.numpy()
-        write_json(work_dir / "reference_rewards.json", reference_rewards.tolist())
+        write_text(work_dir / "reference_rewards.json", to_json(reference_rewards.tolist()))
         summary |= rl_figures(config, models["sft"], tweets["rl"], reference_rewards)
     for name, judge in judges.items():
         for stage, samples in tweets.items():
@@ -156,7 +156,7 @@ def write(
     rows = [{"stage": stage, **row} for stage, stage_rows in metrics.items() for row in stage_rows]
     write_text(work_dir / "metrics.jsonl", "".join(to_json(row) + "\n" for row in rows))
     write_text(work_dir / "samples.md", side_by_side(tweets, min(20, config.report.samples)))
-    write_json(work_dir / "summary.json", summary, indent=2)
+    write_text(work_dir / "summary.json", to_json(summary, indent=2) + "\n")
     print(table(summary, tweets, work_dir))
     print(USAGE.format(folder=str(stages.model_folder(list(models)[-1]))))
 
@@ -215,10 +215,6 @@ def peak_memory(summary_path: Path) -> int | None:
     if summary_path.exists():
         before = json.loads(summary_path.read_text(encoding="utf-8"))["peak_rss_mb"] or 0
     return max(before, round(peak))
-
-
-def write_json(path: Path, value, indent: int | None = None) -> None:
-    write_text(path, to_json(value, indent) + "\n")
 
 
 # --------------------------------------------------------------------------------------------------
