@@ -15,8 +15,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, GPT2Model
 
 from mingpt.config import CfgNode as CN
 from mingpt.download import download
+from mingpt.heads import ActorCritic, RewardModel, ValueModel
 from mingpt.model import GPT, PRESETS
-from mingpt.rlhf import RewardModel, ValueModel
 from tests.common import Server, TempDirTestCase, tiny_gpt
 
 BODY = bytes(range(256)) * 4096
@@ -191,6 +191,22 @@ class TestNanoGPT(TempDirTestCase):
         path = self.folder / "bare.pt"
         torch.save(self.state, path, _use_new_zipfile_serialization=False)
         assert_loads(self.model, path, n_head=6)
+
+
+class TestWrappedModels(TempDirTestCase):
+    def test_the_policy_of_a_ppo_checkpoint(self):
+        policy = tiny_gpt()
+        both = ActorCritic(policy, ValueModel.from_gpt(tiny_gpt(seed=1)))
+        torch.save({"model": both.state_dict(), "iter_num": 3}, self.folder / "checkpoint.pt")
+        assert_loads(policy, self.folder / "checkpoint.pt", n_head=2)
+
+    def test_prefixes_in_any_order(self):
+        model = tiny_gpt()
+        for prefix in ("module.", "_orig_mod.module.", "module._orig_mod."):
+            with self.subTest(prefix):
+                state = {f"{prefix}{name}": p for name, p in model.state_dict().items()}
+                torch.save(state, self.folder / "wrapped.pt")
+                assert_loads(model, self.folder / "wrapped.pt", n_head=2)
 
 
 class TestScalarModels(TempDirTestCase):
