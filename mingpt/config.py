@@ -41,6 +41,7 @@ class CfgNode:
     if TYPE_CHECKING:  # type checkers cannot see the options, which only exist at run time
 
         def __getattr__(self, name: str) -> Any: ...
+        def __setattr__(self, name: str, value: Any) -> None: ...
 
     def __init__(self, **options: Any):
         self._meanings = {}
