@@ -1233,7 +1233,7 @@ class PPOTrainer(Trainer):
         return {name: value.item() for name, value in metrics.items()}
 
     def watched(self) -> dict[str, float]:
-        """The metrics that the progress bar shows."""
+        """The few metrics that are shown to a person while the run goes on."""
         return {
             "reward": self.metrics["objective/scores"],
             "kl": self.metrics["objective/kl"],

@@ -32,8 +32,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
-from tqdm.contrib.logging import logging_redirect_tqdm
 
 from mingpt import distributed
 from mingpt.checkpoint import (
@@ -44,6 +42,7 @@ from mingpt.checkpoint import (
     set_rng_state,
 )
 from mingpt.config import CfgNode as CN, check_numbers, documented
+from mingpt.progress import Progress, console
 from mingpt.run_folder import RunFolder
 from mingpt.utils import adamw, keep_freed_memory, pick_device, pick_precision, set_seed
 
@@ -189,19 +188,22 @@ class Trainer:
         Ctrl-C finishes the iteration, saves a checkpoint and raises KeyboardInterrupt. SIGTERM does
         the same and raises SystemExit(143).
         """
-        self.model.train()
-        self.resume()
-        batches = self.batches()
-        self.trigger_callbacks("on_train_begin")
-        self.iter_time = time.time()
-        with self.progress_bar() as bar, logging_redirect_tqdm(), deferred_signals() as signals:
-            while self.max_iters is None or self.iter_num < self.max_iters:
-                self.iteration(next(batches))
-                bar.set_postfix(self.watched(), refresh=False)
-                bar.update()
-                self.stop_if_asked(signals)
-        self.save_checkpoint()
-        self.trigger_callbacks("on_train_end")
+        is_silent = self.rank > 0
+        with console(is_silent):
+            self.model.train()
+            self.resume()
+            self.announce()
+            batches = self.batches()
+            self.trigger_callbacks("on_train_begin")
+            self.iter_time = time.time()
+            progress = Progress(self.description, self.max_iters, self.iter_num, is_silent)
+            with progress, deferred_signals() as signals:
+                while self.max_iters is None or self.iter_num < self.max_iters:
+                    self.iteration(next(batches))
+                    progress.update(self.watched())
+                    self.stop_if_asked(signals)
+            self.save_checkpoint()
+            self.trigger_callbacks("on_train_end")
 
     def iteration(self, batch: tuple) -> None:
         """Everything that happens for one batch."""
@@ -261,19 +263,18 @@ class Trainer:
             self.save_checkpoint()
             raise_signal(signal.SIGTERM if terminations else signal.SIGINT)
 
-    def progress_bar(self) -> tqdm:
-        """A bar on a terminal; in a file, and in all processes but the first, nothing."""
-        return tqdm(
-            total=self.max_iters,
-            initial=self.iter_num,
-            desc=self.description,
-            disable=True if self.rank > 0 else None,
-            dynamic_ncols=True,
-        )
+    def announce(self) -> None:
+        """Say how long the run is, and where its files go."""
+        length = "until interrupted" if self.max_iters is None else f"{self.max_iters} iterations"
+        place = f"kept in {self.folder.path}" if self.folder.path else "not kept: no work_dir"
+        logger.info("%s: %s on %s, %s", self.description, length, self.device, place)
 
     def watched(self) -> dict[str, float]:
-        """The metrics that the progress bar shows."""
-        return {name: self.metrics[name] for name in ("loss", "lr", "tokens/s")}
+        """The few metrics that are shown to a person while the run goes on."""
+        watched = {"loss": self.metrics["loss"]}
+        if self.valid_loss is not None:
+            watched["valid_loss"] = self.valid_loss
+        return watched
 
     @property
     def max_iters(self) -> int | None:
