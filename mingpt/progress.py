@@ -50,11 +50,13 @@ class Progress:
             bar_format=BAR if total is not None else None,
         )
         self.logs_lines = not silent and not on_terminal
+        self.stack = contextlib.ExitStack()
 
     def __enter__(self) -> Self:
-        # Lines that are logged meanwhile must not tear the bar apart.
-        self.redirect = logging_redirect_tqdm()
-        self.redirect.__enter__()
+        # Lines that the program logs meanwhile must not tear the bar apart. (Where it has no
+        # handlers, there is nothing to redirect, and tqdm would add a handler of its own.)
+        if logging.getLogger().handlers:
+            self.stack.enter_context(logging_redirect_tqdm())
         return self
 
     def __exit__(
@@ -64,7 +66,7 @@ class Progress:
         traceback: TracebackType | None,
     ) -> None:
         self.bar.close()
-        self.redirect.__exit__(kind, error, traceback)
+        self.stack.close()
 
     def update(self, metrics: dict[str, float]) -> None:
         """One more iteration is done, and these metrics are what a person watches."""

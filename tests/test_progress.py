@@ -92,7 +92,7 @@ class TestConsole(unittest.TestCase):
     def test_it_sees_what_its_training_does(self):
         out, err = self.run_script()
         self.assertIn("training: 6 iterations on cpu", err)
-        self.assertIn("training: iteration 6 of 6, loss ", err)
+        self.assertEqual(err.count("training: iteration 6 of 6, loss "), 1)
         self.assertEqual(out, "0\n")  # the handler is gone when the run is over
 
     def test_where_it_has_set_up_logging_that_stays_as_it_is(self):
