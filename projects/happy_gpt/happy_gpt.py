@@ -150,9 +150,8 @@ def main(args):
         return
     reward_fn, judges = reward_functions(config, stages, splits, tokenizer)
     seconds = time.time() - started + seconds_before
-    report.write(
-        config, stages, splits, tokenizer, reward_fn, judges, rl_seed(config), seconds
-    )
+    seed = rl_seed(config)
+    report.write(config, stages, splits, tokenizer, reward_fn, judges, seed, seconds)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -216,7 +215,7 @@ def rl(config, stages, splits, tokenizer):
         )
 
     def look(trainer):
-        """Now and then: what the policy writes, and what those judges say whom it never meets."""
+        """Now and then: fresh tweets, and what is said of them by judges it does not learn from."""
         if (trainer.iter_num + 1) % config.report.every != 0 or trainer.rank > 0:
             return
         n = config.report.looked_at
@@ -302,7 +301,7 @@ def run_stage(stage, config, stages, splits, tokenizer):
 
 
 def reward_functions(config, stages, splits, tokenizer):
-    """(the reward that the policy learns from, {name: a judge that it never meets})."""
+    """(the reward that the policy learns from, {name: a judge that it does not learn from})."""
     by_vader = TextReward(preferences.vader(), tokenizer)
     if config.rl.reward == "vader":
         return by_vader, {}
