@@ -26,7 +26,6 @@ from pathlib import Path
 import data
 import preferences
 import report
-
 from mingpt import distributed, rlhf
 from mingpt.chars import CharTokenizer
 from mingpt.checkpoint import run_script, write_text
@@ -148,10 +147,11 @@ def main(args):
     if human and not all(map(stages.finished, ("sft", "reward", "judge"))):
         logger.info("the report follows when sft, reward and judge are finished")
         return
+    if stages.finished("rl"):
+        stages.model_folder("sft")  # the reference: ValueError if it is neither here nor in base
     reward_fn, judges = reward_functions(config, stages, splits, tokenizer)
-    seconds = time.time() - started + seconds_before
-    seed = rl_seed(config)
-    report.write(config, stages, splits, tokenizer, reward_fn, judges, seed, seconds)
+    started -= seconds_before  # when it would have started, had it run all at once
+    report.write(config, stages, splits, tokenizer, reward_fn, judges, rl_seed(config), started)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -237,7 +237,7 @@ def rl(config, stages, splits, tokenizer):
 
 def make_stages(config, tokenizer):
     """The run's stages: who trains them, what they depend on, what is checked and locked."""
-    human = Trainer if config.rl.reward == "human" else None  # None: the stage does not take place
+    if_human = Trainer if config.rl.reward == "human" else None  # None: it does not take place
     dpo = config.rl.algorithm == "dpo"
     stages = Stages(
         config,
@@ -245,9 +245,9 @@ def make_stages(config, tokenizer):
         order={
             "pretrain": Trainer,
             "sft": Trainer,
-            "trunk": human,
-            "reward": human,
-            "judge": human,
+            "trunk": if_human,
+            "reward": if_human,
+            "judge": if_human,
             "rl": {"dpo": Trainer, "best_of_n": None}.get(config.rl.algorithm, PPOTrainer),
         },
         base=config.base,
