@@ -98,7 +98,7 @@ def sample(
     """Sample n completions of each prompt, without dropout; those of one prompt are adjacent.
 
     policy: a GPT, or any module with its `generate`. prompts: strings, or lists of ids. Completions
-    end at stop_token (None: the tokenizer's end of text) or after max_new_tokens; for stop_strings
+    end at stop_token (None: the tokenizer's end token) or after max_new_tokens; for stop_strings
     see `cut_at_stop_strings`. The same seed and batch_size give the same samples. ValueError for
     prompts and options that cannot be used.
     """
@@ -161,8 +161,8 @@ def generate_batch(
     temperature: float,
     stop_token: int | list[int] | tuple[int, ...] | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The same of one batch, in longest + max_new_tokens columns."""
-    # The batch is read at the length of its own longest prompt, and padded further only afterwards.
+    """The same for one batch, in longest + max_new_tokens columns."""
+    # While it is sampled, the batch is only as wide as its own longest prompt requires.
     prompt_idx, prompt_mask = (x.to(generator.device) for x in left_pad(prompts))
     idx, log_probs = policy.generate(
         prompt_idx,
@@ -179,9 +179,9 @@ def generate_batch(
     attention_mask = torch.cat([prompt_mask, completion_mask[:, prompt_length:]], dim=1)
     left = longest - prompt_length
     right = max_new_tokens - log_probs.size(1)  # generate stops early where all rows have ended
-    fill = next(iter(stop_ids(stop_token)), 0)
+    stops = stop_ids(stop_token)
     return (
-        F.pad(idx, (left, right), value=fill),
+        F.pad(idx, (left, right), value=stops[0] if stops else 0),
         F.pad(attention_mask, (left, right)),
         F.pad(completion_mask, (left, right)),
         F.pad(log_probs, (longest - 1, right)),

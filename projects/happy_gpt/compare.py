@@ -16,7 +16,6 @@ import sys
 from pathlib import Path
 
 import report
-
 from mingpt.checkpoint import run_script
 from mingpt.config import CfgNode as CN, parse_args
 from mingpt.plots import plot_metrics
