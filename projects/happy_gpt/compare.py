@@ -36,7 +36,8 @@ FAMILY_RUNS = {
     "reinforce": ["--rl.algorithm=reinforce"],
     "reinforce without baseline": ["--rl.algorithm=reinforce", "--rl.whiten_advantages=False"],
     "rloo": ["--rl.algorithm=rloo"],
-    "grpo": ["--rl.algorithm=grpo"],
+    # The paper averages over completions first; this is the variant of the figures in readme.md.
+    "grpo, token mean": ["--rl.algorithm=grpo", "--rl.loss_mean=token"],
     "dpo": ["--rl.algorithm=dpo"],
     "best of 16": ["--rl.algorithm=best_of_n", "--rl.group_size=16"],
 }
