@@ -26,6 +26,8 @@ import tokenize
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 
 class CfgNode:
     """A tree of options with attribute access: `config.trainer.max_iters`.
@@ -178,6 +180,17 @@ def check_numbers(
             noun = "whole number" if whole else "number"
             alternative = " or None" if optional else ""
             raise ValueError(f"{name}={value!r} must be a {noun} in [{low}, {high}]{alternative}")
+
+
+def check_booleans(config: Any, *names: str) -> None:
+    """ValueError for the first of the named options that is neither True nor False.
+
+    Text such as "False" would count as true.
+    """
+    for name in names:
+        value = getattr(config, name)
+        if not isinstance(value, (bool, np.bool_)):
+            raise ValueError(f"{name}={value!r} must be True or False")
 
 
 def parse_args(config: CfgNode, args: list[str], about: str) -> None:

@@ -17,9 +17,8 @@ training:
 - `best_of_n`: draw n samples and keep the one of most reward (Stiennon et al. 2020, appendix G.3).
 """
 
-import contextlib
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from statistics import NormalDist
 from typing import Any
@@ -27,7 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
@@ -38,6 +37,7 @@ from mingpt.model import stop_ids
 from mingpt.prefix import needed_mask
 from mingpt.rewards import RewardFn
 from mingpt.rlhf import is_stop, written_mask
+from mingpt.utils import evaluation_mode
 
 # --------------------------------------------------------------------------------------------------
 # samples of a policy
@@ -251,20 +251,6 @@ def check_stop_strings(stop_strings: Sequence[str]) -> None:
     for string in stop_strings:
         if not isinstance(string, str) or not string:
             raise ValueError(f"stop_strings holds {string!r}: give strings that are not empty")
-
-
-@contextlib.contextmanager
-def evaluation_mode(module: Any) -> Iterator[None]:
-    """Within, the module is in evaluation mode, without dropout; a plain function is left alone."""
-    if not isinstance(module, nn.Module):
-        yield
-        return
-    was_training = module.training
-    module.eval()
-    try:
-        yield
-    finally:
-        module.train(was_training)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -23,6 +23,17 @@ from mingpt.utils import adamw
 from mingpt.weights import Pretrained
 
 
+def one_number(head: nn.Linear, hidden: Tensor) -> Tensor:
+    """The head's number for each hidden state, (B, T, C) -> (B, T), in fp32.
+
+    Half precision has too few digits for it: of two rewards around 8 that are 0.03 apart, bf16
+    makes the same number.
+    """
+    with torch.autocast(hidden.device.type, enabled=False):
+        number = F.linear(hidden.float(), head.weight.float(), head.bias.float())
+    return number.squeeze(-1)
+
+
 class ScalarModel(Pretrained, nn.Module):
     """GPT's trunk and a linear head to one number per position. The base of the two below."""
 
@@ -69,7 +80,7 @@ class ScalarModel(Pretrained, nn.Module):
         hidden = hidden_states(
             self.transformer, idx, attention_mask, prefix_length, rows_per_prompt
         )
-        return self.head(hidden).squeeze(-1)
+        return one_number(self.head, hidden)
 
 
 class ValueModel(ScalarModel):
@@ -95,7 +106,7 @@ class ValueHead(nn.Linear):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Hidden states (B, T, C) -> values (B, T)."""
-        return super().forward(hidden).squeeze(-1)
+        return one_number(self, hidden)
 
 
 class RewardModel(ScalarModel):
@@ -219,7 +230,13 @@ class ActorCritic(nn.Module):
                 idx[:, :-1], attention_mask[:, :-1], prefix_length, rows_per_prompt
             )
             return F.pad(values, (prefix_length, 0))
-        return self.value_model(idx[:, :-1], attention_mask[:, :-1])
+        values = self.value_model(idx[:, :-1], attention_mask[:, :-1])
+        if values.shape != idx[:, :-1].shape:
+            raise ValueError(
+                f"the value model returned shape {tuple(values.shape)} for idx of shape "
+                f"{tuple(idx[:, :-1].shape)}: it must give one value for each token, (B, T)"
+            )
+        return values
 
     def policy_states(
         self, idx: Tensor, attention_mask: Tensor, prefix_length: int, rows_per_prompt: int

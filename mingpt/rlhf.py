@@ -31,6 +31,7 @@ whose prompt has 2 tokens and is padded on the left. The second <eot> only fills
     rewards[t]         0     0     kl    kl    kl+score  0
 """
 
+import contextlib
 import copy
 import dataclasses
 import functools
@@ -47,12 +48,13 @@ from torch.nn import functional as F
 
 from mingpt import distributed
 from mingpt.checkpoint import get_rng_state, set_rng_state
-from mingpt.config import CfgNode as CN, check_numbers, documented
+from mingpt.config import CfgNode as CN, check_booleans, check_numbers, documented
 from mingpt.datasets import Prompts, end_token
 from mingpt.heads import ActorCritic, RewardModel, ValueHead, ValueModel, first_column
-from mingpt.model import GPT, last_real, stop_ids
+from mingpt.model import GPT, check_mask_values, last_real, stop_ids
 from mingpt.rewards import RewardError, RewardFn, Scores, TextReward, check_reward_fn, score
 from mingpt.trainer import Trainer
+from mingpt.utils import evaluation_mode
 
 __all__ = [
     "ALGORITHMS",
@@ -94,14 +96,21 @@ def masked(x: Tensor, mask: Tensor) -> Tensor:
     """x with zeros off the mask.
 
     The zeros are exact: NaN or infinity off the mask reaches neither a value nor a gradient.
+    ValueError unless the mask has x's shape; it holds 1 (or True) and 0 (or False).
     """
+    if mask.shape != x.shape:
+        raise ValueError(
+            f"the mask has shape {tuple(mask.shape)} and what it masks {tuple(x.shape)}: they must "
+            "be equal"
+        )
+    check_mask_values(mask)
     return torch.where(mask.bool(), x, torch.zeros_like(x))
 
 
 def masked_mean(x: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
     """Mean of x over the masked entries, of all or along dim; 0 where there are none."""
     total = masked(x, mask)
-    count = mask.to(x.dtype)
+    count = mask.bool().to(x.dtype)
     if dim is None:
         return total.sum() / count.sum().clamp(min=1)
     return total.sum(dim) / count.sum(dim).clamp(min=1)
@@ -244,7 +253,7 @@ def average(
 def average_denominator(mask: Tensor, loss_mean: str, max_new_tokens: int | None = None) -> float:
     """What `average` divides its sum by: tokens, completions, or completions · max_new_tokens."""
     if loss_mean == "token":
-        return float(mask.sum())
+        return float(mask.bool().sum())
     completions = float(mask.any(1).sum())
     if loss_mean == "sequence":
         return completions
@@ -338,8 +347,27 @@ def reward_loss(chosen: Tensor, rejected: Tensor, margin: float = 0.0) -> Tensor
     """Negative log-likelihood of comparisons under Bradley-Terry, on rewards.
 
         L = -mean log σ(r_chosen - r_rejected - margin)
+
+    chosen and rejected are (B,) each; or (B, 1) and (B, K), each chosen one against K rejected.
     """
+    check_pairs(chosen, rejected)
     return -F.logsigmoid(chosen - rejected - margin).mean()
+
+
+def check_pairs(chosen: Tensor, rejected: Tensor) -> None:
+    """ValueError unless chosen and rejected are (B,) both, or (B, 1) and (B, K).
+
+    Other shapes, (B,) and (B, 1) say, would silently be compared crosswise.
+    """
+    if chosen.shape == rejected.shape:
+        return
+    one_against_many = chosen.dim() == rejected.dim() == 2 and chosen.size(1) == 1
+    if one_against_many and chosen.size(0) == rejected.size(0):
+        return
+    raise ValueError(
+        f"chosen has shape {tuple(chosen.shape)} and rejected {tuple(rejected.shape)}: they must "
+        "be (B,) both, or (B, 1) and (B, K)"
+    )
 
 
 def dpo_loss(
@@ -375,6 +403,7 @@ def ipo_loss(
     The log-probs are sums over the completions' tokens. Unlike DPO's, this loss has its minimum at
     a finite h, so that certain preferences do not drive the policy ever further away.
     """
+    check_pairs(chosen_log_probs, rejected_log_probs)
     chosen_log_ratio = chosen_log_probs - ref_chosen_log_probs
     rejected_log_ratio = rejected_log_probs - ref_rejected_log_probs
     return ((chosen_log_ratio - rejected_log_ratio - 1 / (2 * beta)) ** 2).mean()
@@ -413,7 +442,10 @@ def comparison_scores(model: nn.Module, batch: tuple[Tensor, ...]) -> tuple[Tens
 
 
 def comparison_loss(
-    model: nn.Module, batch: tuple[Tensor, ...], centering: float = 0.0
+    model: nn.Module,
+    batch: tuple[Tensor, ...],
+    centering: float = 0.0,
+    dropout: bool = False,
 ) -> tuple[Tensor, dict]:
     """The Trainer's loss_fn for a RewardModel on batches of `Comparisons`: (loss, accuracy).
 
@@ -422,9 +454,13 @@ def comparison_loss(
     Bradley-Terry leaves the mean of each prompt's rewards free. The second term draws it to 0, so
     that rewards differ by how good the completions are and not by prompt (Eisenstein et al. 2023,
     arXiv:2312.09244). A centering of 0.01 is enough.
+
+    dropout: use the model's dropout. It is off by default, because it draws the completions of a
+    pair apart: even two equal texts would get different rewards, and a gradient.
     """
     check_numbers(CN(centering=centering), "centering")
-    chosen, rejected = comparison_scores(model, batch)
+    with contextlib.nullcontext() if dropout else evaluation_mode(model):
+        chosen, rejected = comparison_scores(model, batch)
     loss = reward_loss(chosen, rejected) + centering * (chosen + rejected).square().mean()
     accuracy = (chosen > rejected).float().mean()
     return loss, {"accuracy": accuracy}
@@ -438,6 +474,8 @@ class DPOLoss:
     beta: by default 0.1 for dpo and ipo, 2.0 for simpo.
     loss: dpo, ipo or simpo.
     gamma: the target margin of simpo.
+    dropout: use the policy's dropout. It is off by default: the reference has none, so that with it
+        the loss would not begin at log 2.
     """
 
     def __init__(
@@ -446,6 +484,7 @@ class DPOLoss:
         beta: float | None = None,
         loss: str = "dpo",
         gamma: float = 1.0,
+        dropout: bool = False,
     ):
         if loss not in ("dpo", "ipo", "simpo"):
             raise ValueError(f"loss={loss!r} must be dpo, ipo or simpo")
@@ -459,13 +498,15 @@ class DPOLoss:
         self.loss = loss
         self.beta = beta
         self.gamma = gamma
+        self.dropout = dropout
         self.reference: ActorCritic | None = None
         if ref_policy is not None:
             self.reference = ActorCritic(copy.deepcopy(ref_policy)).eval().requires_grad_(False)
 
     def __call__(self, model: nn.Module, batch: tuple[Tensor, ...]) -> tuple[Tensor, dict]:
         """(loss, accuracy): how often the chosen completion has the larger implicit reward."""
-        log_probs = completion_log_probs(model, batch)  # (B, K)
+        with contextlib.nullcontext() if self.dropout else evaluation_mode(model):
+            log_probs = completion_log_probs(model, batch)  # (B, K)
         chosen, rejected = log_probs[:, :1], log_probs[:, 1:]
         if self.reference is None:
             lengths = batch[2].sum(2)
@@ -817,11 +858,13 @@ class PPOTrainer(Trainer):
         )
 
         self.policy = policy
+        self.weights_are_fp32 = all(p.dtype == torch.float32 for p in policy.parameters())
         # The reward model and the reference are used as they are, without dropout.
         if isinstance(reward_fn, nn.Module):
             reward_fn.to(self.device).eval()
         self.ref_policy = copy.deepcopy(policy) if ref_policy is None else ref_policy
         self.ref_policy.to(self.device).eval().requires_grad_(False)
+        check_vocabularies(policy, self.ref_policy, value_model, reward_fn)
         self.ref_checksum = checksum(self.ref_policy)
         self.last_rollout: Rollout | None = None
 
@@ -958,7 +1001,7 @@ class PPOTrainer(Trainer):
         # The sampler knows log π of what it drew. But in half precision, sampling token by token
         # rounds differently from one pass over the whole row, as the update does it. There the
         # log-probs are computed anew, so that the ratio starts at 1.
-        if self.precision == "fp32":
+        if self.precision == "fp32" and self.weights_are_fp32:
             old_log_probs = F.pad(log_probs, (prefix_length, 0))  # (B, n) -> (B, T-1)
         else:
             old_log_probs = self.log_probs(
@@ -1282,14 +1325,14 @@ class PPOTrainer(Trainer):
     # -- batches, checkpoints and checks -----------------------------------------------------------
 
     def batch_indices(self) -> Iterator[list[int]]:
-        """The Trainer's batches; with groups, each of the first prompts group_size times.
+        """The Trainer's batches, of prompts; each prompt group_size times."""
+        for prompts in super().batch_indices():
+            yield [i for i in prompts for _ in range(self.choices.group_size)]
 
-        An epoch counts episodes, not prompts.
-        """
-        group_size = self.choices.group_size
-        for indices in super().batch_indices():
-            prompts = indices[: len(indices) // group_size]
-            yield [i for i in prompts for _ in range(group_size)]
+    @property
+    def examples_per_batch(self) -> int:
+        """Prompts per rollout. An epoch is a pass over all prompts."""
+        return self.config.batch_size // self.choices.group_size
 
     def state_dict(self) -> dict[str, Any]:
         """The Trainer's state, and the penalty's."""
@@ -1329,6 +1372,7 @@ class PPOTrainer(Trainer):
         check_numbers(config, "value_clip_range", "value_coef", "value_lr_ratio")
         check_numbers(config, "missing_eos_penalty")
         check_numbers(config, "temperature", low=1e-6)
+        check_booleans(config, "whiten_rewards", "shared_trunk")
         check_numbers(config, "gamma", "gae_lambda", high=1)
         check_numbers(config, "kl_target", "approxkl_max", low=1e-6, optional=True)
         check_numbers(config, "kl_horizon", low=config.batch_size)
@@ -1373,6 +1417,26 @@ class PPOTrainer(Trainer):
                 raise ValueError(
                     f"{described}do not fit into the reward model's block_size={reward_block_size}"
                 )
+
+
+def check_vocabularies(
+    policy: nn.Module, ref_policy: nn.Module, value_model: nn.Module | None, reward_fn: Any
+) -> None:
+    """ValueError if two models that read the same ids have vocabularies of different sizes."""
+    models = {"ref_policy": ref_policy, "value_model": value_model, "reward_fn": reward_fn}
+    size = vocabulary_size(policy)
+    for name, model in models.items():
+        other = vocabulary_size(model)
+        if None not in (size, other) and size != other:
+            raise ValueError(
+                f"the policy has a vocabulary of {size} tokens and {name} one of {other}: they "
+                "read the same ids, so it must be the same vocabulary"
+            )
+
+
+def vocabulary_size(model: Any) -> int | None:
+    """The number of tokens that a model knows, None where it does not say."""
+    return getattr(getattr(model, "config", None), "vocab_size", None)
 
 
 def check_kl_target(config: CN, choices: Algorithm) -> None:

@@ -41,12 +41,15 @@ from mingpt.checkpoint import (
     raise_signal,
     set_rng_state,
 )
-from mingpt.config import CfgNode as CN, check_numbers, documented
+from mingpt.config import CfgNode as CN, check_booleans, check_numbers, documented
 from mingpt.progress import Progress, console
 from mingpt.run_folder import RunFolder
 from mingpt.utils import adamw, keep_freed_memory, pick_device, pick_precision, set_seed
 
 logger = logging.getLogger("mingpt")
+
+# Metrics that the Trainer itself logs.
+OWN_METRICS = {"iter", "loss", "lr", "grad_norm", "tokens/s", "seconds"}
 
 EVENTS = ("on_train_begin", "on_batch_end", "on_evaluate", "on_log", "on_train_end")
 
@@ -71,7 +74,8 @@ class Trainer:
         default the loss is `model(*batch)[-1]`, as GPT returns it.
     collate_fn(items): makes a batch, a tuple of tensors, of a list of items (as for a DataLoader).
     weight_fn(batch): how much a part of a batch counts. The loss is a mean; where it is a mean over
-        tokens and not over examples, weight_fn must count these tokens.
+        tokens and not over examples, weight_fn must count these tokens. By default, the targets
+        that are not ignored are counted where the loss is the default one, else examples.
 
     Raises ValueError or TypeError for options or data that cannot be used, before training begins.
     """
@@ -123,7 +127,7 @@ class Trainer:
         self.valid_dataset = valid_dataset
         self.loss_fn = loss_fn or default_loss
         self.collate_fn = collate_fn
-        self.weight_fn = weight_fn or count_examples
+        self.weight_fn = weight_fn or (count_examples if loss_fn else count_targets)
         self.callbacks: dict[str, list[Callable]] = defaultdict(list)
 
         # Join the other processes, if torchrun has started any. Then check everything.
@@ -284,8 +288,13 @@ class Trainer:
             ends.append(self.config.max_iters)
         if self.config.epochs is not None:
             examples = self.config.epochs * len(self.train_dataset)
-            ends.append(math.ceil(examples / self.config.batch_size))
+            ends.append(math.ceil(examples / self.examples_per_batch))
         return min(ends, default=None)
+
+    @property
+    def examples_per_batch(self) -> int:
+        """Examples of the dataset that a batch takes, in all processes together."""
+        return self.config.batch_size
 
     # -- batches -----------------------------------------------------------------------------------
 
@@ -312,11 +321,10 @@ class Trainer:
 
         The examples come in pass after pass over the data, each pass in a new random order.
         """
-        batch_size = self.config.batch_size
-        examples_seen = self.iter_num * batch_size
+        examples_seen = self.iter_num * self.examples_per_batch
         examples = self.shuffled_examples(*divmod(examples_seen, len(self.train_dataset)))
         while True:
-            yield list(itertools.islice(examples, batch_size))
+            yield list(itertools.islice(examples, self.examples_per_batch))
 
     def shuffled_examples(self, epoch: int, done: int) -> Iterator[int]:
         """Dataset indices from the done-th of an epoch on. An epoch's order is that of its seed."""
@@ -393,7 +401,14 @@ class Trainer:
         """(loss, metrics) of a batch, in the precision that was asked for."""
         with self.autocast():
             result = self.loss_fn(model, batch)
-        return result if isinstance(result, tuple) else (result, {})
+        loss, metrics = result if isinstance(result, tuple) else (result, {})
+        taken = sorted(OWN_METRICS & metrics.keys())
+        if taken:
+            raise ValueError(
+                f"loss_fn returned metrics called {taken}, which the Trainer logs itself: give "
+                "them other names"
+            )
+        return loss, metrics
 
     def autocast(self) -> torch.autocast:
         """The context in which matrix products have the precision that was asked for."""
@@ -562,6 +577,7 @@ class Trainer:
             config, "max_iters", "micro_batch_size", *intervals, low=1, whole=True, optional=True
         )
         check_numbers(config, "num_workers", whole=True)
+        check_booleans(config, "compile", "tensorboard")
         rates = ("learning_rate", "lr_final_fraction")
         check_numbers(config, *rates, "warmup_iters", "eps", "weight_decay")
         check_numbers(config, "epochs", "grad_norm_clip", optional=True)
@@ -602,6 +618,16 @@ def default_loss(model: nn.Module, batch: tuple) -> Tensor:
 def count_examples(batch: tuple) -> int:
     """The weight of a part of a batch whose loss is a mean over examples."""
     return len(batch[0])
+
+
+def count_targets(batch: tuple) -> int:
+    """The weight of a part of a batch (x, y) of token ids, where y = -1 is ignored.
+
+    Other batches count by examples.
+    """
+    if len(batch) < 2 or batch[1].dtype != torch.long or batch[1].shape != batch[0].shape:
+        return count_examples(batch)
+    return int((batch[1] != -1).sum())
 
 
 def check_event(onevent: str) -> None:

@@ -4,12 +4,14 @@ Small helpers: seeds, devices, AdamW's parameter groups, memory, and what script
 minGPT's scripts import set_seed, setup_logging and CfgNode from here, and still can.
 """
 
+import contextlib
 import ctypes
 import importlib
 import logging
 import random
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -31,8 +33,18 @@ def set_seed(seed: int) -> None:
 
 
 def pick_device(device: str = "auto") -> torch.device:
-    """The device of that name; 'auto' is cuda where there is one, else mps, else cpu."""
+    """The device of that name; 'auto' is cuda where there is one, else mps, else cpu.
+
+    ValueError for a name that PyTorch does not know, or a device that this machine does not have.
+    """
     if device != "auto":
+        try:
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError, NotImplementedError) as error:
+            raise ValueError(
+                f"device={device!r} cannot be used here ({str(error).splitlines()[0]}): choose "
+                "cpu, or auto for the best that there is"
+            ) from None
         return torch.device(device)
     if torch.cuda.is_available():
         return torch.device("cuda")
@@ -107,6 +119,21 @@ def keep_freed_memory() -> None:
     if mallopt:
         mallopt(-4, 0)  # M_MMAP_MAX: no block becomes a mapping of its own
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the end of the heap stays
+
+
+@contextlib.contextmanager
+def evaluation_mode(module: object) -> Iterator[None]:
+    """Within, a module is in evaluation mode, without dropout. Other things are left as they are.
+    """
+    if not isinstance(module, torch.nn.Module):
+        yield
+        return
+    was_training = module.training
+    module.eval()
+    try:
+        yield
+    finally:
+        module.train(was_training)
 
 
 def peak_memory_mb() -> float | None:
