@@ -36,6 +36,7 @@ import copy
 import dataclasses
 import functools
 import math
+import numbers
 import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -309,12 +310,18 @@ def clip_bounds(clip_range: float | Sequence[float]) -> tuple[float, float]:
 
     ValueError for anything else than one or two numbers from 0 on.
     """
-    bounds = (clip_range, clip_range) if isinstance(clip_range, (int, float)) else tuple(clip_range)
-    if len(bounds) != 2 or not all(0 <= bound < math.inf for bound in bounds):
+    bounds = tuple(clip_range) if isinstance(clip_range, Sequence) else (clip_range, clip_range)
+    if len(bounds) != 2 or not all(is_bound(bound) for bound in bounds):
         raise ValueError(
             f"clip_range={clip_range!r} must be a number from 0 on, or two: (below, above)"
         )
     return bounds
+
+
+def is_bound(value: Any) -> bool:
+    """Whether value is a number from 0 on, which infinity, NaN, True and False are not."""
+    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    return is_number and 0 <= value < math.inf
 
 
 def value_loss(
@@ -473,7 +480,7 @@ class DPOLoss:
         copy is kept. SimPO has no reference: pass None.
     beta: by default 0.1 for dpo and ipo, 2.0 for simpo.
     loss: dpo, ipo or simpo.
-    gamma: the target margin of simpo.
+    gamma: the target margin of simpo, by default 1.0; the others have none.
     dropout: use the policy's dropout. It is off by default: the reference has none, so that with it
         the loss would not begin at log 2.
     """
@@ -483,7 +490,7 @@ class DPOLoss:
         ref_policy: nn.Module | None,
         beta: float | None = None,
         loss: str = "dpo",
-        gamma: float = 1.0,
+        gamma: float | None = None,
         dropout: bool = False,
     ):
         if loss not in ("dpo", "ipo", "simpo"):
@@ -492,9 +499,14 @@ class DPOLoss:
             raise ValueError("loss='simpo' has no use for a reference policy: pass None")
         if loss != "simpo" and ref_policy is None:
             raise ValueError(f"loss={loss!r} needs a reference policy, not None")
+        if loss != "simpo" and gamma is not None:
+            raise ValueError(f"loss={loss!r} has no margin gamma={gamma!r}: leave it out")
         if beta is None:
             beta = 2.0 if loss == "simpo" else 0.1
-        check_numbers(CN(beta=beta, gamma=gamma), "beta", "gamma")
+        if gamma is None:
+            gamma = 1.0
+        check_numbers(CN(beta=beta), "beta", low=1e-6)
+        check_numbers(CN(gamma=gamma), "gamma")
         self.loss = loss
         self.beta = beta
         self.gamma = gamma
@@ -1352,12 +1364,8 @@ class PPOTrainer(Trainer):
     @classmethod
     def effective_options(cls, options: dict[str, Any]) -> dict[str, Any]:
         """The options, with defaults for missing ones and the row's choices in place of None."""
-        options = dict(options)
-        # Checkpoints from before there was a table have `baseline` in place of whiten_advantages,
-        # and REINFORCE ignored their ppo_epochs.
-        baseline = options.pop("baseline", None)
-        if baseline is not None and options["algorithm"] == "reinforce":
-            options |= {"whiten_advantages": baseline, "ppo_epochs": None}
+        if "baseline" in options:
+            options = options_before_the_table(options)
         options = super().effective_options(options)
         row = ALGORITHMS[options["algorithm"]]
         return options | {name: getattr(row, name) for name in CHOICES if options[name] is None}
@@ -1437,6 +1445,20 @@ def check_vocabularies(
 def vocabulary_size(model: Any) -> int | None:
     """The number of tokens that a model knows, None where it does not say."""
     return getattr(getattr(model, "config", None), "vocab_size", None)
+
+
+def options_before_the_table(options: dict[str, Any]) -> dict[str, Any]:
+    """The options of a checkpoint from before there was a table of algorithms, in today's terms.
+
+    All losses were means over tokens then. REINFORCE had `baseline` in place of whiten_advantages,
+    and took one step on each rollout, whatever ppo_epochs and minibatch_size were.
+    """
+    translated = dict(options)
+    baseline = translated.pop("baseline")
+    translated["loss_mean"] = "token"
+    if translated["algorithm"] == "reinforce":
+        translated |= {"whiten_advantages": baseline, "ppo_epochs": None, "minibatch_size": None}
+    return translated
 
 
 def check_kl_target(config: CN, choices: Algorithm) -> None:
