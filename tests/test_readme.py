@@ -8,7 +8,7 @@ import torch
 from mingpt.rlhf import PPOTrainer
 from mingpt.utils import set_seed
 from tests.common import ROOT, tiny_gpt
-from tests.test_rlhf import ppo_trainer
+from tests.test_ppo import ppo_trainer
 
 
 def read(name):
