@@ -103,7 +103,10 @@ class TestMasks(TempDirTestCase):
 
     def test_one_of_several_stop_tokens_is_no_missing_end(self):
         _, r = rollout(
-            tiny_gpt(), stop_token=[0, 7], missing_eos_penalty=2.0, reward=lambda idx, *_: idx[:, 0] * 0
+            tiny_gpt(),
+            stop_token=[0, 7],
+            missing_eos_penalty=2.0,
+            reward=lambda idx, *_: idx[:, 0] * 0,
         )
         torch.testing.assert_close(r.scores, torch.where(r.ended, 0.0, -2.0))
 

@@ -1,9 +1,10 @@
-"""The training loop: what a batch is, the optimizer's step, the schedule, resuming, stopping, refusing."""
+"""The training loop: batches, the optimizer's step, the schedule, resuming, stopping, refusals."""
 
 import itertools
 import json
 import math
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -13,29 +14,35 @@ from unittest import mock
 import torch
 from torch.utils.data import TensorDataset
 
+from mingpt.config import CfgNode as CN
 from mingpt.model import GPT
 from mingpt.run_folder import read_metrics
 from mingpt.trainer import Trainer
-from mingpt.config import CfgNode as CN
 from mingpt.utils import set_seed, setup_logging
 from tests.common import ROOT, TempDirTestCase, timeless, tiny_gpt
 
 
 def config(**options):
-    C = Trainer.get_default_config()
-    C.merge_from_dict({"device": "cpu", "batch_size": 4, "max_iters": 6, "learning_rate": 1e-2, "log_every": 1, **options})
-    return C
+    """A few short iterations on the CPU."""
+    defaults = Trainer.get_default_config()
+    base = {"device": "cpu", "batch_size": 4, "max_iters": 6, "learning_rate": 1e-2, "log_every": 1}
+    defaults.merge_from_dict({**base, **options})
+    return defaults
 
 
 def tokens(n=10):
+    """n examples (x, y) of five tokens."""
     x = torch.randint(11, (n, 6), generator=torch.Generator().manual_seed(7))
     return TensorDataset(x[:, :-1], x[:, 1:])
 
 
 def train(model=None, data=None, valid=None, weight_fn=None, **options):
     """A trainer that has run, and the loss of each of its iterations."""
-    trainer, losses = Trainer(config(**options), model or tiny_gpt(), data or tokens(), valid, weight_fn=weight_fn), []
-    trainer.add_callback("on_batch_end", lambda t: losses.append(t.loss.item()))
+    losses = []
+    trainer = Trainer(
+        config(**options), model or tiny_gpt(), data or tokens(), valid, weight_fn=weight_fn
+    )
+    trainer.add_callback("on_batch_end", lambda trainer: losses.append(trainer.loss.item()))
     trainer.run()
     return trainer, losses
 
@@ -44,31 +51,53 @@ def weights(model):
     return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
-class TestLoop(TempDirTestCase):
-    def test_every_pass_sees_each_example_once_and_batches_depend_on_seed_and_number_alone(self):
-        def batches(seed, start, n):
-            trainer = Trainer(config(), tiny_gpt(seed), tokens(10))
-            trainer.iter_num = start
-            return list(itertools.islice(trainer.batch_indices(), n))
+class TestBatches(TempDirTestCase):
+    def batches(self, seed, start, n):
+        """n lists of indices from batch number start on."""
+        trainer = Trainer(config(), tiny_gpt(seed), tokens(10))
+        trainer.iter_num = start
+        return list(itertools.islice(trainer.batch_indices(), n))
 
-        all_of_them = batches(1, 0, 15)
-        self.assertEqual({len(batch) for batch in all_of_them}, {4})
-        flat = sum(all_of_them, [])
+    def test_every_pass_sees_each_example_once(self):
+        batches = self.batches(seed=1, start=0, n=15)
+        self.assertEqual({len(batch) for batch in batches}, {4})
+        examples = list(itertools.chain(*batches))
         for start in range(0, 60, 10):
-            self.assertEqual(sorted(flat[start:start + 10]), list(range(10)))
-        self.assertNotEqual(flat[:10], flat[10:20])
-        self.assertEqual(batches(1, 7, 3), all_of_them[7:10])
-        self.assertNotEqual(batches(2, 0, 15), all_of_them)
+            self.assertEqual(sorted(examples[start : start + 10]), list(range(10)))
+        self.assertNotEqual(examples[:10], examples[10:20])
 
+    def test_a_batch_depends_on_seed_and_number_alone(self):
+        batches = self.batches(seed=1, start=0, n=15)
+        self.assertEqual(self.batches(seed=1, start=7, n=3), batches[7:10])
+        self.assertNotEqual(self.batches(seed=2, start=0, n=15), batches)
+
+    def test_a_batch_must_be_a_tuple_of_tensors(self):
+        dicts = [{"x": torch.ones(3)}] * 4
+        self.assertRaisesRegex(TypeError, "equally long tensors, not dict", train, None, dicts)
+
+    def test_its_tensors_must_be_equally_long(self):
+        trainer = Trainer(
+            config(), tiny_gpt(), tokens(), collate_fn=lambda items: (torch.ones(4), torch.ones(3))
+        )
+        self.assertRaisesRegex(TypeError, r"not of \[\(4,\), \(3,\)\]", trainer.run)
+
+
+class TestStep(TempDirTestCase):
     def test_the_step_is_that_of_a_bare_loop(self):
-        (trainer, seen), model, losses = train(grad_norm_clip=0.5, weight_decay=0.3, eps=1e-3), tiny_gpt(), []
-        groups = [{"params": [p], "weight_decay": 0.3 * (p.dim() == 2 and ".h." in name)} for name, p in model.named_parameters()]
+        trainer, seen = train(grad_norm_clip=0.5, weight_decay=0.3, eps=1e-3)
+        model = tiny_gpt()
+        groups = []
+        for name, p in model.named_parameters():
+            decays = p.dim() == 2 and ".h." in name
+            groups.append({"params": [p], "weight_decay": 0.3 if decays else 0.0})
         optimizer = torch.optim.AdamW(groups, 1e-2, (0.9, 0.95), eps=1e-3)
-        for _, batch in zip(range(6), Trainer(config(), tiny_gpt(), tokens()).batches()):
+        losses = []
+        batches = Trainer(config(), tiny_gpt(), tokens()).batches()
+        for batch in itertools.islice(batches, 6):
             loss = model(*batch)[1]
             gradients = torch.autograd.grad(loss, list(model.parameters()))
             norm = torch.cat([gradient.flatten() for gradient in gradients]).norm()
-            for p, gradient in zip(model.parameters(), gradients):
+            for p, gradient in zip(model.parameters(), gradients, strict=True):
                 p.grad = gradient * min(1.0, 0.5 / (norm + 1e-6))
             optimizer.step()
             losses.append(loss.item())
@@ -76,67 +105,60 @@ class TestLoop(TempDirTestCase):
         torch.testing.assert_close(torch.tensor(seen), torch.tensor(losses), atol=5e-5, rtol=0)
         self.assertLess(losses[-1], losses[0])
 
-    def test_micro_batches_add_up_to_the_batch_by_what_the_loss_is_a_mean_over(self):
+    def check_micro_batches(self, x, targets, weight_fn=None):
+        """The size of the micro-batches changes neither the weights nor the evaluation."""
+        data = TensorDataset(x, targets)
+        options = {"batch_size": 8, "max_iters": 3, "eps": 1e-3}
+        whole, _ = train(None, data, data, weight_fn, **options)
+        for size in (3, 1):
+            trainer, _ = train(None, data, data, weight_fn, micro_batch_size=size, **options)
+            expected = weights(whole.model)
+            torch.testing.assert_close(weights(trainer.model), expected, atol=1e-5, rtol=0)
+        for size in (None, 3, 1):
+            trainer, _ = train(None, data, data, weight_fn, micro_batch_size=size, **options)
+            loss = trainer.model(x, targets)[1].item()
+            self.assertAlmostEqual(trainer.evaluate(), loss, places=5)
+
+    def test_micro_batches_add_up_to_the_batch(self):
+        self.check_micro_batches(*tokens(8).tensors)
+
+    def test_micro_batches_add_up_by_what_the_loss_is_a_mean_over(self):
         x, y = tokens(8).tensors
-        gaps = y.clone()
-        gaps[::2, 1:] = -1
-        gaps[3] = -1  # nothing to learn here: alone in its part, its mean is NaN
-        for targets, weight_fn in ((y, None), (gaps, lambda batch: int((batch[1] != -1).sum()))):
-            data, whole = TensorDataset(x, targets), None
-            for size in (None, 3, 1):  # of the parts that a batch is split into
-                trainer, _ = train(None, data, data, weight_fn, batch_size=8, micro_batch_size=size, max_iters=3, eps=1e-3)
-                whole = weights(trainer.model) if size is None else whole
-                torch.testing.assert_close(weights(trainer.model), whole, atol=1e-5, rtol=0)
-                self.assertAlmostEqual(trainer.evaluate(), trainer.model(x, targets)[1].item(), places=5)
-
-    def test_schedules(self):
-        quarter = 0.1 + 0.9 * (1 + math.cos(math.pi / 4)) / 2
-        for schedule, rates in (("constant", (1.0, 1.0, 1.0)), ("linear", (0.775, 0.55, 0.1)), ("cosine", (quarter, 0.55, 0.1))):
-            trainer = Trainer(config(lr_schedule=schedule, warmup_iters=10, max_iters=110, lr_final_fraction=0.1), tiny_gpt(), tokens())
-            for i, rate in zip((0, 9, 35, 60, 110), (0.1, 1.0, *rates)):  # never 0: a step that does nothing is no step
-                trainer.iter_num = i
-                self.assertAlmostEqual(trainer.learning_rate() / 1e-2, rate)
-
-    def test_stop_rules(self):
-        for max_iters, epochs, iterations in ((3, None, 3), (None, 3, 8), (4, 9, 4)):
-            self.assertEqual(train(data=tokens(10), max_iters=max_iters, epochs=epochs)[0].iter_num, iterations)
-
-    def test_callbacks_loss_fn_and_evaluation(self):
-        loss_fn = lambda model, batch: (model(*batch)[1], {"twice": 2 * model(*batch)[1].detach()})
-        seen, model, valid = [], tiny_gpt(), tokens(7)
-        trainer = Trainer(config(work_dir=str(self.folder), eval_every=2), model, tokens(), valid, loss_fn=loss_fn)
-        trainer.add_callback("on_batch_end", lambda t: seen.append((t.iter_num, t.loss.item())))
-        trainer.run()
-        rows = read_metrics(self.folder / "metrics.jsonl")
-        self.assertEqual([i for i, _ in seen], list(range(6)))
-        self.assertEqual([row["iter"] for row in rows], list(range(1, 7)))
-        for (_, loss), row in zip(seen, rows):
-            self.assertAlmostEqual(row["loss"], loss)
-            self.assertAlmostEqual(row["twice"], 2 * loss, places=5)
-            self.assertLessEqual({"lr", "grad_norm", "seconds"}, row.keys())
-        evaluated = {row["iter"]: row["valid_loss"] for row in rows if "valid_loss" in row}
-        self.assertEqual(list(evaluated), [2, 4, 6])
-        self.assertAlmostEqual(trainer.valid_loss, sum(model(x[None], y[None])[1].item() for x, y in valid) / 7, places=5)
-        self.assertEqual(trainer.best_valid_loss, min(evaluated.values()))
-        self.assertTrue((self.folder / "best.pt").exists())
-
-    def test_mixed_precision(self):
-        losses = {precision: torch.tensor(train(precision=precision)[1]) for precision in ("fp32", "bf16", "fp16", "auto")}
-        for precision in ("bf16", "fp16"):
-            self.assertFalse(torch.equal(losses[precision], losses["fp32"]))
-            torch.testing.assert_close(losses[precision], losses["fp32"], atol=0.05, rtol=0)
-        self.assertTrue(torch.equal(losses["auto"], losses["fp32"]))  # never bf16 on a CPU by itself
+        y = y.clone()
+        y[::2, 1:] = -1
+        y[3] = -1  # nothing to learn here: alone in its micro-batch, its mean is NaN
+        self.check_micro_batches(x, y, lambda batch: int((batch[1] != -1).sum()))
 
     def test_a_gradient_that_overflows_in_fp16_skips_the_step_and_lowers_the_scale(self):
         model, seen = tiny_gpt(), []
-        trainer = Trainer(config(precision="fp16", max_iters=3), model, tokens(),
-                          loss_fn=lambda model, batch: model(*batch)[1] * (1e38 if trainer.iter_num == 1 else 1.0))
-        trainer.add_callback("on_batch_end", lambda t: seen.append((weights(model), trainer.scaler.get_scale())))
+
+        def loss_fn(model, batch):
+            overflows = trainer.iter_num == 1
+            return model(*batch)[1] * (1e38 if overflows else 1.0)
+
+        trainer = Trainer(
+            config(precision="fp16", max_iters=3), model, tokens(), loss_fn=loss_fn
+        )
+        trainer.add_callback(
+            "on_batch_end", lambda t: seen.append((weights(model), trainer.scaler.get_scale()))
+        )
         trainer.run()
         (first, scale), (second, lowered), (third, _) = seen
         self.assertTrue(torch.equal(first, second))
         self.assertEqual(lowered, scale / 2)
         self.assertFalse(torch.equal(second, third))
+
+    def test_mixed_precision_is_nearly_the_same_run(self):
+        _, exact = train(precision="fp32")
+        for precision in ("bf16", "fp16"):
+            _, losses = train(precision=precision)
+            self.assertNotEqual(losses, exact)
+            torch.testing.assert_close(
+                torch.tensor(losses), torch.tensor(exact), atol=0.05, rtol=0
+            )
+
+    def test_auto_is_never_bf16_on_a_cpu(self):
+        self.assertEqual(train(precision="auto")[1], train(precision="fp32")[1])
 
     def test_compiled_it_is_the_same_run(self):
         outcomes = []
@@ -146,85 +168,216 @@ class TestLoop(TempDirTestCase):
             self.assertEqual(set(trainer.model.state_dict()), set(tiny_gpt().state_dict()))
         torch.testing.assert_close(*outcomes, atol=1e-4, rtol=0)
 
+
+class TestSchedule(TempDirTestCase):
+    def test_schedules(self):
+        quarter = 0.1 + 0.9 * (1 + math.cos(math.pi / 4)) / 2  # of a cosine's way down
+        rates = {
+            "constant": (0.1, 1.0, 1.0, 1.0, 1.0),
+            "linear": (0.1, 1.0, 0.775, 0.55, 0.1),
+            "cosine": (0.1, 1.0, quarter, 0.55, 0.1),
+        }
+        for schedule, expected in rates.items():
+            options = {"warmup_iters": 10, "max_iters": 110, "lr_final_fraction": 0.1}
+            trainer = Trainer(config(lr_schedule=schedule, **options), tiny_gpt(), tokens())
+            # The first rate is not 0: a step that does nothing is no step.
+            for i, rate in zip((0, 9, 35, 60, 110), expected, strict=True):
+                trainer.iter_num = i
+                self.assertAlmostEqual(trainer.learning_rate() / 1e-2, rate)
+
+    def test_stop_rules(self):
+        for max_iters, epochs, iterations in ((3, None, 3), (None, 3, 8), (4, 9, 4)):
+            trainer, _ = train(data=tokens(10), max_iters=max_iters, epochs=epochs)
+            self.assertEqual(trainer.iter_num, iterations)
+
+
+class TestCallbacksAndMetrics(TempDirTestCase):
+    def setUp(self):
+        super().setUp()
+
+        def loss_fn(model, batch):
+            loss = model(*batch)[1]
+            return loss, {"twice": 2 * loss.detach()}
+
+        self.valid = tokens(7)
+        self.model = tiny_gpt()
+        self.seen = []
+        options = {"work_dir": str(self.folder), "eval_every": 2}
+        self.trainer = Trainer(
+            config(**options), self.model, tokens(), self.valid, loss_fn=loss_fn
+        )
+        self.trainer.add_callback(
+            "on_batch_end", lambda t: self.seen.append((t.iter_num, t.loss.item()))
+        )
+        self.trainer.run()
+        self.rows = read_metrics(self.folder / "metrics.jsonl")
+
+    def test_callbacks_see_the_number_of_the_iteration(self):
+        self.assertEqual([i for i, _ in self.seen], list(range(6)))
+
+    def test_a_row_for_each_iteration(self):
+        self.assertEqual([row["iter"] for row in self.rows], list(range(1, 7)))
+        for (_, loss), row in zip(self.seen, self.rows, strict=True):
+            self.assertAlmostEqual(row["loss"], loss)
+            self.assertAlmostEqual(row["twice"], 2 * loss, places=5)
+            self.assertLessEqual({"lr", "grad_norm", "seconds"}, row.keys())
+
+    def test_the_validation_loss_is_the_mean_over_the_examples(self):
+        losses = [self.model(x[None], y[None])[1].item() for x, y in self.valid]
+        self.assertAlmostEqual(self.trainer.valid_loss, sum(losses) / 7, places=5)
+
+    def test_evaluations_are_logged_and_the_best_weights_kept(self):
+        evaluated = {row["iter"]: row["valid_loss"] for row in self.rows if "valid_loss" in row}
+        self.assertEqual(list(evaluated), [2, 4, 6])
+        self.assertEqual(self.trainer.best_valid_loss, min(evaluated.values()))
+        self.assertTrue((self.folder / "best.pt").exists())
+
+    def test_metrics_of_the_loss_fn_are_evaluated_too(self):
+        for row in self.rows:
+            self.assertEqual("valid_loss" in row, "valid_twice" in row)
+            if "valid_loss" in row:
+                self.assertAlmostEqual(row["valid_twice"], 2 * row["valid_loss"], places=5)
+
+    def test_an_event_that_never_happens_is_refused(self):
+        for add in (self.trainer.add_callback, self.trainer.set_callback):
+            self.assertRaisesRegex(ValueError, "on_step_end", add, "on_step_end", print)
+
+    def test_set_callback_takes_the_place_of_all_others(self):
+        calls = []
+        trainer = Trainer(config(max_iters=1), tiny_gpt(), tokens())
+        trainer.add_callback("on_batch_end", lambda trainer: calls.append("first"))
+        trainer.set_callback("on_batch_end", lambda trainer: calls.append("second"))
+        trainer.run()
+        self.assertEqual(calls, ["second"])
+
+
+class TestOutput(TempDirTestCase):
     def test_tensorboard_holds_the_same_rows_and_survives_a_resume(self):
         from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
         for iterations in (4, 6):
             train(work_dir=str(self.folder), max_iters=iterations, tensorboard=True)
         events = EventAccumulator(str(self.folder))
         events.Reload()
         for name in ("loss", "lr", "grad_norm"):
-            rows = {row["iter"]: row[name] for row in read_metrics(self.folder / "metrics.jsonl")}
-            self.assertEqual([event.step for event in events.Scalars(name)], [1, 2, 3, 4, 5, 6])
-            torch.testing.assert_close({event.step: event.value for event in events.Scalars(name)}, rows, atol=1e-6, rtol=1e-6)
+            rows = read_metrics(self.folder / "metrics.jsonl")
+            expected = {row["iter"]: row[name] for row in rows}
+            found = {event.step: event.value for event in events.Scalars(name)}
+            self.assertEqual(
+                [event.step for event in events.Scalars(name)], [1, 2, 3, 4, 5, 6]
+            )
+            torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6)
 
     def test_the_interface_that_adder_and_chargpt_use(self):
         C = CN()
         C.system = CN(seed=3407, work_dir=str(self.folder / "out"))
-        C.model, C.trainer = GPT.get_default_config(), Trainer.get_default_config()
-        C.model.model_type, C.model.vocab_size, C.model.block_size = "gpt-nano", 11, 5
+        C.model = GPT.get_default_config()
+        C.model.model_type = "gpt-nano"
+        C.model.vocab_size = 11
+        C.model.block_size = 5
+        C.trainer = Trainer.get_default_config()
         C.trainer.learning_rate = 5e-4
-        C.merge_from_args(["--trainer.max_iters=3", "--trainer.batch_size=4", "--trainer.device=cpu"])
-        with mock.patch("mingpt.utils.log_to_console"):  # not for the other tests as well
+        C.merge_from_args(
+            ["--trainer.max_iters=3", "--trainer.batch_size=4", "--trainer.device=cpu"]
+        )
+        with mock.patch("mingpt.utils.log_to_console"):  # or all other tests would log as well
             setup_logging(C)
         set_seed(C.system.seed)
-        self.assertEqual(json.loads((self.folder / "out" / "config.json").read_text())["trainer"]["max_iters"], 3)
+        saved = json.loads((self.folder / "out" / "config.json").read_text(encoding="utf-8"))
+        self.assertEqual(saved["trainer"]["max_iters"], 3)
+
         model, seen = GPT(C.model), []
         trainer = Trainer(C.trainer, model, tokens())
+
         def batch_end_callback(trainer):
             model.eval()
             x = torch.tensor([[1, 2]]).to(trainer.device)
-            seen.append((trainer.iter_num, trainer.iter_dt > 0, trainer.loss.item() > 0, model.generate(x, 6, do_sample=True, top_k=10)))
+            y = model.generate(x, 6, do_sample=True, top_k=10)  # past block_size, too
+            seen.append((trainer.iter_num, trainer.iter_dt, trainer.loss.item(), y))
             model.train()
 
         trainer.set_callback("on_batch_end", batch_end_callback)
         trainer.run()
-        self.assertEqual([row[:3] for row in seen], [(i, True, True) for i in range(3)])
-        self.assertTrue(all(row[3].shape == (1, 8) for row in seen))  # past block_size, too
+        self.assertEqual([i for i, *_ in seen], [0, 1, 2])
+        for _, seconds, loss, y in seen:
+            self.assertGreater(seconds, 0)
+            self.assertGreater(loss, 0)
+            self.assertEqual(y.shape, (1, 8))
 
 
 class TestResume(TempDirTestCase):
     def train(self, name, max_iters, **options):
-        model = tiny_gpt(3, embd_pdrop=0.2, resid_pdrop=0.2, attn_pdrop=0.2)  # dropout: random states matter
-        train(model, valid=tokens(5), work_dir=str(self.folder / name), max_iters=max_iters, eval_every=3, **options)
-        return weights(model), timeless(self.folder / name)
+        """Train with dropout, so that the random states matter."""
+        model = tiny_gpt(3, embd_pdrop=0.2, resid_pdrop=0.2, attn_pdrop=0.2)
+        folder = self.folder / name
+        options = {"work_dir": str(folder), "max_iters": max_iters, "eval_every": 3, **options}
+        train(model, valid=tokens(5), **options)
+        return weights(model), timeless(folder)
 
     def test_an_interrupted_run_ends_as_one_that_was_left_alone(self):
-        (self.folder / "parts").mkdir()  # of a run that died before its first checkpoint
-        (self.folder / "parts" / "metrics.jsonl").write_text('{"iter": 1, "loss": 9.0}\n{"iter": 2, "lo')
+        # The folder of a run that died before its first checkpoint.
+        (self.folder / "parts").mkdir()
+        leftovers = '{"iter": 1, "loss": 9.0}\n{"iter": 2, "lo'
+        (self.folder / "parts" / "metrics.jsonl").write_text(leftovers, encoding="utf-8")
         for until in (3, 6, 12, 12):  # the last time it is finished already, and left as it is
             parts, rows_of_parts = self.train("parts", until)
         whole, rows = self.train("whole", 12)
         self.assertTrue(torch.equal(whole, parts))
         self.assertEqual(rows, rows_of_parts)
 
-    def test_other_options_are_refused_and_another_end_where_the_schedule_hangs_on_it(self):
+    def test_other_options_are_refused(self):
         self.train("constant", 3)
-        self.assertRaisesRegex(ValueError, "learning_rate was 0.01, is 0.5", self.train, "constant", 6, learning_rate=0.5)
+        message = "learning_rate was 0.01, is 0.5"
+        with self.assertRaisesRegex(ValueError, message):
+            self.train("constant", 6, learning_rate=0.5)
+
+    def test_another_end_is_refused_where_the_schedule_depends_on_it(self):
         self.train("linear", 4, lr_schedule="linear")
-        self.assertRaisesRegex(ValueError, "max_iters was 4, is 8", self.train, "linear", 8, lr_schedule="linear")
+        with self.assertRaisesRegex(ValueError, "max_iters was 4, is 8"):
+            self.train("linear", 8, lr_schedule="linear")
+
+    def test_an_option_that_the_checkpoint_lacks_counts_as_its_default(self):
+        self.train("old", 3)
+        path = self.folder / "old" / "checkpoint.pt"
+        state = torch.load(path, weights_only=True)
+        del state["config"]["weight_decay"], state["config"]["compile"]
+        torch.save(state, path)
+        resumed, _ = self.train("old", 6)
+        whole, _ = self.train("whole", 6)
+        self.assertTrue(torch.equal(resumed, whole))
 
     def test_killed_at_any_moment(self):
-        # a process that has done nothing but import forks the runs: twenty starts at the price of one
+        # A process that has done nothing but import forks the runs: twenty starts cost like one.
         script = textwrap.dedent("""
             import multiprocessing, pathlib, random, sys, time
             from tests.test_trainer import config, tokens, Trainer, tiny_gpt
 
             def train(folder):
-                C = config(work_dir=str(folder), max_iters=400, checkpoint_every=1, eval_every=3)
-                Trainer(C, tiny_gpt(3, resid_pdrop=0.2), tokens(), tokens(5)).run()
+                options = {"work_dir": str(folder), "max_iters": 400}
+                often = {"checkpoint_every": 1, "eval_every": 3}
+                model = tiny_gpt(3, resid_pdrop=0.2)
+                Trainer(config(**options, **often), model, tokens(), tokens(5)).run()
 
             def start(folder):
-                process = multiprocessing.get_context("fork").Process(target=train, args=(folder,))
+                context = multiprocessing.get_context("fork")
+                process = context.Process(target=train, args=(folder,))
                 process.start()
                 return process
 
+            def written():
+                return checkpoint.exists() and checkpoint.stat().st_ino
+
             folder = pathlib.Path(sys.argv[1])
             start(folder / "whole").join()
-            checkpoint, moment, kills = folder / "parts" / "checkpoint.pt", random.Random(7), 0
-            written = lambda: checkpoint.exists() and checkpoint.stat().st_ino
+            checkpoint = folder / "parts" / "checkpoint.pt"
+            moment = random.Random(7)
+            kills = 0
             for _ in range(20):
-                before, deadline, process = written(), time.time() + 20, start(folder / "parts")
-                while process.is_alive() and time.time() < deadline and written() == before:  # until it has written something new
+                before = written()
+                deadline = time.time() + 20
+                process = start(folder / "parts")
+                # Wait until it has written something new, and then a random moment more.
+                while process.is_alive() and time.time() < deadline and written() == before:
                     pass
                 time.sleep(moment.uniform(0, 0.05))
                 process.kill()
@@ -233,50 +386,114 @@ class TestResume(TempDirTestCase):
             start(folder / "parts").join()
             print(kills)
         """)
-        run = subprocess.run([sys.executable, "-c", script, str(self.folder)], cwd=ROOT, capture_output=True, text=True)
+        command = [sys.executable, "-c", script, str(self.folder)]
+        run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         self.assertEqual(run.stdout.split()[-1:], ["20"], run.stderr)
-        runs = self.folder / "parts", self.folder / "whole"
-        torch.testing.assert_close(*(torch.load(run / "checkpoint.pt", weights_only=True)["model"] for run in runs), atol=0, rtol=0)
-        self.assertEqual(*map(timeless, runs))
-
-    def test_ctrl_c_and_sigterm_finish_the_iteration_and_save(self):
-        for number, error in ((signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)):
-            model, folder = tiny_gpt(), self.folder / number.name
-            trainer = Trainer(config(work_dir=str(folder), max_iters=50), model, tokens())
-            trainer.add_callback("on_batch_end", lambda t: t.iter_num == 4 and os.kill(os.getpid(), number))
-            with self.assertRaises(error) as raised:
-                trainer.run()
-            self.assertEqual(getattr(raised.exception, "code", 143), 143)
-            state = torch.load(folder / "checkpoint.pt", weights_only=True)
-            self.assertEqual(state["iter_num"], 5)
-            self.assertTrue(torch.equal(state["model"]["lm_head.weight"], model.lm_head.weight))
+        parts, whole = self.folder / "parts", self.folder / "whole"
+        torch.testing.assert_close(
+            torch.load(parts / "checkpoint.pt", weights_only=True)["model"],
+            torch.load(whole / "checkpoint.pt", weights_only=True)["model"],
+            atol=0,
+            rtol=0,
+        )
+        self.assertEqual(timeless(parts), timeless(whole))
 
 
-class TestRefusals(TempDirTestCase):
+class TestSignals(TempDirTestCase):
+    def interrupt(self, number, error):
+        """A run that gets a signal in its fifth iteration: the model, and what was raised."""
+        model = tiny_gpt()
+        trainer = Trainer(config(work_dir=str(self.folder), max_iters=50), model, tokens())
+
+        def send(trainer):
+            if trainer.iter_num == 4:
+                os.kill(os.getpid(), number)
+
+        trainer.add_callback("on_batch_end", send)
+        with self.assertRaises(error) as raised:
+            trainer.run()
+        return model, raised.exception
+
+    def assert_saved(self, model):
+        state = torch.load(self.folder / "checkpoint.pt", weights_only=True)
+        self.assertEqual(state["iter_num"], 5)
+        self.assertTrue(torch.equal(state["model"]["lm_head.weight"], model.lm_head.weight))
+
+    def test_ctrl_c_finishes_the_iteration_and_saves(self):
+        model, _ = self.interrupt(signal.SIGINT, KeyboardInterrupt)
+        self.assert_saved(model)
+
+    def test_sigterm_finishes_the_iteration_and_saves(self):
+        model, stop = self.interrupt(signal.SIGTERM, SystemExit)
+        self.assertEqual(stop.code, 143)
+        self.assert_saved(model)
+
+
+class TestFailures(TempDirTestCase):
     def test_nan_loss_stops_before_the_weights_are_touched(self):
         model, good = tiny_gpt(), {}
-        trainer = Trainer(config(work_dir=str(self.folder), checkpoint_every=2), model, tokens(),
-                          loss_fn=lambda model, batch: model(*batch)[1] * (math.nan if trainer.iter_num == 4 else 1.0))
+
+        def loss_fn(model, batch):
+            return model(*batch)[1] * (math.nan if trainer.iter_num == 4 else 1.0)
+
+        options = {"work_dir": str(self.folder), "checkpoint_every": 2}
+        trainer = Trainer(config(**options), model, tokens(), loss_fn=loss_fn)
         trainer.add_callback("on_batch_end", lambda t: good.update(weights=weights(model).clone()))
-        self.assertRaisesRegex(FloatingPointError, "iteration 4: loss nan, gradient norm nan, learning rate 0.01", trainer.run)
+        message = "iteration 4: loss nan, gradient norm nan, learning rate 0.01"
+        self.assertRaisesRegex(FloatingPointError, message, trainer.run)
         self.assertTrue(torch.equal(weights(model), good["weights"]))
-        self.assertEqual(torch.load(self.folder / "checkpoint.pt", weights_only=True)["iter_num"], 4)
+        state = torch.load(self.folder / "checkpoint.pt", weights_only=True)
+        self.assertEqual(state["iter_num"], 4)
 
     def test_a_failed_write_leaves_the_old_checkpoint(self):
         trainer, _ = train(work_dir=str(self.folder), max_iters=2)
         before = trainer.folder.checkpoint.read_bytes()
-        trainer.state_dict = lambda: {"model": lambda: None}  # cannot be pickled: breaks off in mid-file
-        self.assertRaises(Exception, trainer.save_checkpoint)
+        # A function inside a function cannot be pickled: the write breaks off in mid-file.
+        trainer.state_dict = lambda: {"model": lambda: None}
+        self.assertRaises((pickle.PicklingError, AttributeError), trainer.save_checkpoint)
         self.assertEqual(trainer.folder.checkpoint.read_bytes(), before)
-        self.assertEqual(sorted(p.name for p in self.folder.iterdir()), ["checkpoint.pt", "metrics.jsonl"])
+        files = sorted(path.name for path in self.folder.iterdir())
+        self.assertEqual(files, ["checkpoint.pt", "metrics.jsonl"])
 
-    def test_options_and_data(self):
-        for name, value in (("batch_size", 0), ("max_iters", 1.5), ("lr_schedule", "step"), ("precision", "int8"),
-                            ("grad_norm_clip", -1), ("warmup_iters", None)):
-            self.assertRaisesRegex(ValueError, f"{name}={value!r}", train, **{name: value})
-        for words, options in (("no options \\['max_iter'\\]", {"max_iter": 3}), ("needs a work_dir", {"tensorboard": True}),
-                               ("needs an end", {"lr_schedule": "cosine", "max_iters": None})):
-            self.assertRaisesRegex(ValueError, words, train, **options)
-        for words, data in (("empty", ([],)), ("empty", (tokens(), [])), ("has 3 examples, fewer than batch_size=4", (tokens(3),))):
-            self.assertRaisesRegex(ValueError, words, Trainer, config(), tiny_gpt(), *data)
-        self.assertRaisesRegex(TypeError, "equally long tensors, not dict", train, None, [{"x": torch.ones(3)}] * 4)
+
+class TestRefusals(TempDirTestCase):
+    def refuses(self, message, **options):
+        self.assertRaisesRegex(ValueError, message, train, **options)
+
+    def test_values_out_of_range(self):
+        for name, value in (
+            ("batch_size", 0),
+            ("max_iters", 1.5),
+            ("lr_schedule", "step"),
+            ("precision", "int8"),
+            ("grad_norm_clip", -1),
+            ("warmup_iters", None),
+        ):
+            self.refuses(f"{name}={value!r}", **{name: value})
+
+    def test_an_option_that_does_not_exist(self):
+        self.refuses(r"no options \['max_iter'\]", max_iter=3)
+
+    def test_a_config_that_lacks_options(self):
+        incomplete = CN(batch_size=4, max_iters=1, device="cpu", work_dir=None)
+        with self.assertRaisesRegex(ValueError, r"lacks the options \['betas', .* of Trainer"):
+            Trainer(incomplete, tiny_gpt(), tokens())
+
+    def test_tensorboard_without_a_folder(self):
+        self.refuses("needs a work_dir", tensorboard=True)
+
+    def test_a_decay_without_an_end(self):
+        self.refuses("needs an end", lr_schedule="cosine", max_iters=None)
+
+    def test_a_batch_that_the_processes_cannot_share(self):
+        Trainer.check_config(config(), world_size=2)  # works without a trainer
+        with self.assertRaisesRegex(ValueError, "batch_size=4 cannot be divided .* 3 processes"):
+            Trainer.check_config(config(), world_size=3)
+
+    def test_data(self):
+        for message, data in (
+            ("empty", ([],)),
+            ("empty", (tokens(), [])),
+            ("has 3 examples, fewer than batch_size=4", (tokens(3),)),
+        ):
+            self.assertRaisesRegex(ValueError, message, Trainer, config(), tiny_gpt(), *data)

@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from measure import Case, Row, clock, make_row, peak_megabytes
-
 from mingpt.config import CfgNode
 
 logger = logging.getLogger("mingpt.bench")

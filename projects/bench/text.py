@@ -13,7 +13,6 @@ from functools import partial
 from pathlib import Path
 
 from measure import Case, Run
-
 from mingpt import bpe
 from mingpt.checkpoint import write_text
 from mingpt.config import CfgNode
