@@ -43,6 +43,7 @@ class ScalarModel(Pretrained, nn.Module):
     def __init__(self, config: CN):
         super().__init__()
         self.config = resolve_config(config)
+        # The trunk reads the text, (B, T) -> (B, T, C); the head makes one number of each state.
         self.transformer = Transformer(self.config)
         self.head = nn.Linear(self.config.n_embd, 1)
         nn.init.normal_(self.head.weight, std=self.head_scale * (self.config.n_embd + 1) ** -0.5)
@@ -59,6 +60,7 @@ class ScalarModel(Pretrained, nn.Module):
 
         The head starts as model's if model is a reward or value model itself; else it is fresh.
         """
+        # What the trunk has learned about language is useful to judge texts, too.
         new = cls(model.config)
         new.transformer.load_state_dict(model.transformer.state_dict())
         if isinstance(model, ScalarModel):
@@ -129,6 +131,7 @@ class RewardModel(ScalarModel):
         With rows_per_prompt, so many adjacent rows continue the same prompt, which is read once.
         The completion_mask then says where the completions begin, in the same column for all.
         """
+        # Where the rows share a prompt, only what follows it is read row by row.
         prefix_length = 0
         if rows_per_prompt > 1:
             if completion_mask is None:
@@ -138,6 +141,7 @@ class RewardModel(ScalarModel):
                 )
             prefix_length = first_column(completion_mask)
         scores = self.scores(idx, attention_mask, prefix_length, rows_per_prompt)
+        # By causality only the last real token has seen the whole text: its number counts.
         if attention_mask is None:
             return scores[:, -1]
         last_column = last_real(attention_mask) - prefix_length
@@ -151,6 +155,8 @@ class RewardModel(ScalarModel):
         (Ziegler et al. 2019) or texts by people (Stiennon et al. 2020). Bradley-Terry leaves the
         mean free, and kl_coef is in units of the reward, so both should be fixed before PPO.
         """
+        # The score is w·h + b. So (w·h + b - mean) / std has the weights w / std and the bias
+        # (b - mean) / std.
         std = scores.std(unbiased=False) if unit_variance else torch.tensor(1.0)
         if not std > 0:
             raise ValueError(
@@ -194,6 +200,7 @@ class ActorCritic(nn.Module):
         through the large matrix of the vocabulary. Where rows_per_prompt adjacent rows continue the
         same prompt, it is read once for all of them.
         """
+        # A policy that is no GPT does everything itself, the prompts' log-probs included.
         if not isinstance(self.policy, GPT):
             mask = needed_mask(idx, attention_mask)
             log_probs = self.policy.log_probs(idx, mask, temperature)  # type: ignore[operator]
@@ -201,8 +208,9 @@ class ActorCritic(nn.Module):
 
         # The last token is an action only, never a part of a state: it is not read.
         hidden = self.policy_states(idx, attention_mask, prefix_length, rows_per_prompt)
-        logits = self.policy.lm_head(hidden)
+        logits = self.policy.lm_head(hidden)  # (B, T-1-prefix_length, V), the largest tensor of all
         log_probs = token_log_probs(logits, idx[:, prefix_length + 1 :], temperature)
+        # A value head reads the same hidden states; a value model reads the text by itself.
         if isinstance(self.value_model, ValueHead):
             values = F.pad(self.value_model(hidden), (prefix_length, 0))
         else:
@@ -248,6 +256,7 @@ class ActorCritic(nn.Module):
 
     def configure_optimizers(self, train_config: CN) -> torch.optim.Optimizer:
         """AdamW over both; the value function learns at value_lr_ratio times the policy's rate."""
+        # The Trainer sets each group's rate to the schedule's times its lr_ratio.
         optimizer = adamw(self.policy, train_config)
         if self.value_model is not None:
             for group in adamw(self.value_model, train_config).param_groups:

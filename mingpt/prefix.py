@@ -51,10 +51,13 @@ def hidden_states(
     Each rows_per_prompt adjacent rows must be equal in their first prefix_length columns, padding
     included: only the first row of them is read there.
     """
+    # Nothing is shared: one pass over everything.
     if rows_per_prompt == 1 or prefix_length == 0:
         return trunk(idx, needed_mask(idx, attention_mask))[:, prefix_length:]
     if attention_mask is None:
         attention_mask = torch.ones_like(idx, dtype=torch.bool)
+    # First the prompts, once each, (B / rows_per_prompt, prefix_length). Their hidden states are not
+    # needed, but their keys and values are. Then all rows go on from there.
     prefix = Prefix(rows_per_prompt)
     prompts = idx[::rows_per_prompt, :prefix_length]
     prompt_mask = attention_mask[::rows_per_prompt, :prefix_length]

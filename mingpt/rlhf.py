@@ -162,6 +162,8 @@ def gae(
     """
     rewards = masked(rewards, mask)
     values = masked(values, mask)
+    # Backwards in time: each advantage needs the one behind it. Behind the last token both are 0,
+    # and masked tokens pass a 0 on, so that padding on the right changes nothing.
     next_value = torch.zeros_like(rewards[:, 0])
     next_advantage = torch.zeros_like(rewards[:, 0])
     backwards = []
@@ -290,12 +292,15 @@ def ppo_policy_loss(
     the smaller one, so that no gradient flows.
     """
     below, above = clip_bounds(clip_range)
+    # ρ, from log-probs: a difference and an exponential.
     log_ratio = masked(log_probs - old_log_probs, mask)
     if ratio == "sequence":
         log_ratio = masked_mean(log_ratio, mask, dim=1)[:, None].expand_as(log_ratio)
     elif ratio != "token":
         raise ValueError(f"ratio={ratio!r} must be token or sequence")
     rho = log_ratio.exp()
+    # The smaller of the two terms is a pessimistic bound. There is nothing to gain from a ratio
+    # that has already gone further than clip_range in the direction of its advantage.
     advantages = masked(advantages, mask)
     unclipped = rho * advantages
     clipped = rho.clamp(1 - below, 1 + above) * advantages
@@ -341,6 +346,7 @@ def value_loss(
     values = masked(values, mask)
     old_values = masked(old_values, mask)
     returns = masked(returns, mask)
+    # The larger error counts, so a value gains nothing by moving further than clip_range at once.
     clipped = old_values + (values - old_values).clamp(-clip_range, clip_range)
     squared_error = torch.maximum((values - returns) ** 2, (clipped - returns) ** 2)
     return 0.5 * average(squared_error, mask, denominator=denominator)
@@ -651,6 +657,7 @@ def choose(config: CN) -> Algorithm:
     """
     if config.algorithm not in ALGORITHMS:
         raise ValueError(f"algorithm={config.algorithm!r} must be one of {', '.join(ALGORITHMS)}")
+    # Begin with the row, and put what the config says for itself in its place.
     own = {name: getattr(config, name) for name in CHOICES if getattr(config, name) is not None}
     choices = dataclasses.replace(ALGORITHMS[config.algorithm], **own)
     check_choices(choices)
@@ -722,19 +729,24 @@ class Rollout:
     idx[:, 1:], see the drawing at the top of this file.
     """
 
+    # What was written.
     idx: Tensor  # (B, T) token ids: left-padded prompts, then completions
     attention_mask: Tensor  # (B, T) True on real tokens
     mask: Tensor  # (B, T-1) True on the actions of the policy
+    # What the models say of it.
     old_log_probs: Tensor  # (B, T-1) log π_old, of the policy that sampled them
     ref_log_probs: Tensor  # (B, T-1) log π_ref
     old_values: Tensor  # (B, T-1) V before the update; zeros without a value function
     kl: Tensor  # (B, T-1) log π_old - log π_ref on the mask, in nats
+    # What it is worth.
     scores: Tensor  # (B,) rewards of the whole texts, less the penalty for a missing end
     ended: Tensor  # (B,) whether the episode ended by itself
     prompt_index: Tensor  # (B,) which of the prompts each row continues
-    advantages: Tensor  # (B, T-1)
+    # What the update learns from.
+    advantages: Tensor  # (B, T-1) how much better than expected each action was
     returns: Tensor  # (B, T-1) what the value function should have said
     counted: Tensor  # (B,) whether the episode has a part in the loss
+    # How it can be read faster: rows of one prompt share their first columns.
     prefix_length: int  # columns before the state of the first action
     rows_per_prompt: int  # adjacent rows that share the prefix, so that it is read once
     metrics: dict[str, float]  # what the reward function reports of itself
@@ -794,9 +806,15 @@ class PPOTrainer(Trainer):
     @documented
     def get_default_config() -> CN:
         """The Trainer's options, some with other defaults, and PPO's own."""
-        C = Trainer.get_default_config()
+        C = Trainer.get_default_config()  # some with other defaults:
+        C.batch_size = 64             # episodes in a rollout, of all processes together
+        C.learning_rate = 1e-4
+        C.eps = 1e-5                  # as in the PPO papers' code (Huang et al. 2024)
+        C.weight_decay = 0.0
+        C.log_every = 1
+        C.checkpoint_every = 20
+        # The algorithm, and its choices (see `Algorithm`). None: as the algorithm's row has it.
         C.algorithm = "ppo"           # a row of ALGORITHMS
-        # The algorithm's choices, documented at `Algorithm`. None: as the row has it.
         C.advantage = None            # gae, return, leave_one_out, group_mean, group_standardized
         C.whiten_advantages = None    # to mean 0 and variance 1 over the rollout's tokens
         C.kl_penalty = None           # in the reward, in the loss, or none
@@ -809,7 +827,6 @@ class PPOTrainer(Trainer):
         C.ppo_epochs = None           # passes over a rollout
         C.group_size = None           # episodes that begin with the same prompt
         # The rollout.
-        C.batch_size = 64             # episodes in a rollout
         C.max_new_tokens = 64         # tokens in a completion, at most
         C.temperature = 1.0           # divides the logits, in sampling and in all log-probs
         C.stop_token = None           # id(s) that end an episode; None: the tokenizer's end
@@ -828,12 +845,6 @@ class PPOTrainer(Trainer):
         C.value_coef = 0.1            # the value function's weight in the loss
         C.value_lr_ratio = 1.0        # its learning rate, as a multiple of the policy's
         C.shared_trunk = False        # it is a head on the policy's trunk, not a model of its own
-        # Other defaults than the Trainer's. eps as in the PPO papers' code (Huang et al. 2024).
-        C.learning_rate = 1e-4
-        C.eps = 1e-5
-        C.weight_decay = 0.0
-        C.log_every = 1
-        C.checkpoint_every = 20
         return C
 
     def __init__(
@@ -850,16 +861,20 @@ class PPOTrainer(Trainer):
             raise ValueError(
                 "ref_policy is the policy itself, which will be trained: pass a copy of it, or None"
             )
+        # The algorithm's choices, once and for all: no method below asks for its name.
         self.check_config(config)
         self.choices = choose(config)
         self.kl_coef: float = self.choices.kl_coef  # it moves if there is a kl_target
+        # Where rewards come from, and what ends an episode.
         self.reward_fn = reward_fn
         self.tokenizer = tokenizer
         self.stop_token = config.stop_token
         if self.stop_token is None:
             self.stop_token = end_token(tokenizer)
+        # A policy that is no GPT may have no limit to its context.
         policy_config = getattr(policy, "config", None)
         self.block_size: float = getattr(policy_config, "block_size", math.inf)
+        # To the Trainer, policy and value function are one model, and prompts are the dataset.
         value_model = self.make_value_model(config, policy, value_model)
         super().__init__(
             config,
@@ -874,6 +889,8 @@ class PPOTrainer(Trainer):
         # The reward model and the reference are used as they are, without dropout.
         if isinstance(reward_fn, nn.Module):
             reward_fn.to(self.device).eval()
+        # The reference is where the policy starts from. Its checksum tells a resumed run whether
+        # it is still the same one.
         self.ref_policy = copy.deepcopy(policy) if ref_policy is None else ref_policy
         self.ref_policy.to(self.device).eval().requires_grad_(False)
         check_vocabularies(policy, self.ref_policy, value_model, reward_fn)
@@ -922,6 +939,7 @@ class PPOTrainer(Trainer):
             if self.world_size == 1 and self.iter_num > 0:
                 self.save_checkpoint()
             raise
+        # Learn from it, and describe both.
         self.last_rollout = rollout
         self.tokens += int(rollout.mask.sum()) * self.world_size
         metrics = distributed.mean(self.update(rollout) | self.describe(rollout))
@@ -1080,10 +1098,12 @@ class PPOTrainer(Trainer):
         self, scores: Tensor, log_probs: Tensor, ref_log_probs: Tensor, mask: Tensor
     ) -> Tensor:
         """The reward of each action, (B, T-1): the KL penalty on each, the score on the last."""
+        # Each step away from the reference costs something at once ...
         rewards = torch.zeros_like(log_probs)
         if self.choices.kl_penalty == "reward":
             penalty = kl_estimate(log_probs, ref_log_probs, self.choices.kl_estimator)
             rewards = masked(-self.kl_coef * penalty, mask)
+        # ... and the text is judged when it is complete.
         rewards[torch.arange(len(scores)), last_real(mask)] += scores
         if self.config.whiten_rewards:
             rewards = self.whiten(rewards, mask, shift_mean=False)
@@ -1114,6 +1134,7 @@ class PPOTrainer(Trainer):
 
     def whiten(self, x: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
         """`masked_whiten` over the episodes of all processes."""
+        # Gather the masked entries of all processes, whiten them together, take back our own.
         of_each_process = distributed.gather(x[mask].cpu())
         joined = torch.cat(of_each_process)
         whitened = masked_whiten(joined, torch.ones_like(joined), shift_mean)
@@ -1124,6 +1145,8 @@ class PPOTrainer(Trainer):
 
     def update(self, rollout: Rollout) -> dict[str, float]:
         """Passes over the rollout, a minibatch at a time; the mean of the minibatches' metrics."""
+        # Several passes over the same episodes. The ratio π / π_old makes up for how the policy has
+        # moved since it sampled them, as long as it has not moved far.
         minibatch_size = self.config.minibatch_size or self.config.batch_size
         steps: list[dict[str, float]] = []
         skipped = 0
@@ -1136,6 +1159,7 @@ class PPOTrainer(Trainer):
                     steps.append(metrics)
             if self.went_too_far(steps):
                 break
+        # No group differs from another (see skip_equal_groups): nothing was learned this time.
         if not steps:
             self.loss = torch.tensor(0.0)
             steps = [{"loss": 0.0, "lr": self.learning_rate(), "grad_norm": 0.0}]
@@ -1174,6 +1198,7 @@ class PPOTrainer(Trainer):
         denominator, so the shares are all 1.
         """
         mask = batch.loss_mask
+        # What the sums are divided by, counted over the minibatches of all processes.
         tokens, denominator = distributed.total(
             [
                 average_denominator(mask, "token"),
@@ -1188,6 +1213,7 @@ class PPOTrainer(Trainer):
 
     def policy_and_value_loss(self, model: nn.Module, batch: MicroBatch) -> tuple[Tensor, dict]:
         """A micro-batch's part of the minibatch's loss, and its parts of the metrics."""
+        # Read the episodes with the policy and the value function as they are now: (B, T-1) each.
         episodes = batch.episodes
         log_probs, values = model(
             episodes.idx,
@@ -1233,6 +1259,8 @@ class PPOTrainer(Trainer):
             self.config.max_new_tokens,
             batch.denominator,
         )
+        # How far the policy has moved from the one that sampled. In the first minibatch it has
+        # not moved at all: what is left there is the error of our log-probs.
         log_ratio = masked(log_probs - episodes.old_log_probs, mask).detach()
         batch.log_prob_errors.append(log_ratio.abs().max())
         # These are means over tokens, of which this micro-batch holds a share.
@@ -1278,11 +1306,13 @@ class PPOTrainer(Trainer):
             "kl_coef": torch.tensor(self.kl_coef),
         }
         if self.choices.advantage == "gae":
+            # 1 if the values are the returns, 0 if they are no better than the returns' mean.
             returns = rollout.returns
             residual = masked_mean((returns - rollout.old_values) ** 2, mask)
             variance = masked_mean((returns - masked_mean(returns, mask)) ** 2, mask)
             metrics["val/explained_variance"] = 1 - residual / variance.clamp(min=1e-8)
         if self.choices.group_size > 1:
+            # From groups of equal scores a group's advantages learn nothing.
             groups = grouped(rollout.scores, self.choices.group_size)
             metrics["equal_groups"] = equal_groups(groups).float().mean()
         return {name: value.item() for name, value in metrics.items()}
@@ -1307,7 +1337,8 @@ class PPOTrainer(Trainer):
         kls = rollout.kl.sum(1).tolist()
         rows = []
         for i in range(len(rollout) if n is None else min(n, len(rollout))):
-            written = F.pad(rollout.mask[i], (1, 0))  # of the columns of idx
+            # The mask speaks of actions, idx[:, 1:]; shift it to speak of the columns of idx.
+            written = F.pad(rollout.mask[i], (1, 0))
             prompt = rollout.idx[i][rollout.attention_mask[i] & ~written]
             completion = rollout.idx[i][written]
             rows.append(
@@ -1507,6 +1538,7 @@ def written_mask(
     """
     mask = torch.ones_like(idx, dtype=torch.bool)
     mask[:, :prompt_length] = False
+    # A token is a part of the completion if no stop token comes before it.
     stops = is_stop(idx, stop_token) & mask
     stops_before = stops.cumsum(1) - stops.long()
     return mask & (stops_before == 0)

@@ -192,6 +192,7 @@ class Trainer:
         Ctrl-C finishes the iteration, saves a checkpoint and raises KeyboardInterrupt. SIGTERM does
         the same and raises SystemExit(143).
         """
+        # One process speaks for all. It begins at the last checkpoint, if there is one.
         is_silent = self.rank > 0
         with console(is_silent):
             self.model.train()
@@ -283,6 +284,7 @@ class Trainer:
     @property
     def max_iters(self) -> int | None:
         """Iterations in all, None for no end. A last, partial pass over the data is a pass."""
+        # Whichever end comes first counts.
         ends = []
         if self.config.max_iters is not None:
             ends.append(self.config.max_iters)
@@ -300,6 +302,7 @@ class Trainer:
 
     def batches(self) -> Iterator[tuple]:
         """This process's part of every batch from number iter_num on, on the device. Endless."""
+        # Of each batch, this process takes its own part.
         part_size = self.config.batch_size // self.world_size
         first = self.rank * part_size
         indices = (batch[first : first + part_size] for batch in self.batch_indices())
@@ -321,6 +324,8 @@ class Trainer:
 
         The examples come in pass after pass over the data, each pass in a new random order.
         """
+        # Begin where the iterations so far have left the stream of examples: so many whole passes,
+        # and so many examples of the next one.
         examples_seen = self.iter_num * self.examples_per_batch
         examples = self.shuffled_examples(*divmod(examples_seen, len(self.train_dataset)))
         while True:
@@ -348,6 +353,7 @@ class Trainer:
         The shares of all micro-batches in all processes add up to 1, and a micro-batch's mean loss
         times its share is what it adds to the mean loss of the batch.
         """
+        # Cut each tensor of the batch into pieces of that many examples.
         size = self.config.micro_batch_size or len(batch[0])
         parts = list(zip(*(x.split(size) for x in batch), strict=True))
         weights = [self.weight_fn(part) for part in parts]
@@ -364,6 +370,7 @@ class Trainer:
         FloatingPointError, before any weight has changed, if the loss or its gradient is not
         finite.
         """
+        # Add up the gradients of all micro-batches, and the loss and metrics with them.
         self.optimizer.zero_grad(set_to_none=True)
         sums: dict[str, Any] = defaultdict(float)
         pairs = list(micro_batches)
@@ -382,6 +389,8 @@ class Trainer:
         max_norm = self.config.grad_norm_clip or math.inf
         grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), max_norm)
 
+        # Now the loss and the metrics of the whole batch are known, in all processes. Only a step
+        # that is finite is taken.
         totals = distributed.total([float(value) for value in sums.values()])
         metrics = dict(zip(sums, totals, strict=True))
         metrics |= {"lr": self.learning_rate(), "grad_norm": float(grad_norm)}
@@ -435,6 +444,7 @@ class Trainer:
             return C.learning_rate * (self.iter_num + 1) / C.warmup_iters
         if C.lr_schedule == "constant":
             return C.learning_rate
+        # From 0 behind the warmup to 1 at the end.
         assert self.max_iters is not None  # check_config saw to it
         progress = (self.iter_num - C.warmup_iters) / max(1, self.max_iters - C.warmup_iters)
         if C.lr_schedule == "linear":
@@ -453,6 +463,7 @@ class Trainer:
         row of metrics, as `valid_loss` and `valid_<name>`. The best weights so far are kept in
         work_dir as best.pt.
         """
+        # Without dropout, and without the wrapper of DDP: each process evaluates by itself.
         was_training = self.model.training
         self.model.eval()
         sums: dict[str, float] = defaultdict(float)
@@ -471,6 +482,7 @@ class Trainer:
         [total_weight] = distributed.total([total_weight])
         names = list(dict.fromkeys(itertools.chain(*distributed.gather(list(sums)))))
         totals = distributed.total([sums[name] for name in names])
+        # The mean over all the data, and whether it is the best so far.
         means = {name: x / total_weight for name, x in zip(names, totals, strict=True)}
         self.metrics |= {f"valid_{name}": mean for name, mean in means.items()}
         self.valid_loss = means.get("loss", math.nan)
@@ -482,6 +494,7 @@ class Trainer:
 
     def validation_batches(self) -> Iterator[tuple]:
         """This process's batches of valid_dataset, in order, on the device."""
+        # Pieces of as many examples as training has in memory at once, dealt out to the processes.
         size = self.config.micro_batch_size or self.config.batch_size // self.world_size
         order = range(len(self.valid_dataset))
         batches = [list(order[start : start + size]) for start in order[::size]]
@@ -561,6 +574,7 @@ class Trainer:
     @classmethod
     def check_config(cls, config: CN, world_size: int = 1) -> None:
         """ValueError for options that are unknown, missing, out of range or contradictory."""
+        # A misspelt option would otherwise be ignored without a word.
         known = vars(cls.get_default_config())
         unknown = sorted(vars(config).keys() - known.keys())
         if unknown:
