@@ -3,10 +3,11 @@ One training run on many devices, or on many machines: what the trainer needs of
 
     torchrun --nproc_per_node=2 projects/chargpt/chargpt.py
 
-starts the script twice, as the processes of rank 0 and rank 1. Each of them computes the gradient
-on its own part of every batch. DistributedDataParallel (Li et al. 2020) averages the gradients, so
-that all processes take the same step and hold the same weights. Only rank 0 writes files, logs and
-draws. Without torchrun there is one process, of rank 0, and these functions have nothing to do.
+starts the script twice, as the processes of rank 0 and rank 1. Each of them computes the
+gradient on its own part of every batch. DistributedDataParallel (Li et al. 2020) averages
+the gradients, so that all processes take the same step and hold the same weights. Only rank
+0 writes files, logs and draws. Without torchrun there is one process, of rank 0, and these
+functions have nothing to do.
 """
 
 import atexit

@@ -1,13 +1,14 @@
 """
 Files from the network: fetched once, checked, kept, and resumed where a download broke off.
 
-`download` is the loop: it tries until the file is there. `fetch` is one try, and reads as the story
-of an HTTP request: what to ask for, what the answer promises, writing it, checking it. What arrives
-is collected in a file named `....part`, which takes its real name only when it is complete and
-correct. So a file that exists is a file to trust, and a program that was killed loses nothing.
+`download` is the loop: it tries until the file is there. `fetch` is one try, and reads as
+the story of an HTTP request: what to ask for, what the answer promises, writing it,
+checking it. What arrives is collected in a file named `....part`, which takes its real name
+only when it is complete and correct. So a file that exists is a file to trust, and a
+program that was killed loses nothing.
 
-Servers differ in what they answer. Each function below says which case it takes care of, and
-tests/test_weights.py has a server that misbehaves in each of these ways.
+Servers differ in what they answer. Each function below says which case it takes care of,
+and tests/test_weights.py has a server that misbehaves in each of these ways.
 """
 
 import hashlib
@@ -46,13 +47,15 @@ def download(
 ) -> Path:
     """Download url to the file `path`, unless that exists. Returns the path.
 
-    An earlier download that broke off is continued. The file takes its name only when its size
-    (in bytes) and SHA-256 are right: the given ones, or else those that the server announces.
-    headers are added to the request. timeout is how many seconds the server may stay silent.
+    An earlier download that broke off is continued. The file takes its name only when its
+    size (in bytes) and SHA-256 are right: the given ones, or else those that the server
+    announces. headers are added to the request. timeout is how many seconds the server may
+    stay silent.
 
-    Network errors and overloaded servers are worth another try, after 1, 2, 4, ... seconds. Raises
-    ConnectionError when all tries failed; a later call continues with what has arrived. Raises
-    ValueError at once where the server refuses (NotFound for a 404) or sends the wrong file.
+    Network errors and overloaded servers are worth another try, after 1, 2, 4, ... seconds.
+    Raises ConnectionError when all tries failed; a later call continues with what has
+    arrived. Raises ValueError at once where the server refuses (NotFound for a 404) or
+    sends the wrong file.
     """
     import requests
 
@@ -144,9 +147,9 @@ def request_headers(done: int, headers: dict[str, str] | None) -> dict[str, str]
 def cannot_continue(answer: "requests.Response", done: int) -> bool:
     """Whether our first `done` bytes are no beginning of what the server has, or sends.
 
-    416 says that the file ends before byte `done`: our part is of another file or version, or was
-    already complete when a program was killed. And a 206 must begin where we asked it to; a cache
-    between us and the server may send another range.
+    416 says that the file ends before byte `done`: our part is of another file or version,
+    or was already complete when a program was killed. And a 206 must begin where we asked
+    it to; a cache between us and the server may send another range.
     """
     if answer.status_code == 416:
         return True
@@ -193,8 +196,8 @@ def last_header(answer: "requests.Response", name: str) -> str:
 def write_body(answer: "requests.Response", part: Path, start: int, size: int | None) -> int:
     """Write the answer's body into `part`, from byte `start` on. Returns where it ended.
 
-    Two processes that download the same file do no harm: they write the same bytes to the same
-    places.
+    Two processes that download the same file do no harm: they write the same bytes to the
+    same places.
     """
     with (
         part.open("r+b" if part.exists() else "wb") as f,

@@ -7,9 +7,9 @@ How good is a policy? Samples of it, their rewards, their KL to a reference, and
     kl(samples, reference)                        ... and what it pays for that, in nats
     win_rate(ours.rewards, theirs.rewards)        how often one policy beats the other
 
-A reward says little without the KL that it cost, because a policy can always buy reward by moving
-away from the reference. Two yardsticks need only the rewards of the reference's own samples, and no
-training:
+A reward says little without the KL that it cost, because a policy can always buy reward by
+moving away from the reference. Two yardsticks need only the rewards of the reference's own
+samples, and no training:
 
 - `tilted`: of all policies that earn a mean reward R, the one nearest to the reference π_ref in KL
   is π*(x) ∝ π_ref(x) exp(r(x)/β). It is also the optimum of the KL-penalised objective with
@@ -47,8 +47,8 @@ from mingpt.utils import evaluation_mode
 class Samples:
     """N completions that a policy sampled, in T columns: left-padded prompts, then completions.
 
-    All completions begin in the same column. `log_probs` is indexed as in `mingpt.rlhf`: entry t
-    speaks of the action idx[:, t+1].
+    All completions begin in the same column. `log_probs` is indexed as in `mingpt.rlhf`:
+    entry t speaks of the action idx[:, t+1].
     """
 
     prompts: list[str]  # as the policy read them, without end-of-text tokens
@@ -97,10 +97,10 @@ def sample(
 ) -> Samples:
     """Sample n completions of each prompt, without dropout; those of one prompt are adjacent.
 
-    policy: a GPT, or any module with its `generate`. prompts: strings, or lists of ids. Completions
-    end at stop_token (None: the tokenizer's end token) or after max_new_tokens; for stop_strings
-    see `cut_at_stop_strings`. The same seed and batch_size give the same samples. ValueError for
-    prompts and options that cannot be used.
+    policy: a GPT, or any module with its `generate`. prompts: strings, or lists of ids.
+    Completions end at stop_token (None: the tokenizer's end token) or after max_new_tokens;
+    for stop_strings see `cut_at_stop_strings`. The same seed and batch_size give the same
+    samples. ValueError for prompts and options that cannot be used.
     """
     check_numbers(CfgNode(n=n, batch_size=batch_size), "n", "batch_size", low=1, whole=True)
     check_stop_strings(stop_strings)
@@ -193,8 +193,8 @@ def cut_at_stop_strings(
 ) -> Samples:
     """The samples, cut where their first stop string is complete.
 
-    A text that contains one is cut before it and counts as ended. Its completion_mask ends with the
-    token that completes the string, because the policy did write that.
+    A text that contains one is cut before it and counts as ended. Its completion_mask ends
+    with the token that completes the string, because the policy did write that.
     """
     texts, ended = list(samples.texts), samples.ended.clone()
     width = samples.idx.size(1)
@@ -261,8 +261,9 @@ def check_stop_strings(stop_strings: Sequence[str]) -> None:
 def score(samples: Samples, reward_fn: RewardFn, batch_size: int = 256) -> Tensor:
     """The reward of each sample, (N,) float32 on the CPU.
 
-    reward_fn: a RewardModel, a TextReward, or any reward_fn(idx, attention_mask, completion_mask).
-    Raises RewardError where it fails or returns something that is no reward.
+    reward_fn: a RewardModel, a TextReward, or any reward_fn(idx, attention_mask,
+    completion_mask). Raises RewardError where it fails or returns something that is no
+    reward.
     """
     batches = zip(
         samples.idx.split(batch_size),
@@ -279,8 +280,8 @@ def score(samples: Samples, reward_fn: RewardFn, batch_size: int = 256) -> Tenso
 def kl(samples: Samples, reference: Any, temperature: float = 1.0, batch_size: int = 256) -> float:
     """KL(policy || reference), in nats per completion, estimated from what the policy sampled.
 
-    The mean over samples of the sum over their tokens of log π - log π_ref: k1, which is unbiased
-    (Schulman 2020, joschu.net/blog/kl-approx). temperature: that of the samples.
+    The mean over samples of the sum over their tokens of log π - log π_ref: k1, which is
+    unbiased (Schulman 2020, joschu.net/blog/kl-approx). temperature: that of the samples.
     """
     batches = zip(
         samples.idx.split(batch_size), samples.attention_mask.split(batch_size), strict=True
@@ -321,10 +322,10 @@ class Tilted:
 def tilted(scores: ArrayLike, betas: ArrayLike) -> Tilted:
     """The best policies there are, π_ref(x) exp(r(x)/β), from scores of the reference's samples.
 
-    Self-normalised importance weights w_i ∝ exp(r_i/β) give the mean reward Σ w_i r_i and the KL
-    Σ w_i log(N w_i). The effective sample size 1 / Σ w_i² (Kong 1992) tells how far to trust them:
-    as β falls, fewer and fewer samples carry the weight, and log N bounds the KL. scores: (N,);
-    betas: one or more numbers above 0.
+    Self-normalised importance weights w_i ∝ exp(r_i/β) give the mean reward Σ w_i r_i and
+    the KL Σ w_i log(N w_i). The effective sample size 1 / Σ w_i² (Kong 1992) tells how far
+    to trust them: as β falls, fewer and fewer samples carry the weight, and log N bounds
+    the KL. scores: (N,); betas: one or more numbers above 0.
     """
     scores = as_scores(scores)
     betas = np.atleast_1d(np.asarray(betas, dtype=np.float64))
@@ -344,8 +345,8 @@ def tilted(scores: ArrayLike, betas: ArrayLike) -> Tilted:
 def kl_optimal(scores: ArrayLike, reward: float) -> float | None:
     """The KL, in nats, of the best policy that has this mean reward.
 
-    scores: (N,) of the reference's samples. 0 where the reference earns as much itself; None where
-    none of its samples does.
+    scores: (N,) of the reference's samples. 0 where the reference earns as much itself;
+    None where none of its samples does.
     """
     scores = as_scores(scores)
     if reward <= np.mean(scores):
@@ -366,8 +367,9 @@ def kl_optimal(scores: ArrayLike, reward: float) -> float | None:
 def best_of_n(scores: ArrayLike, n: int) -> tuple[float, float]:
     """(mean reward, bound on the KL) of the best of n samples of the reference.
 
-    The reward is the expected maximum of n draws with replacement from scores; the KL is at most
-    log n - (n-1)/n (Stiennon et al. 2020, appendix G.3; Beirami et al. 2024, arXiv:2401.01879).
+    The reward is the expected maximum of n draws with replacement from scores; the KL is at
+    most log n - (n-1)/n (Stiennon et al. 2020, appendix G.3; Beirami et al. 2024,
+    arXiv:2401.01879).
     """
     scores = as_scores(scores)
     check_numbers(CfgNode(n=n), "n", low=1, whole=True)
@@ -402,9 +404,10 @@ class WinRate:
 def win_rate(a: ArrayLike, b: ArrayLike, confidence: float = 0.95) -> WinRate:
     """The share of rows in which a scores higher than b, ties counted half, with its interval.
 
-    a, b: (N,) scores of two policies on the same prompts. The interval is Wilson's (1927, "Probable
-    inference"), which holds its confidence for few rows and for rates near 0 and 1, too. Ties vary
-    less than wins and losses do, so with ties it is wider than it need be.
+    a, b: (N,) scores of two policies on the same prompts. The interval is Wilson's (1927,
+    "Probable inference"), which holds its confidence for few rows and for rates near 0 and
+    1, too. Ties vary less than wins and losses do, so with ties it is wider than it need
+    be.
     """
     a, b = as_scores(a), as_scores(b)
     if a.shape != b.shape:

@@ -7,7 +7,8 @@ Models that give a number instead of a token, and the policy joined with one of 
     ActorCritic    policy and value function as one module, which is what PPO trains
 
 Each is GPT's trunk with a linear head to one number. Sources: Ziegler et al. 2019
-(arXiv:1909.08593), Stiennon et al. 2020 (arXiv:2009.01325), Huang et al. 2024 (arXiv:2403.17031).
+(arXiv:1909.08593), Stiennon et al. 2020 (arXiv:2009.01325), Huang et al. 2024
+(arXiv:2403.17031).
 """
 
 from typing import Self
@@ -26,8 +27,8 @@ from mingpt.weights import Pretrained
 def one_number(head: nn.Linear, hidden: Tensor) -> Tensor:
     """The head's number for each hidden state, (B, T, C) -> (B, T), in fp32.
 
-    Half precision has too few digits for it: of two rewards around 8 that are 0.03 apart, bf16
-    makes the same number.
+    Half precision has too few digits for it: of two rewards around 8 that are 0.03 apart,
+    bf16 makes the same number.
     """
     with torch.autocast(hidden.device.type, enabled=False):
         number = F.linear(hidden.float(), head.weight.float(), head.bias.float())
@@ -76,8 +77,8 @@ class ScalarModel(Pretrained, nn.Module):
     ) -> Tensor:
         """The head's number at every position behind the prefix: (B, T) -> (B, T - prefix_length).
 
-        Rows may share a prefix, as in `prefix.hidden_states`. ValueError if a row has more tokens
-        than block_size.
+        Rows may share a prefix, as in `prefix.hidden_states`. ValueError if a row has more
+        tokens than block_size.
         """
         hidden = hidden_states(
             self.transformer, idx, attention_mask, prefix_length, rows_per_prompt
@@ -88,9 +89,9 @@ class ScalarModel(Pretrained, nn.Module):
 class ValueModel(ScalarModel):
     """V(s), the return that the policy can expect from each prefix: (B, T) -> (B, T).
 
-    Made from a policy, its head starts at zero: an untrained value function says nothing rather
-    than something wrong (Ziegler et al.'s code). Made from a reward model, it starts as that one
-    (Stiennon et al. 2020).
+    Made from a policy, its head starts at zero: an untrained value function says nothing
+    rather than something wrong (Ziegler et al.'s code). Made from a reward model, it starts
+    as that one (Stiennon et al. 2020).
     """
 
     def forward(self, idx: Tensor, attention_mask: Tensor | None = None) -> Tensor:
@@ -128,8 +129,9 @@ class RewardModel(ScalarModel):
     ) -> Tensor:
         """idx, attention_mask, completion_mask, all (B, T) -> rewards (B,).
 
-        With rows_per_prompt, so many adjacent rows continue the same prompt, which is read once.
-        The completion_mask then says where the completions begin, in the same column for all.
+        With rows_per_prompt, so many adjacent rows continue the same prompt, which is read
+        once. The completion_mask then says where the completions begin, in the same column
+        for all.
         """
         # Where the rows share a prompt, only what follows it is read row by row.
         prefix_length = 0
@@ -151,9 +153,10 @@ class RewardModel(ScalarModel):
     def normalize(self, scores: Tensor, unit_variance: bool = False) -> None:
         """Shift (and optionally rescale) the head so that these scores get mean 0 (and variance 1).
 
-        scores (N,): this model's own, of reference texts: samples of the policy to be trained
-        (Ziegler et al. 2019) or texts by people (Stiennon et al. 2020). Bradley-Terry leaves the
-        mean free, and kl_coef is in units of the reward, so both should be fixed before PPO.
+        scores (N,): this model's own, of reference texts: samples of the policy to be
+        trained (Ziegler et al. 2019) or texts by people (Stiennon et al. 2020).
+        Bradley-Terry leaves the mean free, and kl_coef is in units of the reward, so both
+        should be fixed before PPO.
         """
         # The score is w·h + b. So (w·h + b - mean) / std has the weights w / std and the bias
         # (b - mean) / std.
@@ -195,10 +198,10 @@ class ActorCritic(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """(log_probs, values), both (B, T-1): of the actions idx[:, 1:] and the states before them.
 
-        The first prefix_length actions belong to the prompt, and nobody asks for their log-probs.
-        For a GPT they are left out, and zeros stand in their place, since a prompt need not go
-        through the large matrix of the vocabulary. Where rows_per_prompt adjacent rows continue the
-        same prompt, it is read once for all of them.
+        The first prefix_length actions belong to the prompt, and nobody asks for their
+        log-probs. For a GPT they are left out, and zeros stand in their place, since a
+        prompt need not go through the large matrix of the vocabulary. Where rows_per_prompt
+        adjacent rows continue the same prompt, it is read once for all of them.
         """
         # A policy that is no GPT does everything itself, the prompts' log-probs included.
         if not isinstance(self.policy, GPT):

@@ -1,10 +1,11 @@
 """
 A prompt that several completions continue, read once.
 
-Prompts are long and completions are short: 512 and 53 tokens in TL;DR. PPO samples several episodes
-of each prompt, and a comparison holds two or more completions of one prompt. The keys and values of
-such a prompt are computed once, and all its completions attend to them. Gradients flow through
-them, too, so training gives the same result as reading every row by itself.
+Prompts are long and completions are short: 512 and 53 tokens in TL;DR. PPO samples several
+episodes of each prompt, and a comparison holds two or more completions of one prompt. The
+keys and values of such a prompt are computed once, and all its completions attend to them.
+Gradients flow through them, too, so training gives the same result as reading every row by
+itself.
 """
 
 import torch
@@ -14,8 +15,8 @@ from torch import Tensor, nn
 class Prefix:
     """Keys and values of a batch of prompts, for the rows that continue them.
 
-    It stands in for the trunk's KVCache. Two things are different: gradients flow through it, and
-    each prompt serves `rows_per_prompt` adjacent rows.
+    It stands in for the trunk's KVCache. Two things are different: gradients flow through
+    it, and each prompt serves `rows_per_prompt` adjacent rows.
     """
 
     def __init__(self, rows_per_prompt: int):
@@ -26,9 +27,9 @@ class Prefix:
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Called by each attention layer with its new keys and values; returns all it may look at.
 
-        First with the prompts' keys and values (prompts, nh, T, hs), which are kept; then with
-        those of the completions (prompts * rows_per_prompt, nh, T', hs), to which the prompts' are
-        joined: (prompts * rows_per_prompt, nh, T + T', hs).
+        First with the prompts' keys and values (prompts, nh, T, hs), which are kept; then
+        with those of the completions (prompts * rows_per_prompt, nh, T', hs), to which the
+        prompts' are joined: (prompts * rows_per_prompt, nh, T + T', hs).
         """
         if layer == len(self.layers):
             self.layers.append((k, v))
@@ -48,16 +49,16 @@ def hidden_states(
 ) -> Tensor:
     """The trunk's hidden states behind the prefix: (B, T) -> (B, T - prefix_length, C).
 
-    Each rows_per_prompt adjacent rows must be equal in their first prefix_length columns, padding
-    included: only the first row of them is read there.
+    Each rows_per_prompt adjacent rows must be equal in their first prefix_length columns,
+    padding included: only the first row of them is read there.
     """
     # Nothing is shared: one pass over everything.
     if rows_per_prompt == 1 or prefix_length == 0:
         return trunk(idx, needed_mask(idx, attention_mask))[:, prefix_length:]
     if attention_mask is None:
         attention_mask = torch.ones_like(idx, dtype=torch.bool)
-    # First the prompts, once each, (B / rows_per_prompt, prefix_length). Their hidden states are not
-    # needed, but their keys and values are. Then all rows go on from there.
+    # First the prompts, once each, (B / rows_per_prompt, prefix_length). Their keys and values are
+    # kept, their hidden states are not needed. Then all rows continue from there.
     prefix = Prefix(rows_per_prompt)
     prompts = idx[::rows_per_prompt, :prefix_length]
     prompt_mask = attention_mask[::rows_per_prompt, :prefix_length]
@@ -68,8 +69,8 @@ def hidden_states(
 def needed_mask(idx: Tensor, attention_mask: Tensor | None) -> Tensor | None:
     """The mask, or None if all padding is on the right.
 
-    Causal attention never looks to the right, and it is faster without an explicit mask. Checking
-    would force a GPU sync, so on a GPU the mask is kept.
+    Causal attention never looks to the right, and it is faster without an explicit mask.
+    Checking would force a GPU sync, so on a GPU the mask is kept.
     """
     if attention_mask is None or attention_mask.device.type != "cpu":
         return attention_mask

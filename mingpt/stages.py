@@ -6,8 +6,8 @@ A run of several stages in one folder: what each was asked for, and what it leav
     stages.run("sft", make_sft)                # ... which begins with stages.load("pretrain")
     stages.run("rl", make_rl)
 
-The script's config has one section for each stage (config.pretrain, ...), and sections that all
-stages share (config.data, config.model, ...). Three rules follow from that:
+The script's config has one section for each stage (config.pretrain, ...), and sections that
+all stages share (config.data, config.model, ...). Three rules follow from that:
 
 1. The options of all stages are checked before the first one begins.
 2. A stage's options are locked once it has saved something. They are those of its own section, of
@@ -55,8 +55,8 @@ class Stages:
     facts: {name: value} of whatever else every stage depends on: a vocabulary, for example.
     tokenizer: is saved beside each stage's model.
 
-    Raises ValueError, before anything is trained, for options that a Trainer refuses, for options
-    that are locked, and for a base that cannot be used.
+    Raises ValueError, before anything is trained, for options that a Trainer refuses, for
+    options that are locked, and for a base that cannot be used.
     """
 
     def __init__(

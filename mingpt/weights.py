@@ -20,11 +20,11 @@ GPT-2 is one architecture, but its files come in many dialects. Who writes what:
                     (out, in), and names begin with what wraps the model: "module." or "policy.".
 
 The tables below name these differences. Then comes `Pretrained`, and after it the steps of
-`from_pretrained` in their order: find the file, read its tensors under our names, read the options,
-build the model and fill it.
+`from_pretrained` in their order: find the file, read its tensors under our names, read the
+options, build the model and fill it.
 
-Sources: `transformers` for the names and config.json; github.com/huggingface/safetensors for the
-file format.
+Sources: `transformers` for the names and config.json; github.com/huggingface/safetensors
+for the file format.
 """
 
 import contextlib
@@ -96,8 +96,8 @@ GPT2_ONLY: dict[str, tuple[Any, ...]] = {
 class Pretrained(nn.Module):
     """Gives a model `from_pretrained` and `save_pretrained`.
 
-    A subclass is made from a config alone. It keeps that as `config`, its trunk as `transformer`,
-    and either `lm_head` (a GPT) or `head` (a reward or value model).
+    A subclass is made from a config alone. It keeps that as `config`, its trunk as
+    `transformer`, and either `lm_head` (a GPT) or `head` (a reward or value model).
     """
 
     presets: ClassVar[dict[str, tuple[int, int, int]]]  # {name: (n_layer, n_head, n_embd)}
@@ -117,17 +117,17 @@ class Pretrained(nn.Module):
     ) -> Self:
         """The model in evaluation mode, in fp32, from the hub, a folder or a file.
 
-        revision: a branch, tag or commit of the hub. options replace those of the model's config,
-        dropout for instance. A bare state dict does not tell its number of heads: where its sizes
-        are not those of a preset, pass n_head.
+        revision: a branch, tag or commit of the hub. options replace those of the model's
+        config, dropout for instance. A bare state dict does not tell its number of heads:
+        where its sizes are not those of a preset, pass n_head.
 
-        Files of the hub are kept in $MINGPT_HOME, a folder for each revision. HF_ENDPOINT and
-        HF_TOKEN are honoured. Safetensors in fp32 are not read but mapped into memory, which takes
-        no time: the file must stay unchanged while the model lives. Training the model does not
-        change the file, and `save_pretrained` may replace it.
+        Files of the hub are kept in $MINGPT_HOME, a folder for each revision. HF_ENDPOINT
+        and HF_TOKEN are honoured. Safetensors in fp32 are not read but mapped into memory,
+        which takes no time: the file must stay unchanged while the model lives. Training
+        the model does not change the file, and `save_pretrained` may replace it.
 
-        Raises ValueError for a name or path that does not exist, for files that are damaged or
-        could run code, and for weights that do not fit their config.
+        Raises ValueError for a name or path that does not exist, for files that are damaged
+        or could run code, and for weights that do not fit their config.
         """
         # 1. Find the file: on this machine, or else on the hub.
         path = Path(name_or_path).expanduser()
@@ -151,9 +151,9 @@ class Pretrained(nn.Module):
     def save_pretrained(self, folder: str | Path) -> None:
         """Write model.safetensors and config.json into the folder.
 
-        A GPT's are those of a GPT2LMHeadModel, and transformers reads them. A reward or value
-        model's have the same format, but only this library reads them back: transformers does not
-        know the head, and would give the model a random one.
+        A GPT's are those of a GPT2LMHeadModel, and transformers reads them. A reward or
+        value model's have the same format, but only this library reads them back:
+        transformers does not know the head, and would give the model a random one.
         """
         tensors = {}
         for name, parameter in self.named_parameters():  # a tied head is the embedding: once only
@@ -246,8 +246,9 @@ def weights_file(path: Path) -> Path:
 def shards(path: Path) -> list[Path]:
     """The files that an index lists, all in its folder; just [path] where path is not an index.
 
-    An index is JSON: {"weight_map": {name of a tensor: name of its file}}. Raises ValueError where
-    it names files elsewhere: one from the internet must not choose what is read on this machine.
+    An index is JSON: {"weight_map": {name of a tensor: name of its file}}. Raises
+    ValueError where it names files elsewhere: one from the internet must not choose what is
+    read on this machine.
     """
     if not path.name.endswith(".index.json"):
         return [path]
@@ -277,8 +278,8 @@ def read_json(path: Path) -> dict[str, Any]:
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """({our name: tensor}, nanoGPT's model_args) from a file, or from all the files of an index.
 
-    The PREFIXES are gone from the names, and what is SKIPPED is left out. The tensors keep the
-    types and shapes that they have in the file.
+    The PREFIXES are gone from the names, and what is SKIPPED is left out. The tensors keep
+    the types and shapes that they have in the file.
     """
     tensors: dict[str, Tensor] = {}
     model_args: dict[str, Any] = {}
@@ -298,8 +299,9 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 def load_file(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """({name: tensor}, nanoGPT's model_args) exactly as one file has them.
 
-    torch.save writes pickles, which can contain any code. PyTorch's weights_only refuses all but
-    tensors and plain data. Raises ValueError for that, and for everything else that goes wrong.
+    torch.save writes pickles, which can contain any code. PyTorch's weights_only refuses
+    all but tensors and plain data. Raises ValueError for that, and for everything else that
+    goes wrong.
     """
     try:
         if file.suffix == ".safetensors":
@@ -366,9 +368,10 @@ def read_options(
 ) -> dict[str, Any]:
     """The options of the model at path, by our names.
 
-    The shapes of the tensors give the sizes, and what is written beside them gives the rest. In
-    config.json, transformers and we put the options at the top, minGPT's scripts under "model";
-    nanoGPT keeps them as model_args. Raises ValueError where these contradict the shapes.
+    The shapes of the tensors give the sizes, and what is written beside them gives the
+    rest. In config.json, transformers and we put the options at the top, minGPT's scripts
+    under "model"; nanoGPT keeps them as model_args. Raises ValueError where these
+    contradict the shapes.
     """
     folder = path if path.is_dir() else path.parent
     config_json = read_config_json(folder / "config.json")
@@ -441,8 +444,8 @@ def is_tied(tensors: dict[str, Tensor], config_json: dict[str, Any]) -> bool:
 class NoInit(TorchFunctionMode):
     """Within `with NoInit():`, the functions of torch.nn.init do nothing.
 
-    Random weights take most of the time of building a model, and here the file's replace them. It
-    also leaves the random generator as it was.
+    Random weights take most of the time of building a model, and here the file's replace
+    them. It also leaves the random generator as it was.
     """
 
     def __torch_function__(  # PyTorch calls this in the place of each of its functions
@@ -478,8 +481,8 @@ def fit_to_parameters(
 ) -> dict[str, Tensor]:
     """The tensor of every parameter, (out, in) and in fp32.
 
-    A matrix that must be transposed for that becomes a view: its memory stays as it is in the
-    file. Raises ValueError where names, shapes or types do not fit the model.
+    A matrix that must be transposed for that becomes a view: its memory stays as it is in
+    the file. Raises ValueError where names, shapes or types do not fit the model.
     """
     parameters = dict(model.named_parameters())  # a tied head is the embedding: once only
     if not any(is_bias(name) for name in tensors):
