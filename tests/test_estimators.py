@@ -234,6 +234,21 @@ class TestGradientOfKL(unittest.TestCase):
         found = self.gradient_on_policy("k2")
         torch.testing.assert_close(found, self.gradient_of_kl(), atol=1e-12, rtol=0)
 
+    def gradient_in_the_reward(self, kind):
+        """The same for an estimate that is a part of the reward: a number times ∇ log π."""
+        probabilities = self.log_policy.exp().detach()
+        estimates = rlhf.kl_estimate(self.log_policy.detach(), self.log_reference, kind)
+        return self.gradient((probabilities * estimates * self.log_policy).sum())
+
+    def test_k1_in_the_reward_has_the_gradient_of_the_kl(self):
+        found = self.gradient_in_the_reward("k1")
+        torch.testing.assert_close(found, self.gradient_of_kl(), atol=1e-12, rtol=0)
+
+    def test_k3_in_the_reward_has_the_difference_of_both_directions(self):
+        found = self.gradient_in_the_reward("k3")
+        expected = self.gradient_of_kl() - self.gradient_of_reverse_kl()
+        torch.testing.assert_close(found, expected, atol=1e-12, rtol=0)
+
     def test_k3_in_the_loss_has_the_gradient_of_the_other_directions_kl(self):
         found = self.gradient_on_policy("k3")
         torch.testing.assert_close(found, self.gradient_of_reverse_kl(), atol=1e-12, rtol=0)
