@@ -23,9 +23,11 @@ setup(
         "torch>=2.4",
         "numpy>=1.26",
         "requests>=2.31",
+        "urllib3>=2.2",  # requests stands on it; older ones cannot read what has arrived so far
         "regex>=2023.12.25",
         "safetensors>=0.4.3",
         "tqdm>=4.66",
+        "filelock>=3.16",
     ],
     extras_require={
         # What the scripts in projects/ use beside the library.

@@ -588,5 +588,6 @@ def gpt2_folder() -> Path:
         for path in Path(package.origin).parent.rglob("encoder.json"):
             return path.parent
     for name, sha256 in GPT2_SHA256.items():
-        download(f"{GPT2_URL}/{name}", cache / name, sha256)
+        otherwise = f"Or put encoder.json and vocab.bpe of GPT-2 into {cache}"
+        download(f"{GPT2_URL}/{name}", cache / name, sha256, otherwise=otherwise)
     return cache

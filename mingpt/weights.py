@@ -29,12 +29,13 @@ for the file format.
 
 import contextlib
 import json
+import logging
 import os
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar, Self
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit
 from zipfile import is_zipfile
 
 import torch
@@ -46,6 +47,8 @@ from torch.overrides import TorchFunctionMode
 from mingpt.checkpoint import atomic_write, write_text
 from mingpt.config import CfgNode
 from mingpt.download import NotFound, download, home
+
+logger = logging.getLogger("mingpt")
 
 # The names under which a folder or a repository keeps its weights; the first that exists is taken.
 WEIGHT_FILES = (
@@ -208,18 +211,19 @@ def hub_folder(name: str, revision: str) -> Path:
             f"got {name!r}; expected an existing file or folder, "
             "or a name on the hub, like 'gpt2' or 'user/repo'"
         )
-    endpoint = os.environ.get("HF_ENDPOINT")
-    if not endpoint:
-        endpoint = "https://huggingface.co"
+    endpoint = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
+    host = urlsplit(endpoint).netloc
     revision = quote(revision, safe="")  # "refs/pr/1" is one step of a path, not three
     url = f"{endpoint.rstrip('/')}/{name}/resolve/{revision}"
     folder = home() / "hub" / name.replace("/", "--") / revision
-    token = os.environ.get("HF_TOKEN")
-    headers = {"Authorization": f"Bearer {token}"} if token else {}
+    headers = hub_headers()
+    otherwise = "Or download the model's files elsewhere, and pass the folder that holds them"
 
     def fetch(file: str) -> Path:
-        return download(f"{url}/{file}", folder / file, headers=headers)
+        return download(f"{url}/{file}", folder / file, headers=headers, otherwise=otherwise)
 
+    if not (folder / "config.json").exists():
+        logger.info("%r is no file or folder here: asking %s for a model of that name", name, host)
     fetch("config.json")
     # The hub is asked for one name after the other, unless the cache shows which one it has.
     cached = tuple(file for file in WEIGHT_FILES if (folder / file).exists())
@@ -230,6 +234,16 @@ def hub_folder(name: str, revision: str) -> Path:
                 fetch(shard.name)
             return folder
     raise ValueError(f"{name!r} has no weights at {endpoint}: none of {', '.join(WEIGHT_FILES)}")
+
+
+def hub_headers() -> dict[str, str]:
+    """The user's token for the hub, as a header; {} without one. ValueError if it cannot be one."""
+    token = os.environ.get("HF_TOKEN", "").strip()  # a file that it was read from ends its line
+    if not token:
+        return {}
+    if not token.isascii() or not token.isprintable() or " " in token:
+        raise ValueError("HF_TOKEN holds spaces or other signs that no token has: copy it again")
+    return {"Authorization": f"Bearer {token}"}
 
 
 def weights_file(path: Path) -> Path:
