@@ -7,6 +7,7 @@ random generator. The trainer puts them together; RunFolder says what is kept wh
 """
 
 import contextlib
+import io
 import json
 import math
 import os
@@ -130,12 +131,23 @@ def leave_ctrl_c_to_the_parent(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
+def replace_what_cannot_be_printed() -> None:
+    """Have standard output print "?" where its encoding lacks a character.
+
+    Windows encodes what goes into a file or a pipe in its code page, which has no Greek letters and
+    no emoji. By default printing one raises UnicodeEncodeError, after all the work was done.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
+
+
 def run_script(main: Callable[[list[str]], None]) -> NoReturn:
     """Run main(command line) for a script, and exit.
 
     Errors that the user can mend end in one line instead of a traceback, and so do Ctrl-C and
-    SIGTERM.
+    SIGTERM. A character that the console cannot show is printed as a question mark.
     """
+    replace_what_cannot_be_printed()
     interrupted = 128 + signal.SIGINT
     terminated = 128 + signal.SIGTERM
     signal.signal(signal.SIGTERM, lambda number, frame: raise_signal(number))

@@ -819,10 +819,10 @@ class PPOTrainer(Trainer):
         C.whiten_advantages = None    # to mean 0 and variance 1 over the rollout's tokens
         C.kl_penalty = None           # in the reward, in the loss, or none
         C.kl_estimator = None         # k1, k2 or k3
-        C.kl_coef = None              # β, reward per nat
+        C.kl_coef = None              # beta, reward per nat
         C.loss_mean = None            # over tokens (token), completions (sequence), or constant
         C.ratio = None                # of each token, or of the whole sequence
-        C.clip_range = None           # ε, or a pair (below, above)
+        C.clip_range = None           # epsilon, or a pair (below, above)
         C.skip_equal_groups = None    # leave out groups whose completions all earned the same
         C.ppo_epochs = None           # passes over a rollout
         C.group_size = None           # episodes that begin with the same prompt

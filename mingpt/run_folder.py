@@ -223,7 +223,7 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
 def append_rows(path: Path, rows: list[dict[str, Any]]) -> None:
     """Append rows to a file of JSON lines, which is made if need be."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as f:
+    with path.open("a", encoding="utf-8", newline="\n") as f:
         f.write(to_lines(rows))
 
 

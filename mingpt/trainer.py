@@ -345,7 +345,9 @@ class Trainer:
     def to_device(self, batch: tuple) -> tuple:
         """The batch on the device. TypeError unless it is a tuple of equally long tensors."""
         check_batch(batch)
-        return tuple(x.to(self.device, non_blocking=True) for x in batch)
+        # Only a copy from pinned memory may go on while Python does: see `batches`.
+        is_pinned = self.device.type == "cuda"
+        return tuple(x.to(self.device, non_blocking=is_pinned) for x in batch)
 
     def micro_batches(self, batch: Any) -> list[tuple[float, Any]]:
         """Split a batch: pairs of a micro-batch's share of the whole batch, and the micro-batch.

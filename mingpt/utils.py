@@ -89,9 +89,9 @@ def adamw(module: torch.nn.Module, train_config: CfgNode) -> torch.optim.AdamW:
         else:
             without_decay.append(p)
 
-    # The fused step updates all parameters at once, where the device has one.
+    # The fused step updates all parameters at once. Apple's GPUs have it on new systems only.
     fused = all(
-        p.device.type in ("cpu", "cuda", "mps") and p.is_floating_point()
+        p.device.type in ("cpu", "cuda") and p.is_floating_point()
         for p in with_decay + without_decay
     )
     return torch.optim.AdamW(
@@ -147,9 +147,11 @@ def peak_memory_mb() -> float | None:
         return None
     if sys.platform == "linux":
         # For a forked process getrusage also counts what its parent held; VmHWM does not.
-        status = Path("/proc/self/status").read_text(encoding="utf-8")
-        peak_kb = re.search(r"VmHWM:\s+(\d+) kB", status)
-        return int(peak_kb[1]) / 2**10 if peak_kb else None
+        with contextlib.suppress(OSError):  # some sandboxes have no /proc
+            status = Path("/proc/self/status").read_text(encoding="utf-8")
+            peak_kb = re.search(r"VmHWM:\s+(\d+) kB", status)
+            if peak_kb:
+                return int(peak_kb[1]) / 2**10
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 2**20 if sys.platform == "darwin" else peak / 2**10  # macOS counts bytes, not kB
 
