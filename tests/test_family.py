@@ -454,10 +454,12 @@ class TestGroups(unittest.TestCase):
         return ppo_trainer(tiny_gpt(1), prompts, ref_policy=tiny_gpt(2), **options)
 
     def test_groups_share_a_prompt(self):
-        prompts, _, prompt_index = next(self.trainer(algorithm="rloo").batches())
-        self.assertEqual(prompts[0::2].tolist(), prompts[1::2].tolist())
-        self.assertEqual(len({tuple(prompt) for prompt in prompts.tolist()}), 4)
-        self.assertEqual(prompts[:, 0].tolist(), prompt_index.tolist())
+        for algorithm in ("rloo", "grpo", "ppo"):
+            with self.subTest(algorithm):
+                prompts, _, prompt_index = next(self.trainer(algorithm=algorithm).batches())
+                self.assertEqual(prompts[0::2].tolist(), prompts[1::2].tolist())
+                self.assertEqual(len({tuple(prompt) for prompt in prompts.tolist()}), 4)
+                self.assertEqual(prompts[:, 0].tolist(), prompt_index.tolist())
 
     def check_advantages(self, algorithm, advantage_of):
         """advantage_of(total, total of the other one) is that of all tokens of an episode."""
@@ -573,6 +575,25 @@ class TestEqualGroups(unittest.TestCase):
         self.assertEqual([row["skipped_steps"] for row in rows], [8, 8])  # 4 passes, 2 minibatches
         self.assertEqual([row["loss"] for row in rows], [0.0, 0.0])
         self.assertEqual([row["grad_norm"] for row in rows], [0.0, 0.0])
+
+    def test_where_one_group_differs_a_step_is_taken(self):
+        def last_one_differs(idx, attention_mask, completion_mask):
+            scores = torch.zeros(len(idx))
+            scores[-1] = 1.0
+            return scores
+
+        policy = tiny_gpt()
+        before = policy.lm_head.weight.clone()
+        options = {"algorithm": "dapo", "batch_size": 8, "max_iters": 1}
+        [row] = train(policy, reward=last_one_differs, **options)
+        self.assertFalse(torch.equal(policy.lm_head.weight, before))
+        self.assertEqual(row["skipped_steps"], 0)
+        self.assertEqual(row["equal_groups"], 0.5)
+
+    def test_other_rows_keep_them(self):
+        hand_made = HandMade()
+        for algorithm in ("rloo", "grpo", "dr_grpo", "gspo"):
+            self.assertTrue(hand_made.rollout(hand_made.trainer(algorithm)).counted.all())
 
     def test_the_metric_is_the_share_of_equal_groups(self):
         hand_made = HandMade()
