@@ -113,7 +113,8 @@ class RunFolder:
         if self.tensorboard:
             writer = self.tensorboard_writer(row["iter"])
             for name, value in row.items():
-                writer.add_scalar(name, value, row["iter"])
+                if name != "iter":  # that is the axis of all curves
+                    writer.add_scalar(name, value, row["iter"])
             writer.flush()
 
     def log_samples(self, rows: list[dict[str, Any]]) -> None:

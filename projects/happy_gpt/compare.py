@@ -72,7 +72,7 @@ def main(args):
     unknown = sorted(set(chosen) - set(runs))
     if unknown:
         raise ValueError(
-            f"--only={config.only}: {', '.join(unknown)} is none of {', '.join(runs)}"
+            f"--only has {', '.join(unknown)}, which does not exist: choose from {', '.join(runs)}"
         )
 
     folders = {name: Path(config.out) / comparison / name.replace(" ", "_") for name in runs}

@@ -384,7 +384,8 @@ def check_known(option, values, known):
     unknown = sorted(set(values) - set(known))
     if unknown:
         raise ValueError(
-            f"--{option}={','.join(values)}: {', '.join(unknown)} is none of {','.join(known)}"
+            f"--{option} has {', '.join(unknown)}, which does not exist: choose from "
+            f"{', '.join(known)}"
         )
 
 

@@ -306,6 +306,9 @@ def plot_rl(work_dir: Path, rows: list[dict], reference_rewards) -> None:
     path_of_run = means_of_five(rollouts)
     if not rollouts:
         path_of_run = ([row["eval/kl"] for row in looks], [row["eval/scores"] for row in looks])
+    # The run begins as the sft model: at a KL of 0, with its reward.
+    kls, rewards = path_of_run
+    path_of_run = ([0.0, *kls], [float(np.mean(reference_rewards)), *rewards])
     plot_metrics(
         work_dir / "frontier.png",
         {"reward against KL": {"this run": path_of_run, **yardsticks(reference_rewards)}},
