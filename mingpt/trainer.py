@@ -490,7 +490,7 @@ class Trainer:
         self.valid_loss = means.get("loss", math.nan)
         if self.valid_loss < self.best_valid_loss:
             self.best_valid_loss = self.valid_loss
-            self.folder.save_best(self.model.state_dict())
+            self.folder.save_best(self.model.state_dict(), self.model_options())
         self.trigger_callbacks("on_evaluate")
         return self.valid_loss
 
@@ -525,10 +525,25 @@ class Trainer:
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
+            "model_args": self.model_options(),
+            "examples": len(self.train_dataset),
         }
 
+    def model_options(self) -> dict[str, Any] | None:
+        """The options of the model (of the policy, for PPO), None for one that has no config.
+
+        They go into the checkpoint under nanoGPT's name, where `from_pretrained` looks for them.
+        """
+        model = getattr(self.model, "policy", self.model)
+        config = getattr(model, "config", None)
+        return config.to_dict() if isinstance(config, CN) else None
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what `state_dict` returned."""
+        """Take over what `state_dict` returned.
+
+        ValueError, before anything has changed, for another model or a dataset of another length.
+        """
+        self.check_state(state)
         self.iter_num = state["iter_num"]
         self.seed = state["seed"]
         self.best_valid_loss = state["best_valid_loss"]
@@ -539,10 +554,41 @@ class Trainer:
         self.scaler.load_state_dict(state["scaler"])
         set_rng_state(state["rng"][self.rank])
 
+    def check_state(self, state: dict[str, Any]) -> None:
+        """ValueError unless the state is of a run with this model and as much data."""
+        # Checkpoints from before it was kept do not say how many examples they had.
+        examples = state.get("examples", len(self.train_dataset))
+        if examples != len(self.train_dataset):
+            raise ValueError(
+                f"{self.folder.path} holds a run on {examples} examples, and now train_dataset has "
+                f"{len(self.train_dataset)}: put the data back, or choose another work_dir"
+            )
+        then = {name: x.shape for name, x in state["model"].items()}
+        now = {name: x.shape for name, x in self.model.state_dict().items()}
+        different = [name for name in then | now if then.get(name) != now.get(name)]
+        if different:
+            name = different[0]
+            raise ValueError(
+                f"{self.folder.path} holds a run of another model ({name} was {then.get(name)}, is "
+                f"{now.get(name)}): make the same one, or choose another work_dir"
+            )
+
     def save_checkpoint(self) -> None:
-        """Write work_dir/checkpoint.pt, completely or not at all."""
-        if self.config.work_dir:
-            self.folder.save_checkpoint(self.state_dict())
+        """Write work_dir/checkpoint.pt, completely or not at all.
+
+        FloatingPointError for weights that are not finite; the last checkpoint then stays.
+        """
+        if not self.config.work_dir:
+            return
+        state = self.state_dict()
+        for name, weight in state["model"].items():
+            if not torch.isfinite(weight).all():
+                raise FloatingPointError(
+                    f"iteration {self.iter_num}: the weights {name} are not finite, so no "
+                    "checkpoint is written; the last one is still there. Look for an eps of 0, a "
+                    "weight_decay or a learning rate that is too high"
+                )
+        self.folder.save_checkpoint(state)
 
     def resume(self) -> None:
         """Continue from the checkpoint, if there is one.

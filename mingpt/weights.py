@@ -36,7 +36,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar, Self
 from urllib.parse import quote, urlsplit
-from zipfile import is_zipfile
+from zipfile import ZIP_STORED, ZipFile, is_zipfile
 
 import torch
 from safetensors import safe_open
@@ -317,6 +317,8 @@ def load_file(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     all but tensors and plain data. Raises ValueError for that, and for everything else that
     goes wrong.
     """
+    if not file.is_file():
+        raise ValueError(f"{file} is no file that could be read")
     try:
         if file.suffix == ".safetensors":
             return load_safetensors(file), {}
@@ -338,14 +340,29 @@ def load_safetensors(file: Path) -> dict[str, Tensor]:
 
 def load_state_dict(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors of a file of torch.save's, and nanoGPT's model_args where it has some."""
-    # torch.save writes zip files since 2020, and only those can be mapped instead of read
-    state = torch.load(file, map_location="cpu", weights_only=True, mmap=is_zipfile(file))
+    state = torch.load(file, map_location="cpu", weights_only=True, mmap=can_be_mapped(file))
     model_args = state.get("model_args")
     tensors = {str(name): tensor for name, tensor in state.get("model", state).items()}
     wrong = [name for name, tensor in tensors.items() if not is_dense(tensor)]
     if wrong:
         raise TypeError(f"{wrong[:3]} are not tensors, or not dense ones")
+    # A tensor with a stride of 0 repeats its numbers, and a small file could fill the memory.
+    large = [name for name, x in tensors.items() if x.nbytes > x.untyped_storage().nbytes()]
+    if large:
+        raise TypeError(f"{large[:3]} are larger than what the file holds of them")
     return tensors, dict(model_args) if model_args else {}
+
+
+def can_be_mapped(file: Path) -> bool:
+    """Whether the tensors lie in the file as they are, so that it can be mapped instead of read.
+
+    torch.save writes zip files since 2020, and stores the numbers in them without compression.
+    Others may compress them, or cut a record short.
+    """
+    if not is_zipfile(file):
+        return False
+    with ZipFile(file) as records:
+        return all(record.compress_type == ZIP_STORED for record in records.infolist())
 
 
 def is_dense(value: Any) -> bool:
@@ -389,6 +406,18 @@ def read_options(
     """
     folder = path if path.is_dir() else path.parent
     config_json = read_config_json(folder / "config.json")
+    # The Trainer writes the options of the model in best.pt beside it, into best.json.
+    beside = path.with_suffix(".json")
+    if path.suffix == ".pt" and beside.is_file():
+        model_args = read_json(beside)
+    if "dropout" in model_args:  # nanoGPT has one probability for all
+        for name in ("embd_pdrop", "resid_pdrop", "attn_pdrop"):
+            model_args = {name: model_args["dropout"], **model_args}
+        logger.warning(
+            "%s is nanoGPT's. Since 2023 that has the exact GELU, and this library has GPT-2's "
+            "approximation: logits differ by about 0.002",
+            path,
+        )
     sizes = read_sizes(tensors, path)
     heads = {(n_layer, n_embd): n_head for n_layer, n_head, n_embd in cls.presets.values()}
     options = {
@@ -435,6 +464,11 @@ def read_sizes(tensors: dict[str, Tensor], path: Path) -> dict[str, int]:
             f"it has {len(tensors)} tensors, the first of them {list(tensors)[:5]}"
         )
     layers = {name.split(".")[2] for name in tensors if name.startswith("transformer.h.")}
+    if len(tensors) < 6 * len(layers):  # each block has six matrices and LayerNorms, or more
+        raise ValueError(
+            f"{path} names {len(layers)} blocks and holds only {len(tensors)} tensors: a block of "
+            "GPT-2 has at least six"
+        )
     return {
         "vocab_size": wte.size(0),
         "block_size": wpe.size(0),

@@ -1,21 +1,29 @@
 """Faults that were found once, by kind: what must not be something else without a word."""
 
 import math
+import pickle
+import subprocess
+import sys
 import unittest
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from unittest import mock
 
+import numpy as np
 import torch
 from torch.utils.data import TensorDataset
 
 from mingpt import rlhf
 from mingpt.bpe import BPETokenizer, WordCache
 from mingpt.chars import CharTokenizer
+from mingpt.checkpoint import atomic_write, load_torch, save_torch, write_text
 from mingpt.datasets import Comparisons
 from mingpt.heads import RewardModel, ValueHead, ValueModel
 from mingpt.model import GPT
 from mingpt.rlhf import ActorCritic, DPOLoss, PPOTrainer, comparison_loss
 from mingpt.trainer import Trainer
 from mingpt.utils import pick_device, set_seed
-from tests.common import tiny_gpt
+from tests.common import ROOT, TempDirTestCase, tiny_gpt
 
 TOKENIZER = CharTokenizer("abcdefghij")  # its end of text is id 10
 PAIRS = [{"prompt": "ab", "chosen": "cd", "rejected": "ef"}] * 8
@@ -257,3 +265,155 @@ class TestWeights(unittest.TestCase):
             weights.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
         torch.testing.assert_close(weights[1], weights[0], atol=1e-5, rtol=0)
         torch.testing.assert_close(weights[2], weights[0], atol=1e-5, rtol=0)
+
+
+class TestFiles(TempDirTestCase):
+    """What is written is always readable, and what is read is what was written."""
+
+    def config(self, **options):
+        config = Trainer.get_default_config()
+        base = {"device": "cpu", "batch_size": 4, "max_iters": 2, "log_every": 1}
+        config.merge_from_dict({**base, "work_dir": self.folder, **options})
+        return config
+
+    def trainer(self, model=None, examples=8, **options):
+        x = torch.randint(11, (examples, 6), generator=torch.Generator().manual_seed(1))
+        data = TensorDataset(x[:, :-1], x[:, 1:])
+        return Trainer(self.config(**options), model or tiny_gpt(), data, data)
+
+    def test_a_path_and_numpys_numbers_in_a_config(self):
+        rate, size, flag = np.float64(1e-3), np.int64(4), np.bool_(False)
+        options = {"learning_rate": rate, "batch_size": size, "compile": flag}
+        tensor = {"weight_decay": torch.tensor(0.5)}
+        self.trainer(**options, **tensor).run()
+        state = torch.load(self.folder / "checkpoint.pt", weights_only=True)
+        for name, value in state["config"].items():
+            self.assertIn(type(value), (int, float, bool, str, tuple, type(None)), name)
+        self.assertEqual(state["config"]["work_dir"], str(self.folder))
+        resumed = self.trainer(max_iters=3, **options, **tensor)
+        resumed.run()
+        self.assertEqual(resumed.iter_num, 3)
+
+    def test_our_own_files_say_what_they_are(self):
+        model = tiny_gpt(n_head=4, resid_pdrop=0.3)
+        trainer = self.trainer(model, eval_every=1, learning_rate=0.0)
+        trainer.run()
+        idx = torch.randint(11, (1, 5))
+        expected, _ = model.eval()(idx)
+        for name in ("best.pt", "checkpoint.pt"):
+            loaded = GPT.from_pretrained(self.folder / name)
+            self.assertEqual(loaded.config, model.config)
+            torch.testing.assert_close(loaded(idx)[0], expected)
+
+    def test_best_is_a_plain_state_dict(self):
+        self.trainer(eval_every=1).run()
+        tiny_gpt().load_state_dict(torch.load(self.folder / "best.pt", weights_only=True))
+
+    def test_nanogpts_dropout(self):
+        model = tiny_gpt()
+        sizes = {name: getattr(model.config, name) for name in ("n_layer", "n_head", "n_embd")}
+        args = {**sizes, "block_size": 12, "vocab_size": 11, "dropout": 0.0, "bias": True}
+        state = {"model": model.state_dict(), "model_args": args}
+        torch.save(state, self.folder / "ckpt.pt")
+        with self.assertLogs("mingpt", "WARNING") as logs:
+            loaded = GPT.from_pretrained(self.folder / "ckpt.pt")
+        self.assertEqual(loaded.config.resid_pdrop, 0.0)
+        self.assertIn("exact GELU", logs.output[0])
+
+    def test_a_compressed_file_is_read_and_not_mapped(self):
+        model = tiny_gpt(n_head=4)
+        torch.save({"model": model.state_dict()}, self.folder / "stored.pt")
+        with (
+            zipfile.ZipFile(self.folder / "stored.pt") as stored,
+            zipfile.ZipFile(self.folder / "deflated.pt", "w", zipfile.ZIP_DEFLATED) as deflated,
+        ):
+            for record in stored.infolist():
+                deflated.writestr(record.filename, stored.read(record))
+        loaded = GPT.from_pretrained(self.folder / "deflated.pt", n_head=4)
+        for name, weight in model.state_dict().items():
+            self.assertTrue(torch.equal(loaded.state_dict()[name], weight), name)
+
+    def test_a_small_file_that_asks_for_much_memory(self):
+        state = tiny_gpt().state_dict()
+        state["transformer.wpe.weight"] = torch.zeros(1).expand(10**6, 16)
+        torch.save(state, self.folder / "huge.pt")
+        with self.assertRaisesRegex(ValueError, "larger than what the file holds"):
+            GPT.from_pretrained(self.folder / "huge.pt", n_head=2)
+
+    def test_a_file_that_names_many_blocks(self):
+        state = tiny_gpt().state_dict()
+        for i in range(2, 8000):
+            state[f"transformer.h.{i}.ln_1.weight"] = torch.zeros(16)
+        torch.save(state, self.folder / "deep.pt")
+        with self.assertRaisesRegex(ValueError, "names 8000 blocks and holds only"):
+            GPT.from_pretrained(self.folder / "deep.pt", n_head=2)
+
+    def test_a_damaged_checkpoint(self):
+        self.trainer().run()
+        path = self.folder / "checkpoint.pt"
+        whole = path.read_bytes()
+        for content in (b"", whole[: len(whole) // 2], b"text", pickle.dumps([1])):
+            path.write_bytes(content)
+            message = "checkpoint.pt (cannot be loaded|holds a list)"
+            with self.assertRaisesRegex(ValueError, message):
+                self.trainer(max_iters=3).run()
+
+    def test_a_checkpoint_that_is_something_else(self):
+        torch.save(tiny_gpt().state_dict(), self.folder / "checkpoint.pt")
+        self.assertRaisesRegex(ValueError, "no checkpoint of a Trainer", self.trainer().run)
+
+    def test_a_run_of_another_model(self):
+        self.trainer().run()
+        larger = self.trainer(tiny_gpt(n_embd=32), max_iters=3)
+        before = [p.clone() for p in larger.model.parameters()]
+        self.assertRaisesRegex(ValueError, r"of another model \(transformer.wte.weight", larger.run)
+        pairs = zip(before, larger.model.parameters(), strict=True)
+        self.assertTrue(all(torch.equal(a, b) for a, b in pairs))
+
+    def test_a_run_on_more_data(self):
+        self.trainer().run()
+        more = self.trainer(examples=10, max_iters=3)
+        self.assertRaisesRegex(ValueError, "a run on 8 examples, .* has 10", more.run)
+
+    def test_weights_that_are_not_finite_are_not_saved(self):
+        trainer = self.trainer(checkpoint_every=1, max_iters=4)
+
+        def spoil(trainer):
+            if trainer.iter_num == 2:
+                trainer.model.lm_head.weight.data[0] = math.nan
+
+        trainer.add_callback("on_batch_end", spoil)
+        self.assertRaisesRegex(FloatingPointError, "are not finite", trainer.run)
+        state = torch.load(self.folder / "checkpoint.pt", weights_only=True)
+        self.assertEqual(state["iter_num"], 2)
+
+    def test_a_full_disk_keeps_the_old_file_and_says_so(self):
+        path = self.folder / "x.pt"
+        save_torch(path, {"a": torch.ones(2)})
+        error = RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos: file")
+        with (
+            mock.patch("torch.save", side_effect=error),
+            self.assertRaisesRegex(OSError, "x.pt cannot be written .* MB are free"),
+        ):
+            save_torch(path, {"a": torch.zeros(2)})
+        self.assertTrue(torch.equal(load_torch(path)["a"], torch.ones(2)))
+        self.assertEqual([p.name for p in self.folder.iterdir()], ["x.pt"])
+
+    def test_what_a_killed_process_left_behind_goes_with_the_next_write(self):
+        script = (
+            "import os, signal, sys; from mingpt.checkpoint import atomic_write\n"
+            "with atomic_write(sys.argv[1]) as f:\n"
+            "    f.write(bytes(1000)); f.flush(); os.kill(os.getpid(), signal.SIGKILL)"
+        )
+        path = self.folder / "x.bin"
+        subprocess.run([sys.executable, "-c", script, str(path)], cwd=ROOT)
+        [leftover] = self.folder.iterdir()
+        self.assertTrue(leftover.name.startswith(".x.bin."))
+        with atomic_write(self.folder / "other.bin") as f:
+            f.write(b"it is not the other file's")
+        self.assertTrue(leftover.exists())
+        with atomic_write(path) as f, ThreadPoolExecutor(1) as pool:
+            f.write(b"the last to finish")
+            pool.submit(write_text, path, "of another thread, while the first is alive").result()
+        self.assertEqual({p.name for p in self.folder.iterdir()}, {"x.bin", "other.bin"})
+        self.assertEqual(path.read_bytes(), b"the last to finish")
