@@ -58,6 +58,10 @@ WEIGHT_FILES = (
     "pytorch_model.bin.index.json",  # ... and the list of its pieces
 )
 
+# Whether files are mapped instead of read. Windows lets nobody replace a file that is mapped, and
+# people save a model to where they loaded it from.
+MAPS_FILES = os.name == "posix"
+
 # What may stand before GPT-2's own names, once or several times.
 PREFIXES = (
     "_orig_mod.",  # torch.compile
@@ -335,12 +339,16 @@ def load_safetensors(file: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file, mapped: the disk is read when a tensor is first used."""
     with safe_open(file, "pt") as f:
         names = f.keys()  # f is not a dict: a loop over f itself fails
-        return {name: f.get_tensor(name) for name in names}
+        tensors = {name: f.get_tensor(name) for name in names}
+    if not MAPS_FILES:
+        return {name: tensor.clone() for name, tensor in tensors.items()}
+    return tensors
 
 
 def load_state_dict(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors of a file of torch.save's, and nanoGPT's model_args where it has some."""
-    state = torch.load(file, map_location="cpu", weights_only=True, mmap=can_be_mapped(file))
+    mmap = MAPS_FILES and can_be_mapped(file)
+    state = torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
     model_args = state.get("model_args")
     tensors = {str(name): tensor for name, tensor in state.get("model", state).items()}
     wrong = [name for name, tensor in tensors.items() if not is_dense(tensor)]
