@@ -80,6 +80,17 @@ class Trainer:
     Raises ValueError or TypeError for options or data that cannot be used, before training begins.
     """
 
+    # What a run knows of itself, for callbacks to read.
+    iter_num = 0                      # iterations done; a callback sees the current one's number
+    iter_time = 0.0                   # when the last iteration ended
+    iter_dt = 0.0                     # how long the last iteration took, in seconds
+    seconds = 0.0                     # of training in all
+    resumed_seconds = 0.0             # ... of which in the runs before this one
+    tokens = 0                        # elements of each batch's first tensor, in this run
+    loss: Tensor | None = None        # of the last iteration, a detached scalar
+    valid_loss: float | None = None   # of the last evaluation
+    best_valid_loss = math.inf        # of all evaluations
+
     @staticmethod
     @documented
     def get_default_config() -> CN:
@@ -156,16 +167,7 @@ class Trainer:
         if self.rank > 0:
             set_seed(self.seed + self.rank)
 
-        self.iter_num = 0                        # iterations done; callbacks see the current one's
-        self.iter_time = 0.0                     # when the last iteration ended
-        self.iter_dt = 0.0                       # how long the last iteration took, in seconds
-        self.seconds = 0.0                       # of training in all
-        self.resumed_seconds = 0.0               # ... of which in the runs before this one
-        self.tokens = 0                          # elements of each batch's first tensor, this run
-        self.loss: Tensor | None = None          # of the last iteration, a detached scalar
-        self.metrics: dict[str, float] = {}      # all that is known of the last iteration
-        self.valid_loss: float | None = None
-        self.best_valid_loss = math.inf
+        self.metrics: dict[str, float] = {}  # all that is known of the last iteration
 
     # -- callbacks, as in minGPT -------------------------------------------------------------------
 
