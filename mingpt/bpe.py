@@ -367,6 +367,12 @@ class Encoder:
         # The bytes of each token, as a string in which character b stands for byte b (Latin-1):
         # str.join, which decode spends its time in, takes half as long as bytes.join.
         latin = {character: chr(byte) for byte, character in characters.items()}
+        strange = [t for t in vocab if t not in self.special and not latin.keys() >= set(t)]
+        if strange:
+            raise ValueError(
+                f"the vocabulary has tokens that are not written in bytes ({strange[:5]}): "
+                f"{END_OF_TEXT} is the only special token that is known here"
+            )
         self.token_text = {
             i: token if token in self.special else "".join(latin[c] for c in token)
             for token, i in vocab.items()

@@ -644,6 +644,10 @@ def check_context(
     block_size: int,
 ) -> None:
     """ValueError unless idx and attention_mask have the right shapes and fit into block_size."""
+    if not isinstance(idx, Tensor):
+        raise TypeError(f"idx is a {type(idx).__name__}; it must be a (B, T) LongTensor")
+    if idx.dtype not in (torch.long, torch.int):
+        raise ValueError(f"idx is {idx.dtype}; token ids are a LongTensor: idx.long()")
     if idx.dim() != 2:
         raise ValueError(
             f"idx has shape {tuple(idx.shape)}; it must be (B, T): "
@@ -711,6 +715,11 @@ def check_generate(
 ) -> None:
     """ValueError unless prompts and options (the fields of `Sampling`) suit a model of config."""
     check_sampling(CN(**options), config.vocab_size)
+    if not isinstance(idx, Tensor):
+        raise TypeError(
+            f"idx is a {type(idx).__name__}; a prompt must be a (B, T) LongTensor, as tok(text) of "
+            "a tokenizer gives it"
+        )
     if idx.dim() != 2 or idx.numel() == 0 or idx.dtype != torch.long:
         raise ValueError(
             f"idx is {idx.dtype} of shape {tuple(idx.shape)}; "

@@ -861,6 +861,12 @@ class PPOTrainer(Trainer):
             raise ValueError(
                 "ref_policy is the policy itself, which will be trained: pass a copy of it, or None"
             )
+        missing = [name for name in ("log_probs", "generate") if not hasattr(policy, name)]
+        if missing:
+            raise TypeError(
+                f"a policy needs GPT's log_probs and generate; {type(policy).__name__} has no "
+                f"{' and no '.join(missing)}"
+            )
         # The algorithm's choices, once and for all: no method below asks for its name.
         self.check_config(config)
         self.choices = choose(config)

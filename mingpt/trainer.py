@@ -646,6 +646,7 @@ class Trainer:
         check_numbers(config, *rates, "warmup_iters", "eps", "weight_decay")
         check_numbers(config, "epochs", "grad_norm_clip", optional=True)
         check_schedule(config)
+        check_betas(config.betas)
         if config.batch_size % world_size:
             raise ValueError(
                 f"batch_size={config.batch_size} cannot be divided equally among {world_size} "
@@ -698,6 +699,13 @@ def check_event(onevent: str) -> None:
     """ValueError for an event that never happens."""
     if onevent not in EVENTS:
         raise ValueError(f"onevent={onevent!r} never happens; there are {', '.join(EVENTS)}")
+
+
+def check_betas(betas: Any) -> None:
+    """ValueError for anything but two numbers in [0, 1)."""
+    numbers = list(betas) if isinstance(betas, (tuple, list)) else []
+    if len(numbers) != 2 or not all(isinstance(x, (int, float)) and 0 <= x < 1 for x in numbers):
+        raise ValueError(f"betas={betas!r} must be two numbers from 0 to below 1")
 
 
 def check_schedule(config: CN) -> None:

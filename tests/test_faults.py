@@ -173,6 +173,33 @@ class TestShapesAndIds(unittest.TestCase):
         self.assertRaisesRegex(ValueError, r"metrics called \['loss'\]", trainer.run)
 
 
+class TestWrongKinds(unittest.TestCase):
+    """Things of another kind than is meant: the error says what came and what is meant."""
+
+    def test_a_text_or_a_list_in_the_place_of_a_tensor(self):
+        for prompt in ("hello", [[1, 2]], None):
+            self.assertRaisesRegex(TypeError, "LongTensor", tiny_gpt().generate, prompt, 2)
+            self.assertRaisesRegex(TypeError, "LongTensor", tiny_gpt(), prompt)
+
+    def test_ids_that_are_no_integers(self):
+        self.assertRaisesRegex(ValueError, "LongTensor", tiny_gpt(), torch.zeros(1, 3))
+
+    def test_betas(self):
+        for betas in ((0.9,), 0.9, (0.9, 1.0), (0.9, "0.95"), None):
+            config = Trainer.get_default_config()
+            config.betas = betas
+            self.assertRaisesRegex(ValueError, "must be two numbers", Trainer.check_config, config)
+
+    def test_a_policy_that_cannot_write(self):
+        with self.assertRaisesRegex(TypeError, "Linear has no log_probs and no generate"):
+            PPOTrainer(ppo_config(algorithm="rloo"), torch.nn.Linear(1, 1), count_threes, [[1]])
+
+    def test_a_vocabulary_with_tokens_that_are_no_bytes(self):
+        vocab = BPETokenizer.train(["some text"], 257).vocab
+        with self.assertRaisesRegex(ValueError, r"not written in bytes \(\['<im start>'\]\)"):
+            BPETokenizer({**vocab, "<im start>": 257}, [])
+
+
 class TestDropoutInComparisons(unittest.TestCase):
     def setUp(self):
         self.policy = tiny_gpt(embd_pdrop=0.3, resid_pdrop=0.3, attn_pdrop=0.3).train()

@@ -815,8 +815,8 @@ class TestRefusals(TempDirTestCase):
         self.check(message, shared_trunk=True, value_model=value_model)
 
     def test_a_policy_of_which_no_value_function_can_be_made(self):
-        message = "a value function can be made from a GPT, not from a Linear"
-        self.check(message, policy=nn.Linear(1, 1))
+        message = "a value function can be made from a GPT, not from a Recurrent"
+        self.check(message, policy=Recurrent())
 
     def test_the_policy_as_its_own_reference(self):
         policy = tiny_gpt()
