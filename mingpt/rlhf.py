@@ -660,6 +660,9 @@ def choose(config: CN) -> Algorithm:
     # Begin with the row, and put what the config says for itself in its place.
     own = {name: getattr(config, name) for name in CHOICES if getattr(config, name) is not None}
     choices = dataclasses.replace(ALGORITHMS[config.algorithm], **own)
+    # Who chooses no penalty need not also take back the row's weight of it.
+    if choices.kl_penalty == "none" and config.kl_coef is None:
+        choices = dataclasses.replace(choices, kl_coef=0.0)
     check_choices(choices)
     return choices
 

@@ -674,6 +674,12 @@ class TestChoices(unittest.TestCase):
         expected = hand_made.loss_of(hand_made.trainer("grpo"))
         self.assertEqual(found.item(), expected.item())
 
+    def test_no_penalty_can_be_chosen_by_itself(self):
+        for name in ("ppo", "rloo", "grpo"):
+            config = PPOTrainer.get_default_config()
+            config.merge_from_dict({"algorithm": name, "kl_penalty": "none"})
+            self.assertEqual(choose(config).kl_coef, 0.0)
+
     def test_every_row_can_be_had_from_every_other(self):
         for name, row in ALGORITHMS.items():
             for algorithm in ALGORITHMS:
