@@ -3,9 +3,10 @@ Runs a script as on a system that lacks what only Unix, or only Linux, has.
 
     python tests/other_system.py SCRIPT ARGUMENTS...
 
-It needs Linux, of which it hides what others lack. Hidden are modules, functions and signals that Windows does not have, /proc, and the name of the
-system. Processes start as on Windows and on macOS: afresh, with "spawn". And a file that is open,
-or mapped into memory, can be neither replaced nor removed, as on Windows.
+It runs on Linux, and hides what others lack: modules, functions and signals that Windows does not
+have, /proc, and the name of the system. Processes start as on Windows and on macOS: afresh, with
+"spawn". And a file that is open, or mapped into memory, can be neither replaced nor removed, as on
+Windows.
 """
 
 import builtins
