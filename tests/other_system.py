@@ -3,9 +3,10 @@ Runs a script as on a system that lacks what only Unix, or only Linux, has.
 
     python tests/other_system.py SCRIPT ARGUMENTS...
 
-Hidden are modules, functions and signals that Windows does not have, /proc, and the name of the
-system. Processes start as on Windows and on macOS: afresh, with "spawn". And a file that is open,
-or mapped into memory, can be neither replaced nor removed, as on Windows.
+It runs on Linux, and hides what others lack: modules, functions and signals that Windows does not
+have, /proc, and the name of the system. Processes start as on Windows and on macOS: afresh, with
+"spawn". And a file that is open, or mapped into memory, can be neither replaced nor removed, as on
+Windows.
 """
 
 import builtins
@@ -46,6 +47,7 @@ SIGNALS = (
 )
 
 open_file = io.open
+load_library = ctypes.CDLL.__init__
 
 
 def hide() -> None:
@@ -58,20 +60,17 @@ def hide() -> None:
                 delattr(module, name)
     sys.platform = os.name = "another"
     io.open = builtins.open = open_without_proc
-    load_library = ctypes.CDLL.__init__
-    ctypes.CDLL.__init__ = lambda self, name, *args, **kwargs: load_library(
-        self, required(name), *args, **kwargs
-    )
+    ctypes.CDLL.__init__ = load_named_library
     multiprocessing.set_start_method("spawn")
     for name in ("replace", "rename", "remove", "unlink", "link", "symlink"):
         setattr(os, name, guarded(getattr(os, name)))
 
 
-def required(name: str | None) -> str:
-    """The name of a library. Windows has none for the program itself."""
+def load_named_library(self, name, *args, **kwargs):
+    """ctypes.CDLL, where None does not stand for the program itself."""
     if name is None:
         raise TypeError("a library must have a name")
-    return name
+    load_library(self, name, *args, **kwargs)
 
 
 def open_without_proc(file, *args, **kwargs):
@@ -82,7 +81,7 @@ def open_without_proc(file, *args, **kwargs):
 
 
 def guarded(function):
-    """The function of os, which refuses a file in use as its last path."""
+    """The function of os, which refuses a file that is in use."""
 
     def refuse_files_in_use(*paths, **kwargs):
         for path in paths:

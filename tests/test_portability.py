@@ -160,6 +160,7 @@ class TestMainJob(ChildTestCase):
         self.assertEqual(stages, {"pretrain", "sft", "rl"})
         return summary
 
+    @unittest.skipUnless(sys.platform == "linux", "other_system.py needs /proc")
     def test_on_a_system_that_lacks_what_unix_has(self):
         script = ROOT / "tests" / "other_system.py"
         # a process that loads data, which is spawned
@@ -195,6 +196,7 @@ class TestMainJob(ChildTestCase):
 
 
 class TestParts(ChildTestCase):
+    @unittest.skipUnless(sys.platform == "linux", "other_system.py needs /proc")
     def test_docstrings_are_read_by_spawned_processes(self):
         script = self.folder / "read.py"
         script.write_text(
@@ -210,6 +212,7 @@ class TestParts(ChildTestCase):
         self.assertGreater(int(as_usual), 10)
         self.assertEqual(int(spawned), int(as_usual))
 
+    @unittest.skipUnless(sys.platform == "linux", "other_system.py needs /proc")
     def test_a_model_can_be_saved_to_where_it_was_loaded_from(self):
         script = self.folder / "again.py"
         script.write_text(
