@@ -860,16 +860,7 @@ class PPOTrainer(Trainer):
         ref_policy: nn.Module | None = None,
         tokenizer: Any = None,
     ):
-        if ref_policy is policy:
-            raise ValueError(
-                "ref_policy is the policy itself, which will be trained: pass a copy of it, or None"
-            )
-        missing = [name for name in ("log_probs", "generate") if not hasattr(policy, name)]
-        if missing:
-            raise TypeError(
-                f"a policy needs GPT's log_probs and generate; {type(policy).__name__} has no "
-                f"{' and no '.join(missing)}"
-            )
+        check_policy(policy, ref_policy)
         # The algorithm's choices, once and for all: no method below asks for its name.
         self.check_config(config)
         self.choices = choose(config)
@@ -1465,6 +1456,20 @@ class PPOTrainer(Trainer):
                 raise ValueError(
                     f"{described}do not fit into the reward model's block_size={reward_block_size}"
                 )
+
+
+def check_policy(policy: nn.Module, ref_policy: nn.Module | None) -> None:
+    """TypeError for a policy that cannot write; ValueError for one that is its own reference."""
+    missing = [name for name in ("log_probs", "generate") if not hasattr(policy, name)]
+    if missing:
+        raise TypeError(
+            f"a policy needs GPT's log_probs and generate; {type(policy).__name__} has no "
+            f"{' and no '.join(missing)}"
+        )
+    if ref_policy is policy:
+        raise ValueError(
+            "ref_policy is the policy itself, which will be trained: pass a copy of it, or None"
+        )
 
 
 def check_vocabularies(
