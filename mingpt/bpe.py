@@ -42,7 +42,7 @@ from typing import Any, Self
 import regex
 import torch
 
-from mingpt.checkpoint import write_text
+from mingpt.checkpoint import finish_write, read_json, read_text, write_text, write_together
 from mingpt.download import download, home
 
 END_OF_TEXT = "<|endoftext|>"  # the token that GPT-2 puts between two texts
@@ -528,12 +528,16 @@ class BPETokenizer(Encoder):
     def save_pretrained(self, folder: str | Path) -> None:
         """Write vocab.json and merges.txt, which `transformers` and `tokenizers` read as well."""
         lines = ["#version: 0.2", *(f"{left} {right}" for left, right in self.merge_list)]
-        write_text(Path(folder) / "vocab.json", json.dumps(self.vocab, ensure_ascii=False))
-        write_text(Path(folder) / "merges.txt", "\n".join(lines) + "\n")
+        with write_together(folder) as new:
+            write_text(new / "vocab.json", json.dumps(self.vocab, ensure_ascii=False))
+            write_text(new / "merges.txt", "\n".join(lines) + "\n")
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> Self:
-        """Read vocab.json and merges.txt, or encoder.json and vocab.bpe, from a folder."""
+        """Read vocab.json and merges.txt, or encoder.json and vocab.bpe, from a folder.
+
+        ValueError for a folder without them, and for files that hold no vocabulary or no merges.
+        """
         return cls(*read_files(folder))
 
 
@@ -557,27 +561,37 @@ GPT2_SHA256 = {
 
 def read_files(folder: str | Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
     """The vocabulary and the merges from the two files in a folder, under either of their names."""
+    finish_write(folder)
     for vocab_name, merges_name in FILE_NAMES:
         vocab_path = Path(folder) / vocab_name
         merges_path = Path(folder) / merges_name
         if vocab_path.exists() and merges_path.exists():
-            return json.loads(vocab_path.read_text(encoding="utf-8")), read_merges(merges_path)
+            return read_vocab(vocab_path), read_merges(merges_path)
     raise ValueError(
         f"{folder} contains no vocabulary; "
         "expected vocab.json and merges.txt, or encoder.json and vocab.bpe"
     )
 
 
+def read_vocab(path: Path) -> dict[str, int]:
+    """The vocabulary of a file: a JSON object of ids by token."""
+    vocab = read_json(path)
+    if not all(type(i) is int for i in vocab.values()):
+        raise ValueError(f"{path} is no vocabulary; expected a JSON object, {{token: id}}")
+    return vocab
+
+
 def read_merges(path: Path) -> list[tuple[str, str]]:
     """The merges of a file: a line each, its two tokens with a space between them."""
-    lines = path.read_text(encoding="utf-8").split("\n")
-    if lines[0].startswith("#version"):
-        del lines[0]
+    lines = read_text(path).split("\n")
     merges = []
-    for line in lines:
-        if line:
-            left, right = line.split(" ")
-            merges.append((left, right))
+    for number, line in enumerate(lines, start=1):
+        if not line or (number == 1 and line.startswith("#version")):
+            continue
+        pair = line.split(" ")
+        if len(pair) != 2:
+            raise ValueError(f"{path}, line {number}: got {line[:60]!r}; expected 'left right'")
+        merges.append((pair[0], pair[1]))
     return merges
 
 

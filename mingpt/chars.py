@@ -5,7 +5,6 @@ The smallest class with the interface of `BPETokenizer`, for models that are sma
 spelling by themselves.
 """
 
-import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Self
 import torch
 
 from mingpt.bpe import END_OF_TEXT
-from mingpt.checkpoint import write_text
+from mingpt.checkpoint import read_json, to_json, write_text
 
 # Stands for characters outside the vocabulary, as decoders use it for bytes that are not UTF-8.
 UNKNOWN = "\N{REPLACEMENT CHARACTER}"
@@ -76,9 +75,13 @@ class CharTokenizer:
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the vocabulary to chars.json in the folder."""
-        write_text(Path(folder) / "chars.json", json.dumps(self.chars))
+        write_text(Path(folder) / "chars.json", to_json(self.chars))
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> Self:
-        """Read the chars.json that `save_pretrained` wrote."""
-        return cls(json.loads((Path(folder) / "chars.json").read_text(encoding="utf-8")))
+        """Read the chars.json that `save_pretrained` wrote. ValueError if there is none."""
+        path = Path(folder) / "chars.json"
+        chars = read_json(path, list)
+        if not all(isinstance(char, str) for char in chars):
+            raise ValueError(f"{path} is no vocabulary; expected a JSON array of characters")
+        return cls(chars)

@@ -7,17 +7,19 @@ random generator. The trainer puts them together; RunFolder says what is kept wh
 """
 
 import contextlib
-import glob
 import io
 import json
 import math
 import os
+import pickle
 import platform
 import random
+import re
 import shutil
 import signal
 import sys
 import threading
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
@@ -29,54 +31,165 @@ from mingpt import distributed
 
 # -- files -----------------------------------------------------------------------------------------
 
+# The temporary files and folders that this process is filling right now.
+in_progress: set[Path] = set()
+
+# Where files wait that are complete, and take their places together: see `write_together`.
+COMPLETE = ".complete"
+
 
 @contextlib.contextmanager
 def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
     """`with atomic_write(path) as f`: a binary file that takes its name only when it is complete.
 
     By then it is on the disk, too. Whatever fails before that, a full disk included, leaves an
-    older file of that name as it was. Missing folders are made.
+    older file of that name as it was. Missing folders are made, and what killed processes left
+    behind in the folder is removed. OSError for a disk that is full says how much is free.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(path)
-    # a name that no other process or thread writes to
-    own = f"{platform.node()}.{os.getpid()}.{threading.get_ident()}"
-    temporary = path.with_name(f".{path.name}.{own}")
-    try:
+    remove_leftovers(path.parent)
+    with full_disk_explained(path), temporary_name(path) as temporary:
         with temporary.open("wb") as f:
             yield f
             # Without fsync a power failure could leave the new name on an empty file.
             f.flush()
             os.fsync(f.fileno())
         temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
-def remove_leftovers(path: Path) -> None:
-    """Remove what processes that were killed while they wrote `path` have left behind."""
-    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*"):
-        *node, pid, thread = leftover.name.removeprefix(f".{path.name}.").split(".")
-        if not (node and pid.isdecimal() and thread.isdecimal()):
-            continue  # somebody else's file
-        is_ours = ".".join(node) == platform.node()  # of another machine we know nothing
-        if is_ours and not is_alive(int(pid)):
-            leftover.unlink(missing_ok=True)
+@contextlib.contextmanager
+def write_together(folder: str | Path) -> Iterator[Path]:
+    """`with write_together(folder) as new`: the files written into `new` all get into the folder.
+
+    Or none of them does. A process that is killed leaves either the old files or the new ones, and
+    other files of the folder stay as they are. For a moment the first of them by name is missing
+    (a model's config.json), so that no program takes some of the old files with some of the new.
+    If the process is killed in that moment, the files are complete, and `finish_write` ends it.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(folder)
+    with temporary_name(folder / "files") as new:
+        new.mkdir()
+        yield new
+        with one_writer(folder):
+            move_complete(folder)  # of an earlier process
+            new.rename(folder / COMPLETE)  # from here on the new files count
+            move_complete(folder)
 
 
-def is_alive(pid: int) -> bool:
-    """Whether a process of this number runs on this machine. True where that cannot be known."""
+def finish_write(folder: str | Path) -> None:
+    """Move files to their places that a process had written together before it was killed.
+
+    To be called before such files are read.
+    """
+    folder = Path(folder)
+    if (folder / COMPLETE).is_dir():
+        with one_writer(folder):
+            move_complete(folder)
+
+
+def move_complete(folder: Path) -> None:
+    """Move the complete files of `write_together` to their places, the first by name last."""
+    complete = folder / COMPLETE
+    if not complete.is_dir():
+        return
+    names = sorted(path.name for path in complete.iterdir())
+    if names:
+        (folder / names[0]).unlink(missing_ok=True)
+    for name in reversed(names):
+        (complete / name).replace(folder / name)
+    complete.rmdir()
+
+
+@contextlib.contextmanager
+def one_writer(folder: Path) -> Iterator[None]:
+    """Within, no other process moves files in the folder. Only on Unix, and where it has locks."""
+    try:
+        import fcntl
+    except ImportError:
+        yield  # Windows cannot lock a folder
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # some network drives have no locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def temporary_name(path: Path) -> Iterator[Path]:
+    """A hidden name beside path that no other process or thread uses. Nothing is left of it."""
+    own = f"{platform.node()}.{os.getpid()}.{threading.get_ident()}"
+    temporary = path.with_name(f".{path.name}.{own}")
+    in_progress.add(temporary)
+    try:
+        yield temporary
+    finally:
+        remove(temporary)  # unless it has its final name by now
+        in_progress.discard(temporary)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, or a folder with all that is in it, if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove the temporary files in the folder of processes that were killed while they wrote."""
+    # Of other machines we know nothing: what they left stays.
+    pattern = re.compile(rf"\..+\.{re.escape(platform.node())}\.(\d+)\.\d+")
+    for name in os.listdir(folder):
+        match = pattern.fullmatch(name)
+        if match and not is_in_progress(folder / name, int(match[1])):
+            # Windows refuses while the file is open, and so its writer lives.
+            with contextlib.suppress(PermissionError):
+                remove(folder / name)
+
+
+def is_in_progress(temporary: Path, pid: int) -> bool:
+    """Whether the process of number pid on this machine may still be writing the file."""
+    if pid == os.getpid():
+        # In a container every process may have the same number, and so had the one before this.
+        return temporary in in_progress
     if os.name != "posix":
-        return True  # elsewhere, to ask would be to end it
+        # Elsewhere, to ask would be to end it. A file that is open cannot be removed there, and
+        # a folder stays, since nobody can tell.
+        return temporary.is_dir()
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
     except PermissionError:
-        return True  # somebody else's
+        return True  # it is somebody else's
     return True
+
+
+@contextlib.contextmanager
+def full_disk_explained(path: Path) -> Iterator[None]:
+    """Within, a write that fails raises an OSError that names the file and the free space."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        # torch.save raises a RuntimeError of its own, and only its context tells the reason.
+        reason = error.__context__ if isinstance(error.__context__, OSError) else error
+        of_torch = "inline_container" in str(error) or "PytorchStreamWriter" in str(error)
+        # Those of a file that cannot be opened, and those of networks, say it by themselves.
+        of_a_write = type(error) is OSError and error.filename is None
+        if not of_torch and not of_a_write:
+            raise
+        free = shutil.disk_usage(path.parent).free / 2**20
+        raise OSError(
+            getattr(reason, "errno", None),
+            f"{path} cannot be written ({str(reason).splitlines()[0]}); {free:,.1f} MB are free in "
+            f"{path.parent}: make room. An older file of that name is still there",
+        ) from error
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -85,20 +198,24 @@ def write_text(path: str | Path, text: str) -> None:
         f.write(text.encode("utf-8"))
 
 
+def read_text(path: str | Path) -> str:
+    """The text of a UTF-8 file. ValueError that names it if there is none, or if it is no text.
+
+    A FIFO or a device in its place would block for ever, or never end.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path} is no file that could be read")
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text ({error}): put a good copy in place") from None
+
+
 def save_torch(path: str | Path, obj: Any) -> None:
     """torch.save, atomically. Load with `load_torch`. OSError where the disk is full."""
-    try:
-        with atomic_write(path) as f:
-            torch.save(obj, f)
-    except RuntimeError as error:  # this is how torch.save speaks of a failed write
-        if "file" not in str(error) and "write" not in str(error):
-            raise
-        folder = Path(path).parent
-        free = shutil.disk_usage(folder).free / 2**20
-        raise OSError(
-            f"{path} cannot be written ({str(error).splitlines()[0]}); {free:,.0f} MB are free in "
-            f"{folder}. An older file of that name is still there"
-        ) from error
+    with atomic_write(path) as f:
+        torch.save(obj, f)
 
 
 def load_torch(path: str | Path) -> dict[str, Any]:
@@ -107,7 +224,7 @@ def load_torch(path: str | Path) -> dict[str, Any]:
     Raises ValueError for a file that is damaged, or holds something else. No code in it is run.
     """
     try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
+        loaded = read_torch(Path(path))
     except Exception as error:  # damaged bytes can make it raise anything
         reason = str(error).partition("\n")[0] or "it is empty"
         raise ValueError(
@@ -119,6 +236,112 @@ def load_torch(path: str | Path) -> dict[str, Any]:
     return loaded
 
 
+# -- what torch.save wrote -------------------------------------------------------------------------
+
+# So many times its size may a compressed file unpack to, and anything up to so many bytes. Weights
+# hardly get smaller by compression: a file of zeros that would fill the memory is no model.
+LARGEST_RATIO = 20
+SMALL = 2**28
+
+
+def read_torch(path: Path, mmap: bool = False) -> Any:
+    """What torch.save has written to a file, on the CPU: tensors and plain data, and no code.
+
+    mmap: where it can be, the file is mapped into memory instead of read. Raises all sorts of
+    exceptions for a damaged file, ValueError if the numbers of a tensor are cut off among them.
+    """
+    if not path.is_file():
+        raise ValueError("it is no file that could be read")
+    sizes: dict[str, int] = {}
+    if zipfile.is_zipfile(path):  # since 2020; before, it was a pickle with the numbers behind it
+        with zipfile.ZipFile(path) as file:
+            mmap = mmap and all(x.compress_type == zipfile.ZIP_STORED for x in file.infolist())
+            sizes = record_sizes(file)
+        unpacked = sum(sizes.values())
+        if unpacked > max(SMALL, LARGEST_RATIO * path.stat().st_size):
+            raise ValueError(f"it would unpack to {unpacked / 2**20:,.0f} MB")
+    else:
+        mmap = False
+    loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    if sizes:
+        check_records(path, sizes)
+    return loaded
+
+
+def record_sizes(file: zipfile.ZipFile) -> dict[str, int]:
+    """{name: bytes} of the records of a zip file, without the name of the folder that all are in.
+
+    Of several records of one name the smallest counts, for PyTorch may take any of them.
+    """
+    sizes: dict[str, int] = {}
+    for record in file.infolist():
+        name = record.filename.partition("/")[2].lower()  # PyTorch's reader ignores the case
+        size = record.file_size
+        if record.compress_type == zipfile.ZIP_STORED:
+            size = min(size, record.compress_size)
+        sizes[name] = min(size, sizes.get(name, size))
+    return sizes
+
+
+def check_records(path: Path, sizes: dict[str, int]) -> None:
+    """ValueError for a record of the file that is shorter than the tensor that lies in it.
+
+    PyTorch looks at this only since lately, and a mapped tensor takes the bytes that come next.
+    """
+    with zipfile.ZipFile(path) as file:
+        [name] = {x.filename for x in file.infolist() if x.filename.endswith("/data.pkl")}
+        outline = Outline(io.BytesIO(file.read(name)))
+    outline.load()
+    for key, needed in outline.needed.items():
+        size = sizes[f"data/{key}".lower()]
+        if size < needed:
+            raise ValueError(f"record {key} has {size} bytes, and its tensor needs {needed}")
+
+
+class Inert:
+    """Stands for any object of a pickle. Whatever is done with it, nothing happens."""
+
+    def __init__(self, *args: Any):
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        pass
+
+
+class Outline(pickle._Unpickler):  # the one in Python: a huge number in a file takes no memory
+    """Reads from a pickle of torch.save's which records it needs, {key: bytes}, and builds nothing.
+
+    A tensor's numbers are not in the pickle, which names them: ("storage", their type, key of the
+    record, device, how many). torch.load must have accepted the pickle before.
+    """
+
+    def __init__(self, file: BinaryIO):
+        super().__init__(file)
+        self.needed: dict[str, int] = {}
+
+    def find_class(self, module: str, name: str) -> Any:
+        return type(name, (Inert,), {})
+
+    def persistent_load(self, saved_id: Any) -> Any:
+        _, kind, key, _, count = saved_id
+        if kind.__name__ == "UntypedStorage":
+            item_size = 1
+        else:
+            item_size = getattr(torch, kind.__name__)._dtype.itemsize
+        self.needed[key] = max(count * item_size, self.needed.get(key, 0))
+        return Inert()
+
+
+# -- JSON ------------------------------------------------------------------------------------------
+
+
+# What JSON calls the types that a file may hold.
+JSON_NAMES = {dict: "object", list: "array"}
+
+
 def to_json(value: Any, indent: int | None = None) -> str:
     """`value` as strict JSON, in ASCII.
 
@@ -126,6 +349,20 @@ def to_json(value: Any, indent: int | None = None) -> str:
     the same. Such a float becomes null.
     """
     return json.dumps(replace_non_finite(value), indent=indent, allow_nan=False)
+
+
+def read_json(path: str | Path, kind: type = dict) -> Any:
+    """What a JSON file holds: a dict, or what `kind` says. ValueError that names it for others."""
+    text = read_text(path)
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged; expected JSON: {error}") from None
+    if not isinstance(value, kind):
+        raise ValueError(
+            f"{path} is damaged; expected a JSON {JSON_NAMES[kind]}, and it holds {text[:30]!r}"
+        )
+    return value
 
 
 def replace_non_finite(value: Any) -> Any:

@@ -15,16 +15,17 @@ that makes the tree; `documented` reads these comments, and `--help`, `print(con
 
 import ast
 import difflib
+import enum
 import functools
 import inspect
 import io
 import math
 import numbers
+import os
 import sys
 import textwrap
 import tokenize
 from collections.abc import Callable, Iterator
-from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -117,22 +118,27 @@ class CfgNode:
 
 
 def plain(value: Any) -> Any:
-    """A path as text, and NumPy's or PyTorch's number as Python's; other values as they are.
+    """The value as plain Python: what files can hold, and anybody can load and compare.
 
-    So that what is saved of a config can be loaded by anybody, and compared with another one.
+    A path and a torch.device become text, an enum its value. A number of NumPy's or PyTorch's
+    becomes Python's, and an array of them a list. Other values stay as they are.
     """
-    if isinstance(value, PurePath):
+    if isinstance(value, enum.Enum):
+        return plain(value.value)
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, dict):
+        return {name: plain(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [plain(item) for item in value]
+    if isinstance(value, tuple):
+        return tuple(plain(item) for item in value)
+    if hasattr(value, "tolist") and hasattr(value, "ndim"):  # an array, a tensor or one number
+        return value.tolist()
+    # Asked by name, so that a script's options do not wait for PyTorch to be imported.
+    if f"{type(value).__module__}.{type(value).__name__}" == "torch.device":
         return str(value)
-    if isinstance(value, np.generic) or is_scalar_tensor(value):
-        return value.item()
-    if type(value) in (list, tuple):
-        return type(value)(plain(item) for item in value)
     return value
-
-
-def is_scalar_tensor(value: Any) -> bool:
-    """Whether value is a tensor of one number, without importing PyTorch to find out."""
-    return type(value).__module__ == "torch" and getattr(value, "ndim", None) == 0
 
 
 def take_option(args: list[str], defaults: dict[str, Any]) -> tuple[str, str]:

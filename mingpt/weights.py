@@ -16,8 +16,10 @@ GPT-2 is one architecture, but its files come in many dialects. Who writes what:
                     head is not tied. Its scripts write their options into a config.json.
     nanoGPT         A file is {"model": weights, "model_args": options}. If the model was compiled,
                     every name begins with "_orig_mod.". With bias=False it has no biases at all.
+                    Since 2023 it has the exact GELU, before it had GPT-2's; the file does not say.
     this library    `save_pretrained` writes transformers' dialect. Checkpoints of the trainers are
                     (out, in), and names begin with what wraps the model: "module." or "policy.".
+                    They hold "model_args" as nanoGPT's, and best.pt among its metadata.
 
 The tables below name these differences. Then comes `Pretrained`, and after it the steps of
 `from_pretrained` in their order: find the file, read its tensors under our names, read the
@@ -34,17 +36,23 @@ import os
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, BinaryIO, ClassVar, Self
 from urllib.parse import quote, urlsplit
-from zipfile import ZIP_STORED, ZipFile, is_zipfile
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from mingpt.checkpoint import atomic_write, write_text
+from mingpt.checkpoint import (
+    atomic_write,
+    finish_write,
+    read_json,
+    read_torch,
+    to_json,
+    write_text,
+    write_together,
+)
 from mingpt.config import CfgNode
 from mingpt.download import NotFound, download, home
 
@@ -100,6 +108,15 @@ GPT2_ONLY: dict[str, tuple[Any, ...]] = {
 }
 
 
+# How safetensors calls the types of parameters.
+SAFETENSORS_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+}
+
+
 class Pretrained(nn.Module):
     """Gives a model `from_pretrained` and `save_pretrained`.
 
@@ -125,8 +142,9 @@ class Pretrained(nn.Module):
         """The model in evaluation mode, in fp32, from the hub, a folder or a file.
 
         revision: a branch, tag or commit of the hub. options replace those of the model's
-        config, dropout for instance. A bare state dict does not tell its number of heads:
-        where its sizes are not those of a preset, pass n_head.
+        config, dropout for instance. What a file does not tell must be passed: a bare state
+        dict its n_head, and a file of nanoGPT's which GELU its model has, by transformers' name
+        (activation_function="gelu_new" is GPT-2's, the only one here).
 
         Files of the hub are kept in $MINGPT_HOME, a folder for each revision. HF_ENDPOINT
         and HF_TOKEN are honoured. Safetensors in fp32 are not read but mapped into memory,
@@ -140,36 +158,35 @@ class Pretrained(nn.Module):
         path = Path(name_or_path).expanduser()
         if not path.exists():
             path = hub_folder(str(name_or_path), revision)
+        finish_write(path)
         # 2. Read its tensors, under our names.
         tensors, model_args = read_tensors(weights_file(path))
         # 3. Read the options of the model; those of the caller come before those of the file.
         config = cls.get_default_config()
+        fixed = {name: options.pop(name) for name in GPT2_ONLY.keys() & options.keys()}
+        check_fixed(fixed, "from_pretrained")
         check_known(options, config)
-        config.merge_from_dict(read_options(cls, path, tensors, model_args) | options)
-        if config.n_head is None:
-            width = f"its {config.n_embd} channels"
-            raise ValueError(f"{path} does not tell how many heads share {width}: pass n_head")
+        config.merge_from_dict(read_options(cls, path, tensors, model_args, options))
+        check_activation(path, tensors, model_args, fixed)
         # 4. Build the model with empty parameters, and put the file's tensors in their place.
-        with torch.device("meta"), NoInit():
-            model = cls(config).eval()
-        fill(model, tensors, path)
+        fitted = fit_to_model(cls, config, tensors, path)
+        model = empty_model(cls, config)
+        fill(model, fitted)
         return model
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write model.safetensors and config.json into the folder.
 
+        Both or, if the process is killed, none of them: then the older ones stay.
         A GPT's are those of a GPT2LMHeadModel, and transformers reads them. A reward or
         value model's have the same format, but only this library reads them back:
         transformers does not know the head, and would give the model a random one.
         """
-        tensors = {}
-        for name, parameter in self.named_parameters():  # a tied head is the embedding: once only
-            matrix = parameter.t() if CONV1D.search(name) else parameter
-            tensors[name] = matrix.contiguous()
-        with atomic_write(Path(folder) / "model.safetensors") as f:
-            save_file(tensors, f.name, metadata={"format": "pt"})  # transformers asks for "format"
-        config = json.dumps(transformers_config(self), indent=2, default=plain_number)
-        write_text(Path(folder) / "config.json", config + "\n")
+        config = to_json(transformers_config(self), indent=2)
+        with write_together(folder) as new:
+            write_text(new / "config.json", config + "\n")
+            with atomic_write(new / "model.safetensors") as f:
+                write_safetensors(f, dict(self.named_parameters()))  # a tied head is in it once
 
 
 def transformers_config(model: Pretrained) -> dict[str, Any]:
@@ -196,9 +213,28 @@ def transformers_config(model: Pretrained) -> dict[str, Any]:
     }
 
 
-def plain_number(number: Any) -> Any:
-    """A number of NumPy's or PyTorch's as Python's, for json.dumps."""
-    return number.item()
+def write_safetensors(f: BinaryIO, parameters: dict[str, nn.Parameter]) -> None:
+    """Write parameters to a file in the format of safetensors, in transformers' dialect.
+
+    The length of a header (8 bytes), the header (JSON: where each tensor lies), the numbers. The
+    package's own function would first put all of them side by side in memory, or else write to a
+    file of its own choice, which only its owner may read.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers asks for "format"
+    end = 0
+    for name, parameter in parameters.items():
+        matrix = parameter.t() if CONV1D.search(name) else parameter
+        offsets = [end, end + matrix.nbytes]
+        dtype = SAFETENSORS_DTYPES[matrix.dtype]
+        header[name] = {"dtype": dtype, "shape": list(matrix.shape), "data_offsets": offsets}
+        end = offsets[1]
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # so that the numbers begin at a multiple of 8
+    f.write(len(text).to_bytes(8, "little") + text)
+    for name, parameter in parameters.items():
+        matrix = parameter.t() if CONV1D.search(name) else parameter
+        numbers = matrix.detach().cpu().contiguous().view(-1)
+        f.write(numbers.view(torch.uint8).numpy().data)
 
 
 # --- 1. Find the file ----------------------------------------------------------------------------
@@ -282,14 +318,6 @@ def shards(path: Path) -> list[Path]:
     return [path.with_name(file) for file in files]
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file. Raises ValueError where there is none that can be read."""
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError, RecursionError, OSError) as error:
-        raise ValueError(f"{path} is damaged; expected a JSON object: {error}") from None
-
-
 # --- 2. Read its tensors, under our names --------------------------------------------------------
 
 
@@ -328,7 +356,7 @@ def load_file(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             return load_safetensors(file), {}
         return load_state_dict(file)
     except Exception as error:  # damaged bytes can make the two readers raise anything
-        first_line = str(error).split("\n")[0]
+        first_line = str(error).split("\n")[0] or "it is empty"
         raise ValueError(
             f"{file} cannot be loaded: it is missing or damaged, or it contains more than tensors, "
             f"so that loading it could run foreign code ({first_line})"
@@ -347,30 +375,24 @@ def load_safetensors(file: Path) -> dict[str, Tensor]:
 
 def load_state_dict(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors of a file of torch.save's, and nanoGPT's model_args where it has some."""
-    mmap = MAPS_FILES and can_be_mapped(file)
-    state = torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
-    model_args = state.get("model_args")
+    state = read_torch(file, mmap=MAPS_FILES)
+    # Our best.pt is a plain state dict. PyTorch keeps metadata beside its tensors, with a dict for
+    # the model itself under "", and there `save_best` puts the options.
+    metadata = getattr(state, "_metadata", {}).get("", {})
+    model_args = state.get("model_args") or metadata.get("model_args")
     tensors = {str(name): tensor for name, tensor in state.get("model", state).items()}
+    values = list(tensors.values())
     wrong = [name for name, tensor in tensors.items() if not is_dense(tensor)]
     if wrong:
         raise TypeError(f"{wrong[:3]} are not tensors, or not dense ones")
-    # A tensor with a stride of 0 repeats its numbers, and a small file could fill the memory.
+    # A tensor with a stride of 0 repeats its numbers, and many tensors may be views of the same
+    # ones: a small file could fill the memory. (A tied head is a view, so some are all right.)
+    storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in values}
     large = [name for name, x in tensors.items() if x.nbytes > x.untyped_storage().nbytes()]
-    if large:
-        raise TypeError(f"{large[:3]} are larger than what the file holds of them")
+    wanted = sum(x.nbytes for x in values)
+    if large or wanted > 4 * sum(storages.values()):
+        raise TypeError(f"{large[:3] or 'the tensors'} are larger than what the file holds of them")
     return tensors, dict(model_args) if model_args else {}
-
-
-def can_be_mapped(file: Path) -> bool:
-    """Whether the tensors lie in the file as they are, so that it can be mapped instead of read.
-
-    torch.save writes zip files since 2020, and stores the numbers in them without compression.
-    Others may compress them, or cut a record short.
-    """
-    if not is_zipfile(file):
-        return False
-    with ZipFile(file) as records:
-        return all(record.compress_type == ZIP_STORED for record in records.infolist())
 
 
 def is_dense(value: Any) -> bool:
@@ -404,48 +426,65 @@ def read_options(
     path: Path,
     tensors: dict[str, Tensor],
     model_args: dict[str, Any],
+    options: dict[str, Any],
 ) -> dict[str, Any]:
-    """The options of the model at path, by our names.
+    """The options of the model at path, by our names: the caller's, and else those of the file.
 
     The shapes of the tensors give the sizes, and what is written beside them gives the
     rest. In config.json, transformers and we put the options at the top, minGPT's scripts
-    under "model"; nanoGPT keeps them as model_args. Raises ValueError where these
-    contradict the shapes.
+    under "model"; nanoGPT and our trainers keep them as model_args. Raises ValueError where
+    these contradict the shapes, and where nothing tells what must be known.
     """
-    folder = path if path.is_dir() else path.parent
-    config_json = read_config_json(folder / "config.json")
-    # The Trainer writes the options of the model in best.pt beside it, into best.json.
-    beside = path.with_suffix(".json")
-    if path.suffix == ".pt" and beside.is_file():
-        model_args = read_json(beside)
-    if "dropout" in model_args:  # nanoGPT has one probability for all
-        for name in ("embd_pdrop", "resid_pdrop", "attn_pdrop"):
-            model_args = {name: model_args["dropout"], **model_args}
-        logger.warning(
-            "%s is nanoGPT's. Since 2023 that has the exact GELU, and this library has GPT-2's "
-            "approximation: logits differ by about 0.002",
-            path,
-        )
     sizes = read_sizes(tensors, path)
-    heads = {(n_layer, n_embd): n_head for n_layer, n_head, n_embd in cls.presets.values()}
-    options = {
-        **sizes,
-        "n_head": heads.get((sizes["n_layer"], sizes["n_embd"])),
-        "tie_weights": is_tied(tensors, config_json),
-    }
+    config_json = read_config_json((path if path.is_dir() else path.parent) / "config.json")
+    minGPTs = config_json.get("model")
+    of_file = {**sizes, "n_head": None, "tie_weights": is_tied(tensors, config_json)}
+    if "model_type" in config_json:
+        of_file["n_head"] = 12  # transformers' default
+    elif isinstance(minGPTs, dict) and minGPTs.get("model_type") in cls.presets:
+        of_file["n_head"] = cls.presets[minGPTs["model_type"]][1]
+    if "dropout" in model_args:  # nanoGPT has one probability for all
+        dropout = dict.fromkeys(("embd_pdrop", "resid_pdrop", "attn_pdrop"), model_args["dropout"])
+        model_args = dropout | model_args
     # "model_type" means something else here: it names one of our presets
     known = vars(cls.get_default_config()).keys() - {"model_type"}
-    for source in (config_json, config_json.get("model"), model_args):
+    for source in (config_json, minGPTs, model_args):
         if not isinstance(source, dict):
             continue
         for name, value in source.items():
             our_option = OURS.get(name, name)
             if our_option in known and value is not None:  # minGPT's None: a preset decides
-                options[our_option] = value
+                of_file[our_option] = value
+    options = of_file | options
     wrong = {name: options[name] for name in sizes if options[name] != sizes[name]}
     if wrong:
         raise ValueError(f"{path} has {wrong} in its config, but its tensors have {sizes}")
+    if options["n_head"] is None:
+        raise ValueError(
+            f"{path} does not tell how many heads share its {sizes['n_embd']} channels: pass n_head"
+        )
     return options
+
+
+def check_activation(
+    path: Path,
+    tensors: dict[str, Tensor],
+    model_args: dict[str, Any],
+    fixed: dict[str, Any],
+) -> None:
+    """ValueError for a model of nanoGPT's of which nobody has said that it has GPT-2's GELU.
+
+    Only nanoGPT has models without biases. Its model_args lack our names of the dropouts.
+    """
+    has_biases = any(is_bias(name) for name in tensors)
+    is_nanogpt = not has_biases or (model_args and "embd_pdrop" not in model_args)
+    if is_nanogpt and "activation_function" not in fixed:
+        raise ValueError(
+            f"{path} is nanoGPT's, and does not tell which GELU its model has: the exact one (since "
+            "2023), or GPT-2's approximation, the only one here. Pass "
+            "activation_function='gelu_new' to compute it with the latter; the logits of a model "
+            "with the exact one then differ by about 0.002"
+        )
 
 
 def read_config_json(file: Path) -> dict[str, Any]:
@@ -455,11 +494,16 @@ def read_config_json(file: Path) -> dict[str, Any]:
     config = read_json(file)
     if "model_type" not in config:  # minGPT's, whose only architecture is GPT-2
         return config
-    for name, allowed in GPT2_ONLY.items():
-        if config.get(name, allowed[0]) not in allowed:
-            needed = " or ".join(map(repr, allowed))
-            raise ValueError(f"{file} has {name}={config[name]!r}; our GPT-2 needs {needed}")
+    check_fixed(config, str(file))
     return config
+
+
+def check_fixed(options: dict[str, Any], place: str) -> None:
+    """ValueError for options that our GPT has no choice in, where they have another value."""
+    for name, allowed in GPT2_ONLY.items():
+        if options.get(name, allowed[0]) not in allowed:
+            needed = " or ".join(map(repr, allowed))
+            raise ValueError(f"{place} has {name}={options[name]!r}; our GPT-2 needs {needed}")
 
 
 def read_sizes(tensors: dict[str, Tensor], path: Path) -> dict[str, int]:
@@ -472,7 +516,7 @@ def read_sizes(tensors: dict[str, Tensor], path: Path) -> dict[str, int]:
             f"it has {len(tensors)} tensors, the first of them {list(tensors)[:5]}"
         )
     layers = {name.split(".")[2] for name in tensors if name.startswith("transformer.h.")}
-    if len(tensors) < 6 * len(layers):  # each block has six matrices and LayerNorms, or more
+    if not layers or len(tensors) < 6 * len(layers):  # each block has six matrices and LayerNorms, or more
         raise ValueError(
             f"{path} names {len(layers)} blocks and holds only {len(tensors)} tensors: a block of "
             "GPT-2 has at least six"
@@ -517,50 +561,71 @@ class NoInit(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def fill(model: Pretrained, tensors: dict[str, Tensor], path: Path) -> None:
-    """Make the tensors the parameters of the model, without copying them where that is possible."""
-    tied = hasattr(model, "lm_head") and model.config.tie_weights
-    if tied:
-        tensors = {name: tensor for name, tensor in tensors.items() if name != "lm_head.weight"}
-    fitted = fit_to_parameters(tensors, model, path)
-    # assign: the tensors themselves become the parameters. Not strict: a tied head has no tensor.
-    model.load_state_dict(fitted, strict=False, assign=True)
-    if tied:
-        head = model.get_submodule("lm_head")
-        head.weight = model.get_parameter("transformer.wte.weight")
+def empty_model(cls: type[Pretrained], config: CfgNode) -> Any:
+    """A model in evaluation mode whose parameters have no memory yet."""
+    with torch.device("meta"), NoInit():
+        return cls(config).eval()
 
 
-def fit_to_parameters(
+def fit_to_model(
+    cls: type[Pretrained],
+    config: CfgNode,
     tensors: dict[str, Tensor],
-    model: Pretrained,
     path: Path,
 ) -> dict[str, Tensor]:
-    """The tensor of every parameter, (out, in) and in fp32.
+    """The tensor of every parameter of a model of this config, (out, in) and in fp32.
 
     A matrix that must be transposed for that becomes a view: its memory stays as it is in
     the file. Raises ValueError where names, shapes or types do not fit the model.
     """
-    parameters = dict(model.named_parameters())  # a tied head is the embedding: once only
+    shapes = parameter_shapes(cls, config)
+    if config.tie_weights:
+        tensors = {name: tensor for name, tensor in tensors.items() if name != "lm_head.weight"}
     if not any(is_bias(name) for name in tensors):
         # nanoGPT's bias=False. With biases of zero, our model computes the same.
-        zeros = {name: torch.zeros(p.shape) for name, p in parameters.items() if is_bias(name)}
+        zeros = {name: torch.zeros(shape) for name, shape in shapes.items() if is_bias(name)}
         tensors = tensors | zeros
-    check_names(tensors, parameters, model, path)
+    check_names(cls, tensors, shapes, path)
     # This matrix has C inputs and 3 C outputs: its shape tells which of the two all of them are.
     c_attn = tensors["transformer.h.0.attn.c_attn.weight"]
-    in_out = c_attn.shape[:1] == (model.config.n_embd,)
+    in_out = c_attn.shape[:1] == (config.n_embd,)
     fitted = {}
-    for name, parameter in parameters.items():
+    for name, shape in shapes.items():
         tensor = tensors[name]
         if in_out and CONV1D.search(name):
             tensor = tensor.t()
-        if tensor.shape != parameter.shape or not tensor.is_floating_point():
+        if tensor.shape != shape or not tensor.is_floating_point():
             raise ValueError(
                 f"{path} has {name} as {tensor.dtype} {tuple(tensor.shape)}; "
-                f"expected floats of shape {tuple(parameter.shape)}"
+                f"expected floats of shape {tuple(shape)}"
             )
         fitted[name] = tensor.float()
     return fitted
+
+
+def parameter_shapes(cls: type[Pretrained], config: CfgNode) -> dict[str, torch.Size]:
+    """{name: shape} of the parameters of a model of this config; a tied head is the embedding.
+
+    From a model of one block, since all blocks are alike. To build the thousands that a hostile
+    file may name would take a long time.
+    """
+    one_block = CfgNode(**(config.to_dict() | {"n_layer": 1}))
+    shapes = {}
+    for name, parameter in empty_model(cls, one_block).named_parameters():
+        first_block, dot, rest = name.partition("h.0.")
+        layers = range(config.n_layer) if dot else [0]
+        for i in layers:
+            shapes[f"{first_block}h.{i}.{rest}" if dot else name] = parameter.shape
+    return shapes
+
+
+def fill(model: Pretrained, fitted: dict[str, Tensor]) -> None:
+    """Make the tensors the parameters of the model, without copying them."""
+    # assign: the tensors themselves become the parameters. Not strict: a tied head has no tensor.
+    model.load_state_dict(fitted, strict=False, assign=True)
+    if hasattr(model, "lm_head") and model.config.tie_weights:
+        head = model.get_submodule("lm_head")
+        head.weight = model.get_parameter("transformer.wte.weight")
 
 
 def is_bias(name: str) -> bool:
@@ -569,20 +634,20 @@ def is_bias(name: str) -> bool:
 
 
 def check_names(
+    cls: type[Pretrained],
     tensors: dict[str, Tensor],
-    parameters: dict[str, nn.Parameter],
-    model: Pretrained,
+    shapes: dict[str, torch.Size],
     path: Path,
 ) -> None:
     """ValueError unless there is a tensor for every parameter, and no other."""
-    missing = sorted(parameters.keys() - tensors.keys())
-    unexpected = sorted(tensors.keys() - parameters.keys())
+    missing = sorted(shapes.keys() - tensors.keys())
+    unexpected = sorted(tensors.keys() - shapes.keys())
     if not missing and not unexpected:
         return
     hint = ""
     if "head.weight" in missing:  # a language model was loaded as a reward or value model
         hint = ": to put a new head on its trunk, use from_gpt(GPT.from_pretrained(...))"
     raise ValueError(
-        f"{path} does not fit a {type(model).__name__} with its config; "
+        f"{path} does not fit a {cls.__name__} with its config; "
         f"missing {missing[:5]}, unexpected {unexpected[:5]}{hint}"
     )
