@@ -188,7 +188,7 @@ def full_disk_explained(path: Path) -> Iterator[None]:
         raise OSError(
             getattr(reason, "errno", None),
             f"{path} cannot be written ({str(reason).splitlines()[0]}); {free:,.1f} MB are free in "
-            f"{path.parent}: make room. An older file of that name is still there",
+            f"{path.parent}: make room. What was there before is kept",
         ) from error
 
 
@@ -323,9 +323,11 @@ class Outline(pickle._Unpickler):  # the one in Python: a huge number in a file 
         self.needed: dict[str, int] = {}
 
     def find_class(self, module: str, name: str) -> Any:
+        """A class that does nothing, in the place of any that the pickle names."""
         return type(name, (Inert,), {})
 
     def persistent_load(self, saved_id: Any) -> Any:
+        """Note how many bytes a record must have."""
         _, kind, key, _, count = saved_id
         if kind.__name__ == "UntypedStorage":
             item_size = 1
@@ -338,10 +340,6 @@ class Outline(pickle._Unpickler):  # the one in Python: a huge number in a file 
 # -- JSON ------------------------------------------------------------------------------------------
 
 
-# What JSON calls the types that a file may hold.
-JSON_NAMES = {dict: "object", list: "array"}
-
-
 def to_json(value: Any, indent: int | None = None) -> str:
     """`value` as strict JSON, in ASCII.
 
@@ -351,7 +349,7 @@ def to_json(value: Any, indent: int | None = None) -> str:
     return json.dumps(replace_non_finite(value), indent=indent, allow_nan=False)
 
 
-def read_json(path: str | Path, kind: type = dict) -> Any:
+def read_json(path: str | Path, kind: type[dict] | type[list] = dict) -> Any:
     """What a JSON file holds: a dict, or what `kind` says. ValueError that names it for others."""
     text = read_text(path)
     try:
@@ -359,9 +357,8 @@ def read_json(path: str | Path, kind: type = dict) -> Any:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged; expected JSON: {error}") from None
     if not isinstance(value, kind):
-        raise ValueError(
-            f"{path} is damaged; expected a JSON {JSON_NAMES[kind]}, and it holds {text[:30]!r}"
-        )
+        noun = "object" if kind is dict else "array"
+        raise ValueError(f"{path} is damaged; expected a JSON {noun}, and it holds {text[:30]!r}")
     return value
 
 
@@ -486,6 +483,18 @@ def get_rng_state() -> dict[str, Any]:
     if torch.backends.mps.is_available():
         state["mps"] = torch.mps.get_rng_state()
     return state
+
+
+def check_rng_state(state: Any) -> None:
+    """ValueError for what `get_rng_state` cannot have returned."""
+    try:
+        random.Random().setstate(state["python"])
+        np.random.RandomState().set_state(state["numpy"])
+        torch.Generator().set_state(state["torch"])
+        if {"cuda", "mps"} - state.keys():
+            raise KeyError("cuda")
+    except Exception as error:  # the generators raise anything
+        raise ValueError(f"got a damaged state of the random generators ({error!r:.100})") from None
 
 
 def set_rng_state(state: dict[str, Any]) -> None:

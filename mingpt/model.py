@@ -244,7 +244,7 @@ class GPT(Pretrained, nn.Module):
     (a name in PRESETS) or all of n_layer, n_head, n_embd. Raises ValueError for anything else.
     """
 
-    presets = PRESETS  # from_pretrained looks up here how many heads a bare state dict has
+    presets = PRESETS  # from_pretrained looks up here what a config of minGPT's names
 
     @staticmethod
     @documented

@@ -1382,13 +1382,17 @@ class PPOTrainer(Trainer):
         own = {"kl_coef": self.kl_coef, "ref_checksum": self.ref_checksum}
         return super().state_dict() | own
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what `state_dict` returned. ValueError for another reference policy."""
-        if state["ref_checksum"] != self.ref_checksum:
+    def check_state(self, state: dict[str, Any]) -> None:
+        """What the Trainer checks, and ValueError for another reference policy."""
+        super().check_state(state)
+        if state.get("ref_checksum") != self.ref_checksum or "kl_coef" not in state:
             raise ValueError(
                 f"{self.folder.path} holds a run with another reference policy: start from the "
                 "same one, or choose another work_dir"
             )
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what `state_dict` returned. ValueError for another reference policy."""
         super().load_state_dict(state)
         self.kl_coef = state["kl_coef"]
 

@@ -4,8 +4,9 @@ What a training run keeps in its folder.
     metrics.jsonl    a row of metrics every few iterations
     samples.jsonl    what the model wrote, where a trainer logs that
     checkpoint.pt    all that a resumed run needs
-    best.pt          the weights with the best validation loss (best.json: the model's options)
+    best.pt          the weights with the best validation loss, a plain state dict
     config.json      the options of a script (see `claim`)
+    .lock            locked by the run that is writing here: see `only_run`
 
 The .jsonl files are JSON lines: one dict a line, with the iteration it is of as "iter". A run that
 was killed may have logged rows after its last checkpoint. It repeats those iterations when it
@@ -14,21 +15,39 @@ resumes, so loading the checkpoint first cuts those rows off: no row appears twi
 In a run of many processes all may call these methods, and only the one of rank 0 writes.
 """
 
+import contextlib
+import errno
 import json
-from collections.abc import Callable
+import logging
+import math
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+import torch
+from torch import nn
 
 from mingpt import distributed
-from mingpt.checkpoint import load_torch, save_torch, to_json, write_text
+from mingpt.checkpoint import (
+    full_disk_explained,
+    load_torch,
+    read_json,
+    save_torch,
+    to_json,
+    write_text,
+)
 from mingpt.config import CfgNode
 from mingpt.utils import import_extra
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
+logger = logging.getLogger("mingpt")
+
 METRICS = "metrics.jsonl"
 SAMPLES = "samples.jsonl"
+LOCK = ".lock"
 
 
 class RunFolder:
@@ -47,8 +66,29 @@ class RunFolder:
         self.output = self.path if distributed.rank() == 0 else None
         self.tensorboard = tensorboard and self.output is not None
         self.writer: SummaryWriter | None = None  # TensorBoard's, made for the first row
+        self.last_saved: int | None = None  # the iteration of checkpoint.pt, where that is known
         if self.tensorboard:
             import_extra("tensorboard", "projects")
+
+    # -- one run at a time -------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Within, no other run may write to the folder. ValueError if one does so already.
+
+        The processes of one run are one: that of rank 0 takes the folder for all.
+        """
+        with contextlib.ExitStack() as stack:
+            refusal = None
+            if self.output:
+                try:
+                    stack.enter_context(only_run(self.output))
+                except ValueError as error:
+                    refusal = str(error)
+            refusal = distributed.gather(refusal)[0]
+            if refusal:
+                raise ValueError(refusal)
+            yield
 
     # -- the options that a run was started with ---------------------------------------------------
 
@@ -62,21 +102,22 @@ class RunFolder:
 
         Once a checkpoint is saved anywhere in the folder, a later call with other options raises
         ValueError. The options in `free` may always change. An option that the old run did not
-        have yet counts as its default.
+        have yet counts as its default. ValueError, too, while another run writes to the folder.
         """
         if not self.path:
             return
+        options = as_json(options)
         config_file = self.path / "config.json"
-        has_checkpoint = any(self.path.rglob("checkpoint.pt"))
-        if has_checkpoint and config_file.exists():
-            then = json.loads(config_file.read_text(encoding="utf-8"))
-            # An option that did not exist then counts as its default: so the old run behaved.
-            defaults = defaults or {}
-            added = {name: defaults[name] for name in options if name in defaults}
-            # JSON makes lists of tuples: compare all of them as a JSON file holds them.
-            self.compare(as_json(added | then), as_json(options), free)
-        if self.output:
-            write_text(config_file, to_json(options, indent=2))
+        with self.in_use():
+            has_checkpoint = any(self.path.rglob("checkpoint.pt"))
+            if has_checkpoint and config_file.exists():
+                then = read_json(config_file)
+                # An option that did not exist then counts as its default: so the old run behaved.
+                defaults = as_json(defaults or {})
+                added = {name: defaults[name] for name in options if name in defaults}
+                self.compare(added | then, options, free)
+            if self.output:
+                write_text(config_file, to_json(options, indent=2))
 
     def compare(
         self,
@@ -137,52 +178,71 @@ class RunFolder:
     # -- weights and checkpoints -------------------------------------------------------------------
 
     def save_best(self, state: dict[str, Any], model_options: dict[str, Any] | None = None) -> None:
-        """Write best.pt, a plain state dict, and beside it best.json, the options of the model.
+        """Write best.pt, a plain state dict, with the options of the model among its metadata.
 
-        A state dict does not tell the number of heads, and `from_pretrained` must know it.
+        A state dict does not tell the number of heads, and `from_pretrained` must know it. A file
+        of its own could be lost or be older than the weights. But PyTorch's state dicts have an
+        attribute for what is not a tensor, {name of a module: dict}, where modules keep versions.
+        It is saved with them, and `load_state_dict` ignores what it does not know.
         """
         if self.output:
-            if model_options:
-                write_text(self.output / "best.json", to_json(model_options, indent=2))
-            save_torch(self.output / "best.pt", state)
+            described = OrderedDict(state)
+            metadata = dict(getattr(state, "_metadata", {}))
+            metadata[""] = {**metadata.get("", {}), "model_args": model_options}
+            described._metadata = metadata  # type: ignore[attr-defined]  # as PyTorch does it
+            save_torch(self.output / "best.pt", described)
 
     def save_checkpoint(self, state: dict[str, Any]) -> None:
         """Write checkpoint.pt, atomically. No process continues before it is there."""
         if self.output:
             save_torch(self.output / "checkpoint.pt", state)
+        self.last_saved = state["iter_num"]
         distributed.gather(None)  # waits for all
+
+    def check_finite(self, model: nn.Module, iter_num: int) -> None:
+        """FloatingPointError if weights are not finite: no checkpoint may hold such ones."""
+        for name, weight in model.named_parameters():
+            if not torch.isfinite(weight).all():
+                good = "there is no earlier one"
+                if self.last_saved is not None:
+                    good = f"{self.checkpoint}, of iteration {self.last_saved}, is still good"
+                raise FloatingPointError(
+                    f"iteration {iter_num}: the weights {name} are not finite, so no checkpoint is "
+                    f"written; {good}. Look for an eps of 0, a weight_decay or a learning rate "
+                    "that is too high"
+                )
 
     def load_checkpoint(
         self,
         config: CfgNode,
         free: set[str],
         effective: Callable[[dict[str, Any]], dict[str, Any]] = dict,
+        check: Callable[[dict[str, Any]], None] | None = None,
     ) -> dict[str, Any] | None:
         """Load the last checkpoint, and cut off the rows that were logged after it.
 
         effective: gives options as they take effect, with the defaults of those that are missing.
         Old and new options are compared after it, so that runs from before an option was added
-        can be resumed.
+        can be resumed. check(state): raises ValueError for a state that cannot be used.
 
-        Returns None if there is none; then the new run starts with no rows. Raises ValueError where
-        the checkpoint is from another number of processes, or from other options than config's,
-        apart from those in `free`.
+        Returns None if there is none; then the new run starts with no rows. Raises ValueError,
+        before anything in the folder has changed, where the checkpoint is damaged, from another
+        number of processes, or from other options than config's, apart from those in `free`.
         """
         if not self.checkpoint:
             return None
         state = None
         if self.all_processes_see(self.checkpoint):
             state = load_torch(self.checkpoint)
-            if not {"iter_num", "config", "rng"} <= state.keys():
-                raise ValueError(
-                    f"{self.checkpoint} is no checkpoint of a Trainer: it holds {list(state)[:5]}. "
-                    "Choose another work_dir, or load it with from_pretrained if it holds weights"
-                )
+            check_kinds(state, self.checkpoint)
             # The number of processes changes the run as an option does: each draws its own dropout.
             processes = "the number of processes"
             then = effective(state["config"]) | {processes: len(state["rng"])}
             now = effective(config.to_dict()) | {processes: distributed.world_size()}
             self.compare(then, now, free)
+            if check:
+                check(state)
+            self.last_saved = state["iter_num"]
         if self.output:
             last_iter = state["iter_num"] if state else -1  # a new run keeps no row
             cut_rows(self.output / METRICS, last_iter)
@@ -209,30 +269,161 @@ def finished(folder: str | Path) -> dict[str, Any] | None:
     return state if state.get("finished") else None
 
 
+# -- one run at a time -----------------------------------------------------------------------------
+
+# The locks that runs of this process hold.
+held: set[Path] = set()
+
+
+@contextlib.contextmanager
+def only_run(folder: Path) -> Iterator[None]:
+    """Within, this is the only run that writes to the folder. ValueError if there is another.
+
+    The operating system takes the lock away from a process that ends, however it ends. Processes
+    that it started do not inherit it: one that loads data may live on for a while.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder.resolve() / LOCK
+    refusal = (
+        f"another run is writing to {folder}: wait until it has ended, or choose another work_dir"
+    )
+    # Within a process the system would grant the lock twice, and give up both with the first.
+    if path in held:
+        raise ValueError(refusal)
+    with path.open("ab") as f:
+        if not take_lock(f):
+            raise ValueError(refusal)
+        held.add(path)
+        try:
+            yield
+        finally:
+            held.discard(path)
+
+
+def take_lock(f: BinaryIO) -> bool:
+    """Lock an open file until it is closed. False if another process has done so."""
+    try:
+        try:
+            import fcntl
+        except ImportError:  # Windows
+            lock_on_windows(f)
+        else:
+            fcntl.lockf(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):
+            return False
+        logger.warning("%s cannot be locked (%s): let no other run write there", f.name, error)
+    return True
+
+
+def lock_on_windows(f: BinaryIO) -> None:
+    """Lock the first byte of an open file. OSError if another process has done so."""
+    try:
+        import msvcrt
+    except ImportError:
+        return  # neither Unix nor Windows
+    f.seek(0)
+    msvcrt.locking(f.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]  # Windows has it
+
+
+# -- checkpoints -----------------------------------------------------------------------------------
+
+# What the state of a Trainer has at least, and of which type.
+KINDS: dict[str, tuple[type, ...]] = {
+    "iter_num": (int,),
+    "seed": (int,),
+    "best_valid_loss": (int, float),
+    "seconds": (int, float),
+    "config": (dict,),
+    "rng": (list,),
+    "model": (dict,),
+    "optimizer": (dict,),
+    "scaler": (dict,),
+}
+
+
+def check_kinds(state: dict[str, Any], path: Path) -> None:
+    """ValueError unless a file that was loaded holds what a Trainer saves."""
+    if not {"iter_num", "config", "rng"} <= state.keys():
+        raise ValueError(
+            f"{path} is no checkpoint of a Trainer: it holds {list(state)[:5]}. "
+            "Choose another work_dir, or load it with from_pretrained if it holds weights"
+        )
+    for name, kinds in KINDS.items():
+        if name in state and not isinstance(state[name], kinds):
+            raise ValueError(f"{path} is damaged: its {name} is {state[name]!r:.60}")
+    if not 0 <= state["iter_num"] < 2**63:
+        raise ValueError(f"{path} is damaged: its iter_num is {state['iter_num']}")
+
+
+def check_fits(
+    state: dict[str, Any],
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    path: Path | None,
+) -> None:
+    """ValueError unless the state of a checkpoint can be loaded into this model and optimizer.
+
+    path: the file that it is from, for the message.
+    """
+    source = path or "the state"
+    missing = [name for name in KINDS if name not in state]
+    if missing:
+        raise ValueError(f"{source} is damaged: it lacks {missing}")
+    then = {name: getattr(x, "shape", x) for name, x in state["model"].items()}
+    now = {name: getattr(x, "shape", x) for name, x in model.state_dict().items()}
+    different = [name for name in then | now if then.get(name) != now.get(name)]
+    if different:
+        name = different[0]
+        raise ValueError(
+            f"{source} is of another model ({name} was {then.get(name)}, is {now.get(name)}): make "
+            "the same one, or choose another work_dir"
+        )
+    try:
+        then_sizes = group_sizes(state["optimizer"])
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{source} is damaged: its optimizer has no {error}") from None
+    now_sizes = group_sizes(optimizer.state_dict())
+    if then_sizes != now_sizes:
+        raise ValueError(
+            f"{source} is of another optimizer, with groups of {then_sizes} parameters, and not of "
+            f"{now_sizes}: make the same one, or choose another work_dir"
+        )
+
+
+def group_sizes(optimizer_state: dict[str, Any]) -> list[int]:
+    """How many parameters each group of an optimizer has."""
+    return [len(group["params"]) for group in optimizer_state["param_groups"]]
+
+
 # -- JSON lines ------------------------------------------------------------------------------------
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     """The rows of a metrics.jsonl or samples.jsonl; none if there is no such file.
 
-    A line that a crash cut off is left out.
+    A line that a crash cut off is left out. ValueError for a path that is no ordinary file.
     """
     path = Path(path)
     if not path.exists():
         return []
+    if not path.is_file():
+        raise ValueError(f"{path} is no file that could be read")
     rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_bytes().split(b"\n"):
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
+            row = json.loads(line)
+        except ValueError:  # cut off, perhaps within a character
             continue
+        if isinstance(row, dict):
+            rows.append(row)
     return rows
 
 
 def append_rows(path: Path, rows: list[dict[str, Any]]) -> None:
     """Append rows to a file of JSON lines, which is made if need be."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8", newline="\n") as f:
+    with full_disk_explained(path), path.open("a", encoding="utf-8", newline="\n") as f:
         f.write(to_lines(rows))
 
 
@@ -242,7 +433,7 @@ def cut_rows(path: Path, last_iter: int) -> None:
     A line that a crash cut off goes, too.
     """
     if path.exists():
-        rows = [row for row in read_metrics(path) if row["iter"] <= last_iter]
+        rows = [row for row in read_metrics(path) if row.get("iter", -math.inf) <= last_iter]
         write_text(path, to_lines(rows))
 
 

@@ -23,17 +23,17 @@ What the folder holds:
 """
 
 import fnmatch
-import json
 import logging
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from mingpt import distributed
-from mingpt.checkpoint import to_json, write_text
+from mingpt.checkpoint import read_json, to_json, write_text
 from mingpt.config import CfgNode
 from mingpt.heads import ActorCritic
 from mingpt.model import GPT
+from mingpt.run_folder import RunFolder, as_json
 from mingpt.trainer import FREE_TO_CHANGE, Trainer
 from mingpt.utils import pick_device
 
@@ -130,11 +130,16 @@ class Stages:
         return CfgNode(**options, work_dir=str(self.folder / name))
 
     def lock(self, name: str) -> None:
-        """Keep the options with which a stage begins, or continues for longer than it was to."""
-        if distributed.rank() == 0:
-            # Removed first, so that a crash between the two leaves an unfinished stage.
-            (self.folder / name / "finished.json").unlink(missing_ok=True)
-            write_json(self.folder / name / "options.json", self.options_of(name))
+        """Keep the options with which a stage begins, or continues for longer than it was to.
+
+        ValueError while another run is at this stage.
+        """
+        folder = RunFolder(self.folder / name)
+        with folder.in_use():  # else another run would lose its options
+            if folder.output:
+                # Removed first, so that a crash between the two leaves an unfinished stage.
+                (folder.output / "finished.json").unlink(missing_ok=True)
+                write_json(folder.output / "options.json", self.options_of(name))
 
     # -- what finished stages left -----------------------------------------------------------------
 
@@ -362,16 +367,6 @@ def stored_options(folder: Path, name: str) -> dict[str, Any] | None:
 def section_of(option: str) -> str:
     """The section of a dotted name: "sft" of sft.max_iters."""
     return option.partition(".")[0]
-
-
-def as_json(value: Any) -> Any:
-    """A value as a JSON file holds it: tuples are lists there."""
-    return json.loads(json.dumps(value))
-
-
-def read_json(path: Path) -> Any:
-    """What a JSON file holds."""
-    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -35,6 +35,7 @@ from torch.utils.data import DataLoader
 
 from mingpt import distributed
 from mingpt.checkpoint import (
+    check_rng_state,
     deferred_signals,
     get_rng_state,
     leave_ctrl_c_to_the_parent,
@@ -43,7 +44,7 @@ from mingpt.checkpoint import (
 )
 from mingpt.config import CfgNode as CN, check_booleans, check_numbers, documented
 from mingpt.progress import Progress, console
-from mingpt.run_folder import RunFolder
+from mingpt.run_folder import RunFolder, check_fits
 from mingpt.utils import adamw, keep_freed_memory, pick_device, pick_precision, set_seed
 
 logger = logging.getLogger("mingpt")
@@ -192,11 +193,11 @@ class Trainer:
         """Train until max_iters or epochs is reached, from the last checkpoint if there is one.
 
         Ctrl-C finishes the iteration, saves a checkpoint and raises KeyboardInterrupt. SIGTERM does
-        the same and raises SystemExit(143).
+        the same and raises SystemExit(143). ValueError if another run is writing to work_dir.
         """
         # One process speaks for all. It begins at the last checkpoint, if there is one.
         is_silent = self.rank > 0
-        with console(is_silent):
+        with console(is_silent), self.folder.in_use():
             self.model.train()
             self.resume()
             self.announce()
@@ -558,21 +559,14 @@ class Trainer:
 
     def check_state(self, state: dict[str, Any]) -> None:
         """ValueError unless the state is of a run with this model and as much data."""
+        check_fits(state, self.model, self.optimizer, self.folder.checkpoint)
+        check_rng_state(state["rng"][self.rank])
         # Checkpoints from before it was kept do not say how many examples they had.
         examples = state.get("examples", len(self.train_dataset))
         if examples != len(self.train_dataset):
             raise ValueError(
                 f"{self.folder.path} holds a run on {examples} examples, and now train_dataset has "
                 f"{len(self.train_dataset)}: put the data back, or choose another work_dir"
-            )
-        then = {name: x.shape for name, x in state["model"].items()}
-        now = {name: x.shape for name, x in self.model.state_dict().items()}
-        different = [name for name in then | now if then.get(name) != now.get(name)]
-        if different:
-            name = different[0]
-            raise ValueError(
-                f"{self.folder.path} holds a run of another model ({name} was {then.get(name)}, is "
-                f"{now.get(name)}): make the same one, or choose another work_dir"
             )
 
     def save_checkpoint(self) -> None:
@@ -582,15 +576,8 @@ class Trainer:
         """
         if not self.config.work_dir:
             return
-        state = self.state_dict()
-        for name, weight in state["model"].items():
-            if not torch.isfinite(weight).all():
-                raise FloatingPointError(
-                    f"iteration {self.iter_num}: the weights {name} are not finite, so no "
-                    "checkpoint is written; the last one is still there. Look for an eps of 0, a "
-                    "weight_decay or a learning rate that is too high"
-                )
-        self.folder.save_checkpoint(state)
+        self.folder.check_finite(self.model, self.iter_num)
+        self.folder.save_checkpoint(self.state_dict())
 
     def resume(self) -> None:
         """Continue from the checkpoint, if there is one.
@@ -601,7 +588,9 @@ class Trainer:
         free = set(FREE_TO_CHANGE)
         if self.config.lr_schedule == "constant":
             free |= {"max_iters", "epochs"}
-        state = self.folder.load_checkpoint(self.config, free, self.effective_options)
+        state = self.folder.load_checkpoint(
+            self.config, free, self.effective_options, self.check_state
+        )
         if state:
             self.load_state_dict(state)
             logger.info(

@@ -108,6 +108,10 @@ GPT2_ONLY: dict[str, tuple[Any, ...]] = {
 }
 
 
+# A file that names more blocks than this, twice as many as the largest GPT-2 has, must have all their
+# tensors before anything is built.
+DEEP = 96
+
 # How safetensors calls the types of parameters.
 SAFETENSORS_DTYPES = {
     torch.float64: "F64",
@@ -169,9 +173,12 @@ class Pretrained(nn.Module):
         config.merge_from_dict(read_options(cls, path, tensors, model_args, options))
         check_activation(path, tensors, model_args, fixed)
         # 4. Build the model with empty parameters, and put the file's tensors in their place.
-        fitted = fit_to_model(cls, config, tensors, path)
+        if config.n_layer > DEEP:
+            fit(tensors, shapes_of_one_block(cls, config), config, path)
         model = empty_model(cls, config)
-        fill(model, fitted)
+        # A tied head is the embedding, and counts once.
+        shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+        fill(model, fit(tensors, shapes, config, path))
         return model
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -480,8 +487,8 @@ def check_activation(
     is_nanogpt = not has_biases or (model_args and "embd_pdrop" not in model_args)
     if is_nanogpt and "activation_function" not in fixed:
         raise ValueError(
-            f"{path} is nanoGPT's, and does not tell which GELU its model has: the exact one (since "
-            "2023), or GPT-2's approximation, the only one here. Pass "
+            f"{path} is nanoGPT's, and does not tell which GELU its model has: the exact one "
+            "(since 2023), or GPT-2's approximation, the only one here. Pass "
             "activation_function='gelu_new' to compute it with the latter; the logits of a model "
             "with the exact one then differ by about 0.002"
         )
@@ -516,7 +523,8 @@ def read_sizes(tensors: dict[str, Tensor], path: Path) -> dict[str, int]:
             f"it has {len(tensors)} tensors, the first of them {list(tensors)[:5]}"
         )
     layers = {name.split(".")[2] for name in tensors if name.startswith("transformer.h.")}
-    if not layers or len(tensors) < 6 * len(layers):  # each block has six matrices and LayerNorms, or more
+    # Each block has six matrices and LayerNorms, or more.
+    if not layers or len(tensors) < 6 * len(layers):
         raise ValueError(
             f"{path} names {len(layers)} blocks and holds only {len(tensors)} tensors: a block of "
             "GPT-2 has at least six"
@@ -567,25 +575,41 @@ def empty_model(cls: type[Pretrained], config: CfgNode) -> Any:
         return cls(config).eval()
 
 
-def fit_to_model(
-    cls: type[Pretrained],
-    config: CfgNode,
+def shapes_of_one_block(cls: type[Pretrained], config: CfgNode) -> dict[str, torch.Size]:
+    """{name: shape} of the parameters of a model of this config, told by one of its blocks.
+
+    All blocks are alike. To build the thousands that a hostile file may name takes seconds.
+    """
+    one_block = CfgNode(**(config.to_dict() | {"n_layer": 1}))
+    shapes = {}
+    for name, parameter in empty_model(cls, one_block).named_parameters():
+        if name.startswith("transformer.h.0."):
+            for i in range(config.n_layer):
+                shapes[name.replace(".0.", f".{i}.", 1)] = parameter.shape
+        else:
+            shapes[name] = parameter.shape
+    return shapes
+
+
+def fit(
     tensors: dict[str, Tensor],
+    shapes: dict[str, torch.Size],
+    config: CfgNode,
     path: Path,
 ) -> dict[str, Tensor]:
     """The tensor of every parameter of a model of this config, (out, in) and in fp32.
 
-    A matrix that must be transposed for that becomes a view: its memory stays as it is in
-    the file. Raises ValueError where names, shapes or types do not fit the model.
+    shapes: of its parameters. A matrix that must be transposed for that becomes a view: its
+    memory stays as it is in the file. Raises ValueError where names, shapes or types do not fit
+    the model.
     """
-    shapes = parameter_shapes(cls, config)
     if config.tie_weights:
         tensors = {name: tensor for name, tensor in tensors.items() if name != "lm_head.weight"}
     if not any(is_bias(name) for name in tensors):
         # nanoGPT's bias=False. With biases of zero, our model computes the same.
         zeros = {name: torch.zeros(shape) for name, shape in shapes.items() if is_bias(name)}
         tensors = tensors | zeros
-    check_names(cls, tensors, shapes, path)
+    check_names(tensors, shapes, path)
     # This matrix has C inputs and 3 C outputs: its shape tells which of the two all of them are.
     c_attn = tensors["transformer.h.0.attn.c_attn.weight"]
     in_out = c_attn.shape[:1] == (config.n_embd,)
@@ -603,22 +627,6 @@ def fit_to_model(
     return fitted
 
 
-def parameter_shapes(cls: type[Pretrained], config: CfgNode) -> dict[str, torch.Size]:
-    """{name: shape} of the parameters of a model of this config; a tied head is the embedding.
-
-    From a model of one block, since all blocks are alike. To build the thousands that a hostile
-    file may name would take a long time.
-    """
-    one_block = CfgNode(**(config.to_dict() | {"n_layer": 1}))
-    shapes = {}
-    for name, parameter in empty_model(cls, one_block).named_parameters():
-        first_block, dot, rest = name.partition("h.0.")
-        layers = range(config.n_layer) if dot else [0]
-        for i in layers:
-            shapes[f"{first_block}h.{i}.{rest}" if dot else name] = parameter.shape
-    return shapes
-
-
 def fill(model: Pretrained, fitted: dict[str, Tensor]) -> None:
     """Make the tensors the parameters of the model, without copying them."""
     # assign: the tensors themselves become the parameters. Not strict: a tied head has no tensor.
@@ -634,7 +642,6 @@ def is_bias(name: str) -> bool:
 
 
 def check_names(
-    cls: type[Pretrained],
     tensors: dict[str, Tensor],
     shapes: dict[str, torch.Size],
     path: Path,
@@ -648,6 +655,6 @@ def check_names(
     if "head.weight" in missing:  # a language model was loaded as a reward or value model
         hint = ": to put a new head on its trunk, use from_gpt(GPT.from_pretrained(...))"
     raise ValueError(
-        f"{path} does not fit a {cls.__name__} with its config; "
+        f"{path} does not fit a model of this class with its config; "
         f"missing {missing[:5]}, unexpected {unexpected[:5]}{hint}"
     )

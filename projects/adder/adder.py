@@ -17,7 +17,6 @@ Read this file from top to bottom: config, data, model, report, and in `main` al
 with the training. Running the script again continues an interrupted run.
 """
 
-import json
 import re
 import time
 from pathlib import Path
@@ -25,7 +24,7 @@ from pathlib import Path
 import torch
 from torch.utils.data import TensorDataset
 
-from mingpt.checkpoint import run_script, write_text
+from mingpt.checkpoint import run_script, to_json, write_text
 from mingpt.config import CfgNode, check_numbers, documented, parse_args
 from mingpt.model import GPT
 from mingpt.run_folder import RunFolder
@@ -178,7 +177,7 @@ def report(config: CfgNode, model: GPT, problems: torch.Tensor, seconds: float) 
         "held_out": len(problems),
         "seconds": round(seconds, 1),
     }
-    write_text(work_dir / "summary.json", json.dumps(summary, indent=2) + "\n")
+    write_text(work_dir / "summary.json", to_json(summary, indent=2) + "\n")
 
     print_mistakes(problems[~correct], answers[~correct])
     print(f"The model solves {100 * accuracy:.1f}% of {len(problems)} held-out problems.")

@@ -2,7 +2,6 @@
 The report of a run: results.json with everything in it, a Markdown table, and a plot.
 """
 
-import json
 import platform
 import sys
 from dataclasses import asdict
@@ -13,7 +12,7 @@ from pathlib import Path
 import torch
 
 from measure import DEVICE, DTYPE, Row
-from mingpt.checkpoint import write_text
+from mingpt.checkpoint import to_json, write_text
 from mingpt.utils import import_extra
 
 
@@ -21,7 +20,7 @@ def write(rows: list[Row], folder: Path) -> None:
     """Write results.json, table.md and bench.png to a folder, and print the table."""
     machine = describe_machine()
     results = {"machine": machine, "rows": [asdict(row) for row in rows]}
-    write_text(folder / "results.json", json.dumps(results, indent=2) + "\n")
+    write_text(folder / "results.json", to_json(results, indent=2) + "\n")
 
     last_line = ", ".join(f"{name} {value}" for name, value in machine.items())
     text = f"{table(rows)}\n{last_line}\n"

@@ -14,7 +14,6 @@ Read this file from top to bottom: config, data, model and training, report, and
 them together. Running the script again continues an interrupted run.
 """
 
-import json
 import logging
 import math
 import time
@@ -26,7 +25,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from mingpt.chars import UNKNOWN, CharTokenizer
-from mingpt.checkpoint import run_script, write_text
+from mingpt.checkpoint import run_script, to_json, write_text
 from mingpt.config import CfgNode, check_numbers, documented, parse_args
 from mingpt.datasets import read_text
 from mingpt.download import download, home
@@ -261,7 +260,7 @@ def report(
         "parameters": sum(p.numel() for p in model.parameters()),
         "seconds": round(seconds, 1),
     }
-    write_text(work_dir / "summary.json", json.dumps(summary, indent=2) + "\n")
+    write_text(work_dir / "summary.json", to_json(summary, indent=2) + "\n")
     texts = sample(model, tokenizer, prompt="\n", n=5)
     write_text(work_dir / "samples.txt", "\n---\n".join(texts) + "\n")
     plot_losses(work_dir)

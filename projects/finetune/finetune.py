@@ -22,7 +22,7 @@ import torch
 from torch.utils.data import TensorDataset
 
 from mingpt.bpe import END_OF_TEXT, BPETokenizer
-from mingpt.checkpoint import run_script, write_text
+from mingpt.checkpoint import run_script, to_json, write_text
 from mingpt.config import CfgNode, check_numbers, documented, parse_args
 from mingpt.datasets import read_text
 from mingpt.model import GPT
@@ -209,7 +209,7 @@ def state_before(config: CfgNode, trainer: Trainer, tokenizer: BPETokenizer) -> 
             "samples": sample(config, trainer.model, tokenizer),
         }
         if trainer.rank == 0:
-            write_text(path, json.dumps(before))
+            write_text(path, to_json(before))
         trainer.save_checkpoint()  # every process waits here until the file is written
     return json.loads(path.read_text(encoding="utf-8"))
 
@@ -237,7 +237,7 @@ def report(
         "valid_loss": after["loss"],
         "seconds": round(seconds, 1),
     }
-    write_text(work_dir / "summary.json", json.dumps(summary, indent=2) + "\n")
+    write_text(work_dir / "summary.json", to_json(summary, indent=2) + "\n")
 
     print(f"validation loss {before['loss']:.3f} before, {after['loss']:.3f} after")
     print(f"This took {seconds:.0f} s. Samples of both are in {work_dir / 'samples.md'}.")

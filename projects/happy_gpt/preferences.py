@@ -13,7 +13,6 @@ spelling. So it has a trunk of its own, pre-trained on whole texts.
 
 import functools
 import hashlib
-import json
 import logging
 import math
 from pathlib import Path
@@ -24,7 +23,7 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset, TensorDataset
 
 from mingpt.bpe import BPETokenizer
-from mingpt.checkpoint import write_text
+from mingpt.checkpoint import to_json, write_text
 from mingpt.config import CfgNode as CN, documented
 from mingpt.datasets import pad_and_mask
 from mingpt.evaluation import Samples
@@ -340,7 +339,7 @@ def report_accuracy(config: CN, stages: Stages, splits: dict, stage: str, score)
     for name, by_source in accuracy.items():
         shares = ", ".join(f"{source} {share:.3f}" for source, share in by_source.items())
         logger.info("comparisons that %s gets right: %s", name, shares)
-    write_text(path, json.dumps(accuracy, indent=2) + "\n")
+    write_text(path, to_json(accuracy, indent=2) + "\n")
 
 
 def accuracies(scores: list[float], rows: list[dict]) -> dict[str, float]:

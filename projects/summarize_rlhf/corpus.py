@@ -32,7 +32,7 @@ from pathlib import Path
 import docstrings
 import tldr
 from mingpt.bpe import BPETokenizer
-from mingpt.checkpoint import write_text
+from mingpt.checkpoint import to_json, write_text
 from mingpt.config import CfgNode as CN
 from mingpt.datasets import read_jsonl, split_rows
 
@@ -125,7 +125,7 @@ def write_splits(
                 f"{len(rows)} {kind} are too few for {split}: give a few hundred texts, with "
                 f"summaries of fewer than --data.summary_tokens={config.data.summary_tokens} tokens"
             )
-        lines = [json.dumps(row) + "\n" for row in fitting]
+        lines = [to_json(row) + "\n" for row in fitting]
         write_text(folder / f"{kind}_{split}.jsonl", "".join(lines))
 
 

@@ -4,7 +4,6 @@ What the stages share: the options, the run they belong to, and sampling.
 Each stage script calls `prepare` with its command line, and hands the `Run` to its stages.
 """
 
-import json
 import random
 import re
 from dataclasses import dataclass, replace
@@ -14,7 +13,7 @@ import corpus
 from corpus import Corpus
 from mingpt import evaluation
 from mingpt.bpe import BPETokenizer
-from mingpt.checkpoint import write_text
+from mingpt.checkpoint import to_json, write_text
 from mingpt.config import CfgNode as CN, documented, parse_args
 from mingpt.evaluation import Samples
 from mingpt.model import GPT
@@ -266,7 +265,7 @@ def draw_rows(config: CN, rows: list[dict], n: int) -> list[dict]:
 
 
 def write_json(path: Path, value: dict) -> None:
-    write_text(path, json.dumps(value, indent=2) + "\n")
+    write_text(path, to_json(value, indent=2) + "\n")
 
 
 # --------------------------------------------------------------------------------------------------

@@ -13,7 +13,6 @@ learned more than the weaknesses of one reward model.
 """
 
 import functools
-import json
 import logging
 from pathlib import Path
 
@@ -24,7 +23,7 @@ import pipeline
 from corpus import Splits
 from mingpt import evaluation
 from mingpt.bpe import BPETokenizer
-from mingpt.checkpoint import run_script, write_text
+from mingpt.checkpoint import run_script, to_json, write_text
 from mingpt.datasets import Comparisons, read_jsonl
 from mingpt.model import GPT
 from mingpt.plots import plot_metrics
@@ -107,7 +106,7 @@ def comparisons_with_sft_model(run: Run) -> Splits:
                 rows = [row for row in rows if row["part"] != "sft"]
             seed = run.config.system.seed + 100 * number
             for comparison in compare(run, model, rows, seed):
-                lines.append(json.dumps({**comparison, "split": split}) + "\n")
+                lines.append(to_json({**comparison, "split": split}) + "\n")
         write_text(path, "".join(lines))
     comparisons = read_jsonl(path, "prompt", "chosen", "part", "split")
     return {
