@@ -33,6 +33,7 @@ from mingpt.checkpoint import (
     full_disk_explained,
     load_torch,
     read_json,
+    remove_leftovers,
     save_torch,
     to_json,
     write_text,
@@ -283,6 +284,7 @@ def only_run(folder: Path) -> Iterator[None]:
     that it started do not inherit it: one that loads data may live on for a while.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(folder)  # of a run that was killed here
     path = folder.resolve() / LOCK
     refusal = (
         f"another run is writing to {folder}: wait until it has ended, or choose another work_dir"

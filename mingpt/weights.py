@@ -108,8 +108,8 @@ GPT2_ONLY: dict[str, tuple[Any, ...]] = {
 }
 
 
-# A file that names more blocks than this, twice as many as the largest GPT-2 has, must have all their
-# tensors before anything is built.
+# A file that names more blocks than this must have all their tensors before anything is built. It
+# is twice as many as the largest GPT-2 has.
 DEEP = 96
 
 # How safetensors calls the types of parameters.
@@ -162,7 +162,7 @@ class Pretrained(nn.Module):
         path = Path(name_or_path).expanduser()
         if not path.exists():
             path = hub_folder(str(name_or_path), revision)
-        finish_write(path)
+        finish_write(path if path.is_dir() else path.parent)
         # 2. Read its tensors, under our names.
         tensors, model_args = read_tensors(weights_file(path))
         # 3. Read the options of the model; those of the caller come before those of the file.
@@ -174,11 +174,11 @@ class Pretrained(nn.Module):
         check_activation(path, tensors, model_args, fixed)
         # 4. Build the model with empty parameters, and put the file's tensors in their place.
         if config.n_layer > DEEP:
-            fit(tensors, shapes_of_one_block(cls, config), config, path)
+            fit(cls, config, shapes_of_one_block(cls, config), tensors, path)
         model = empty_model(cls, config)
         # A tied head is the embedding, and counts once.
         shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-        fill(model, fit(tensors, shapes, config, path))
+        fill(model, fit(cls, config, shapes, tensors, path))
         return model
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -444,18 +444,19 @@ def read_options(
     """
     sizes = read_sizes(tensors, path)
     config_json = read_config_json((path if path.is_dir() else path.parent) / "config.json")
-    minGPTs = config_json.get("model")
+    min_gpt = config_json.get("model")
     of_file = {**sizes, "n_head": None, "tie_weights": is_tied(tensors, config_json)}
+    preset = str(min_gpt.get("model_type")) if isinstance(min_gpt, dict) else ""
     if "model_type" in config_json:
         of_file["n_head"] = 12  # transformers' default
-    elif isinstance(minGPTs, dict) and minGPTs.get("model_type") in cls.presets:
-        of_file["n_head"] = cls.presets[minGPTs["model_type"]][1]
+    elif preset in cls.presets:
+        of_file["n_head"] = cls.presets[preset][1]
     if "dropout" in model_args:  # nanoGPT has one probability for all
         dropout = dict.fromkeys(("embd_pdrop", "resid_pdrop", "attn_pdrop"), model_args["dropout"])
         model_args = dropout | model_args
     # "model_type" means something else here: it names one of our presets
     known = vars(cls.get_default_config()).keys() - {"model_type"}
-    for source in (config_json, minGPTs, model_args):
+    for source in (config_json, min_gpt, model_args):
         if not isinstance(source, dict):
             continue
         for name, value in source.items():
@@ -592,9 +593,10 @@ def shapes_of_one_block(cls: type[Pretrained], config: CfgNode) -> dict[str, tor
 
 
 def fit(
-    tensors: dict[str, Tensor],
-    shapes: dict[str, torch.Size],
+    cls: type[Pretrained],
     config: CfgNode,
+    shapes: dict[str, torch.Size],
+    tensors: dict[str, Tensor],
     path: Path,
 ) -> dict[str, Tensor]:
     """The tensor of every parameter of a model of this config, (out, in) and in fp32.
@@ -609,7 +611,7 @@ def fit(
         # nanoGPT's bias=False. With biases of zero, our model computes the same.
         zeros = {name: torch.zeros(shape) for name, shape in shapes.items() if is_bias(name)}
         tensors = tensors | zeros
-    check_names(tensors, shapes, path)
+    check_names(cls, tensors, shapes, path)
     # This matrix has C inputs and 3 C outputs: its shape tells which of the two all of them are.
     c_attn = tensors["transformer.h.0.attn.c_attn.weight"]
     in_out = c_attn.shape[:1] == (config.n_embd,)
@@ -642,6 +644,7 @@ def is_bias(name: str) -> bool:
 
 
 def check_names(
+    cls: type[Pretrained],
     tensors: dict[str, Tensor],
     shapes: dict[str, torch.Size],
     path: Path,
@@ -655,6 +658,6 @@ def check_names(
     if "head.weight" in missing:  # a language model was loaded as a reward or value model
         hint = ": to put a new head on its trunk, use from_gpt(GPT.from_pretrained(...))"
     raise ValueError(
-        f"{path} does not fit a model of this class with its config; "
+        f"{path} does not fit a {cls.__name__} with its config; "
         f"missing {missing[:5]}, unexpected {unexpected[:5]}{hint}"
     )

@@ -148,7 +148,11 @@ class TestMinGPT(TempDirTestCase):
         torch.save({**self.model.state_dict(), **causal_masks(3)}, self.path)
 
     def test_state_dict(self):
-        assert_loads(self.model, self.path)
+        assert_loads(self.model, self.path, n_head=3)
+
+    def test_a_state_dict_does_not_tell_its_heads_even_if_its_sizes_are_those_of_a_preset(self):
+        with self.assertRaisesRegex(ValueError, "how many heads share its 48 channels"):
+            GPT.from_pretrained(self.path)
 
     def test_state_dict_beside_the_config_of_its_scripts(self):
         options = {"model_type": "gpt-nano", "n_layer": None, "n_head": None, "attn_pdrop": 0.2}
@@ -172,7 +176,7 @@ class TestNanoGPT(TempDirTestCase):
             if not name.endswith(".bias")
         }
 
-    def test_checkpoint(self):
+    def checkpoint(self):
         checkpoint = {
             "model": self.state,
             "model_args": {"n_head": 6, "bias": False},
@@ -180,12 +184,25 @@ class TestNanoGPT(TempDirTestCase):
             "config": {"dtype": "bfloat16"},
         }
         torch.save(checkpoint, self.folder / "nanogpt.pt")
-        assert_loads(self.model, self.folder / "nanogpt.pt")
+        return self.folder / "nanogpt.pt"
+
+    def test_checkpoint(self):
+        assert_loads(self.model, self.checkpoint(), activation_function="gelu_new")
+
+    def test_it_does_not_tell_its_gelu(self):
+        path = self.checkpoint()
+        with self.assertRaisesRegex(ValueError, "does not tell which GELU"):
+            GPT.from_pretrained(path)
+        with self.assertRaisesRegex(ValueError, "activation_function='gelu'; our GPT-2 needs"):
+            GPT.from_pretrained(path, activation_function="gelu")
 
     def test_bare_state_dict_as_before_pytorch_1_6(self):
         path = self.folder / "bare.pt"
         torch.save(self.state, path, _use_new_zipfile_serialization=False)
-        assert_loads(self.model, path, n_head=6)
+        assert_loads(self.model, path, n_head=6, activation_function="gelu_new")
+        # only nanoGPT has models without biases
+        with self.assertRaisesRegex(ValueError, "does not tell which GELU"):
+            GPT.from_pretrained(path, n_head=6)
 
 
 class TestWrappedModels(TempDirTestCase):
