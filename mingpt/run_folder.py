@@ -6,7 +6,7 @@ What a training run keeps in its folder.
     checkpoint.pt    all that a resumed run needs
     best.pt          the weights with the best validation loss, a plain state dict
     config.json      the options of a script (see `claim`)
-    .lock            locked by the run that is writing here: see `only_run`
+    .lock            there while a run is writing here: see `only_run`
 
 The .jsonl files are JSON lines: one dict a line, with the iteration it is of as "iter". A run that
 was killed may have logged rows after its last checkpoint. It repeats those iterations when it
@@ -20,6 +20,7 @@ import errno
 import json
 import logging
 import math
+import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -286,20 +287,34 @@ def only_run(folder: Path) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     remove_leftovers(folder)  # of a run that was killed here
     path = folder.resolve() / LOCK
-    refusal = (
-        f"another run is writing to {folder}: wait until it has ended, or choose another work_dir"
-    )
     # Within a process the system would grant the lock twice, and give up both with the first.
-    if path in held:
-        raise ValueError(refusal)
-    with path.open("ab") as f:
-        if not take_lock(f):
-            raise ValueError(refusal)
+    f = None if path in held else open_locked(path)
+    if f is None:
+        raise ValueError(
+            f"another run is writing to {folder}: wait until it has ended, or choose another "
+            "work_dir"
+        )
+    with f:
         held.add(path)
         try:
             yield
         finally:
             held.discard(path)
+            with contextlib.suppress(PermissionError):  # Windows removes no file that is open
+                path.unlink(missing_ok=True)
+
+
+def open_locked(path: Path) -> BinaryIO | None:
+    """The file of a lock, open and locked. None if another process has locked it."""
+    while True:
+        f = path.open("ab")
+        if not take_lock(f):
+            f.close()
+            return None
+        # The run before may have removed the file after we had opened it: then we have nothing.
+        if path.exists() and os.path.samestat(os.fstat(f.fileno()), path.stat()):
+            return f
+        f.close()
 
 
 def take_lock(f: BinaryIO) -> bool:

@@ -571,7 +571,8 @@ from pathlib import Path
 from mingpt.run_folder import only_run
 with only_run(Path(sys.argv[1])):
     if os.fork() == 0:
-        os.close(0), os.close(1)
+        os.close(0)
+        os.close(1)
         time.sleep(5)  # as a process that loads data may outlive its parent
         os._exit(0)
     print("held", flush=True)
@@ -624,6 +625,25 @@ class TestTwoRuns(TempDirTestCase):
         outer.add_callback("on_batch_end", run_another)
         outer.run()
         self.assertEqual(seen, [0, 1])
+
+    def test_the_lock_is_removed_by_its_run_only(self):
+        with only_run(self.folder):
+            with self.assertRaises(ValueError), only_run(self.folder):
+                pass
+            self.assertTrue((self.folder / ".lock").exists())
+        self.assertEqual(list(self.folder.iterdir()), [])
+
+    def test_a_lock_that_is_removed_while_another_run_takes_it(self):
+        path = self.folder / ".lock"
+        removals = [path.unlink]
+
+        def take(f):
+            if removals:
+                removals.pop()()  # the run before ends between our opening and locking
+            return True
+
+        with mock.patch("mingpt.run_folder.take_lock", take), only_run(self.folder):
+            self.assertTrue(path.exists())
 
     def test_one_after_the_other(self):
         self.trainer().run()
