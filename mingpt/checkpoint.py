@@ -1,9 +1,10 @@
 """
 What lets a run be stopped at any moment, and continued as if nothing had happened.
 
-Four things make that possible: files that are either complete or not there at all, JSON that any
-program can read back, signals that wait until an iteration is finished, and the state of every
-random generator. The trainer puts them together; RunFolder says what is kept where.
+Four things make that possible: files that are either complete or not there at all, also where
+several belong together, JSON that any program can read back, signals that wait until an iteration
+is finished, and the state of every random generator. The trainer puts them together; RunFolder
+says what is kept where.
 """
 
 import contextlib
@@ -136,7 +137,7 @@ def temporary_name(path: Path) -> Iterator[Path]:
 def remove(path: Path) -> None:
     """Remove a file, or a folder with all that is in it, if it is there."""
     if path.is_dir():
-        shutil.rmtree(path)
+        shutil.rmtree(path, ignore_errors=True)  # another process may be doing the same
     else:
         path.unlink(missing_ok=True)
 
@@ -185,11 +186,12 @@ def full_disk_explained(path: Path) -> Iterator[None]:
         if not of_torch and not of_a_write:
             raise
         free = shutil.disk_usage(path.parent).free / 2**20
-        raise OSError(
-            getattr(reason, "errno", None),
+        message = (
             f"{path} cannot be written ({str(reason).splitlines()[0]}); {free:,.1f} MB are free in "
-            f"{path.parent}: make room. What was there before is kept",
-        ) from error
+            f"{path.parent}: make room. What was there before is kept"
+        )
+        number = getattr(reason, "errno", None)
+        raise (OSError(number, message) if number else OSError(message)) from error
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -286,7 +288,8 @@ def record_sizes(file: zipfile.ZipFile) -> dict[str, int]:
 def check_records(path: Path, sizes: dict[str, int]) -> None:
     """ValueError for a record of the file that is shorter than the tensor that lies in it.
 
-    PyTorch looks at this only since lately, and a mapped tensor takes the bytes that come next.
+    Older versions of PyTorch do not look, and no version does where a file is mapped: the tensor
+    takes the bytes that come next.
     """
     with zipfile.ZipFile(path) as file:
         [name] = {x.filename for x in file.infolist() if x.filename.endswith("/data.pkl")}

@@ -19,7 +19,6 @@ import contextlib
 import errno
 import json
 import logging
-import math
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -239,7 +238,10 @@ class RunFolder:
             check_kinds(state, self.checkpoint)
             # The number of processes changes the run as an option does: each draws its own dropout.
             processes = "the number of processes"
-            then = effective(state["config"]) | {processes: len(state["rng"])}
+            try:
+                then = effective(state["config"]) | {processes: len(state["rng"])}
+            except (KeyError, TypeError, AttributeError) as error:
+                raise ValueError(f"{self.checkpoint} has damaged options ({error!r})") from None
             now = effective(config.to_dict()) | {processes: distributed.world_size()}
             self.compare(then, now, free)
             if check:
@@ -387,8 +389,8 @@ def check_fits(
     missing = [name for name in KINDS if name not in state]
     if missing:
         raise ValueError(f"{source} is damaged: it lacks {missing}")
-    then = {name: getattr(x, "shape", x) for name, x in state["model"].items()}
-    now = {name: getattr(x, "shape", x) for name, x in model.state_dict().items()}
+    then = {name: kind_of(x) for name, x in state["model"].items()}
+    now = {name: kind_of(x) for name, x in model.state_dict().items()}
     different = [name for name in then | now if then.get(name) != now.get(name)]
     if different:
         name = different[0]
@@ -397,20 +399,43 @@ def check_fits(
             "the same one, or choose another work_dir"
         )
     try:
-        then_sizes = group_sizes(state["optimizer"])
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{source} is damaged: its optimizer has no {error}") from None
-    now_sizes = group_sizes(optimizer.state_dict())
-    if then_sizes != now_sizes:
+        then_groups = group_shapes(state["optimizer"], optimizer)
+    except Exception as error:  # hostile data can make it raise anything
+        raise ValueError(f"{source} is damaged: its optimizer has {error!r:.60}") from None
+    now_groups = [[tuple(p.shape) for p in group["params"]] for group in optimizer.param_groups]
+    if then_groups != now_groups:
         raise ValueError(
-            f"{source} is of another optimizer, with groups of {then_sizes} parameters, and not of "
-            f"{now_sizes}: make the same one, or choose another work_dir"
+            f"{source} is of another optimizer, with groups of {list(map(len, then_groups))} "
+            f"parameters, where this one has {list(map(len, now_groups))}, or of parameters of "
+            "other shapes: make the same one, or choose another work_dir"
         )
 
 
-def group_sizes(optimizer_state: dict[str, Any]) -> list[int]:
-    """How many parameters each group of an optimizer has."""
-    return [len(group["params"]) for group in optimizer_state["param_groups"]]
+def kind_of(value: Any) -> str:
+    """The type and the shape of a tensor of a state dict, as text; what else may be in it."""
+    return f"{value.dtype} {tuple(value.shape)}" if torch.is_tensor(value) else repr(value)[:60]
+
+
+def group_shapes(
+    state: dict[str, Any], optimizer: torch.optim.Optimizer
+) -> list[list[tuple[int, ...]]]:
+    """The shapes of the parameters in each group of an optimizer's state, as Adam's means tell.
+
+    Where there are none, since it has not made a step or is no Adam, those of the optimizer.
+    """
+    now = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    groups = []
+    for group in state["param_groups"]:
+        shapes = []
+        for index in group["params"]:
+            of_parameter = state["state"].get(index, {})
+            like = now[index] if index < len(now) else torch.empty(0)
+            for mean in ("exp_avg", "exp_avg_sq"):
+                if of_parameter.get(mean, like).shape != like.shape:
+                    like = of_parameter[mean]
+            shapes.append(tuple(like.shape))
+        groups.append(shapes)
+    return groups
 
 
 # -- JSON lines ------------------------------------------------------------------------------------
@@ -450,8 +475,14 @@ def cut_rows(path: Path, last_iter: int) -> None:
     A line that a crash cut off goes, too.
     """
     if path.exists():
-        rows = [row for row in read_metrics(path) if row.get("iter", -math.inf) <= last_iter]
+        rows = [row for row in read_metrics(path) if not is_later(row, last_iter)]
         write_text(path, to_lines(rows))
+
+
+def is_later(row: dict[str, Any], last_iter: int) -> bool:
+    """Whether a row is of an iteration after last_iter. One that does not say so is not."""
+    iteration = row.get("iter")
+    return isinstance(iteration, (int, float)) and iteration > last_iter
 
 
 def to_lines(rows: list[dict[str, Any]]) -> str:

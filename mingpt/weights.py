@@ -232,7 +232,9 @@ def write_safetensors(f: BinaryIO, parameters: dict[str, nn.Parameter]) -> None:
     for name, parameter in parameters.items():
         matrix = parameter.t() if CONV1D.search(name) else parameter
         offsets = [end, end + matrix.nbytes]
-        dtype = SAFETENSORS_DTYPES[matrix.dtype]
+        dtype = SAFETENSORS_DTYPES.get(matrix.dtype)
+        if dtype is None:
+            raise TypeError(f"{name} is {matrix.dtype}; expected floats of 16 to 64 bits")
         header[name] = {"dtype": dtype, "shape": list(matrix.shape), "data_offsets": offsets}
         end = offsets[1]
     text = json.dumps(header).encode()

@@ -736,9 +736,12 @@ class TestResumeThatIsRefused(TempDirTestCase):
             self.assertTrue(torch.equal(x, model_before[name]), name)
 
     def test_another_model(self):
-        message = r"checkpoint.pt is of another model \(transformer.wte.weight was torch.Size"
-        self.refuse(message, model=tiny_gpt(n_embd=32))
+        change = r"transformer.wte.weight was torch.float32 \(11, 16\), is torch.float32 \(11, 32\)"
+        self.refuse(rf"checkpoint.pt is of another model \({change}", model=tiny_gpt(n_embd=32))
         self.refuse("is of another model .*h.2.*was None", model=tiny_gpt(n_layer=3))
+
+    def test_a_model_of_another_precision(self):
+        self.refuse("was torch.float32 .*, is torch.bfloat16", model=tiny_gpt().bfloat16())
 
     def test_a_dataset_of_another_length(self):
         self.assertEqual(self.state["examples"], 8)
@@ -761,6 +764,11 @@ class TestResumeThatIsRefused(TempDirTestCase):
         save_torch(self.path, self.state)
         self.refuse("is of another optimizer, with groups of")
 
+    def test_an_optimizer_of_other_shapes(self):
+        self.state["optimizer"]["state"][0]["exp_avg_sq"] = torch.zeros(3)
+        save_torch(self.path, self.state)
+        self.refuse("is of another optimizer")
+
     def test_a_part_that_is_missing(self):
         for name in ("model", "optimizer", "scaler", "seconds"):
             with self.subTest(name):
@@ -779,6 +787,8 @@ class TestResumeThatIsRefused(TempDirTestCase):
         hostile = {
             "text for weights": {"model": dict.fromkeys(self.state["model"], "x")},
             "an optimizer without groups": {"optimizer": {}},
+            "text for means": {"optimizer": {**self.state["optimizer"], "state": {0: "x"}}},
+            "options of another kind": {"config": {1: 2}},
             "numbers for groups": {"optimizer": {"state": {}, "param_groups": [1, 2]}},
             "no random states": {"rng": [None]},
             "short random states": {"rng": [{**rng, "torch": torch.zeros(3).byte()}]},
@@ -787,7 +797,7 @@ class TestResumeThatIsRefused(TempDirTestCase):
         for name, part in hostile.items():
             with self.subTest(name):
                 save_torch(self.path, {**self.state, **part})
-                self.refuse("another model|is damaged|damaged state of the random")
+                self.refuse("another model|is damaged|other options|damaged state of the random")
 
 
 class TestWeightsThatAreNotFinite(TempDirTestCase):
@@ -835,6 +845,12 @@ class TestTextFiles(TempDirTestCase):
         (self.folder / "samples.jsonl").write_bytes(whole[:-4])
         rows = read_metrics(self.folder / "samples.jsonl")
         self.assertEqual(rows, [{"iter": 1, "text": "ü\u2028"}])
+
+    def test_rows_of_somebody_else_stay(self):
+        path = self.folder / "metrics.jsonl"
+        path.write_text('{"note": 1}\n{"iter": "x"}\n{"iter": 1}\n')
+        RunFolder(self.folder).load_checkpoint(CfgNode(), free=set())
+        self.assertEqual(path.read_text(), '{"note": 1}\n{"iter": "x"}\n')
 
     def test_vocabularies_that_are_damaged(self):
         damaged = {

@@ -75,8 +75,8 @@ def opens_text(call):
     function = ast.unparse(call.func)
     name = function.rpartition(".")[2]
     options = {keyword.arg for keyword in call.keywords}
-    # datasets.read_text knows its encoding, and an archive is no text
-    if "encoding" in options or function in ("read_text", "tarfile.open"):
+    # our own read_text functions know their encoding, and an archive or a folder is no text
+    if "encoding" in options or function in ("read_text", "tarfile.open", "os.open"):
         return False
     if name == "read_text":
         return True
@@ -115,6 +115,7 @@ class TestSources(unittest.TestCase):
             ("path.open('r+b' if exists else 'wb')", False),
             ("open('x', encoding='utf-8')", False),
             ("read_text(path)", False),
+            ("os.open(folder, os.O_RDONLY)", False),
         ):
             with self.subTest(call):
                 self.assertEqual(opens_text(ast.parse(call, mode="eval").body), expected)

@@ -13,7 +13,6 @@ Read this file from top to bottom: config, data, model, report, and in `main` al
 with the training. Running the script again continues an interrupted run.
 """
 
-import json
 import logging
 import time
 from pathlib import Path
@@ -22,7 +21,7 @@ import torch
 from torch.utils.data import TensorDataset
 
 from mingpt.bpe import END_OF_TEXT, BPETokenizer
-from mingpt.checkpoint import run_script, to_json, write_text
+from mingpt.checkpoint import load_torch, read_json, run_script, to_json, write_text
 from mingpt.config import CfgNode, check_numbers, documented, parse_args
 from mingpt.datasets import read_text
 from mingpt.model import GPT
@@ -211,7 +210,7 @@ def state_before(config: CfgNode, trainer: Trainer, tokenizer: BPETokenizer) -> 
         if trainer.rank == 0:
             write_text(path, to_json(before))
         trainer.save_checkpoint()  # every process waits here until the file is written
-    return json.loads(path.read_text(encoding="utf-8"))
+    return read_json(path)
 
 
 def report(
@@ -224,8 +223,7 @@ def report(
     """Save the best model; write its samples and losses beside those from before the training."""
     work_dir = Path(config.system.work_dir)
     model = trainer.model
-    best = torch.load(work_dir / "best.pt", map_location=trainer.device, weights_only=True)
-    model.load_state_dict(best)
+    model.load_state_dict(load_torch(work_dir / "best.pt"))
     model.save_pretrained(work_dir / "model")
     tokenizer.save_pretrained(work_dir / "model")
 

@@ -10,13 +10,12 @@ All start from the same sft model: that of a finished run in out/happy_gpt (for 
 --only=NAME,NAME makes just these runs, and --flags="--a=b --c=d" passes more options to all.
 """
 
-import json
 import subprocess
 import sys
 from pathlib import Path
 
 import report
-from mingpt.checkpoint import run_script
+from mingpt.checkpoint import read_json, run_script
 from mingpt.config import CfgNode as CN, parse_args
 from mingpt.plots import plot_metrics
 from mingpt.run_folder import read_metrics
@@ -117,7 +116,7 @@ def rl_rows(folder: Path) -> list[dict]:
 def table(folders: dict[str, Path]) -> str:
     """The runs' figures in Markdown."""
     summaries = {
-        name: json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+        name: read_json(folder / "summary.json")
         for name, folder in folders.items()
     }
     found = {key for summary in summaries.values() for key in summary}
@@ -148,7 +147,7 @@ def plot(comparison: str, folders: dict[str, Path], path: Path) -> None:
         plot_over_optimization(looks, path)
         return
     any_folder = next(iter(folders.values()))
-    rewards = json.loads((any_folder / "reference_rewards.json").read_text(encoding="utf-8"))
+    rewards = read_json(any_folder / "reference_rewards.json", list)
     curves = {
         name: ([row["eval/kl"] for row in rows], [row["eval/scores"] for row in rows])
         for name, rows in looks.items()

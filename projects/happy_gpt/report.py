@@ -5,7 +5,6 @@ The yardstick is exact: how much reward the best possible policy has at a KL, an
 has. Both follow from tweets of the sft model, without training (mingpt/evaluation.py).
 """
 
-import json
 import time
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from torch.utils.data import DataLoader
 
 import data
 from mingpt import evaluation
-from mingpt.checkpoint import to_json, write_text
+from mingpt.checkpoint import read_json, to_json, write_text
 from mingpt.config import CfgNode as CN
 from mingpt.evaluation import Samples
 from mingpt.model import GPT
@@ -213,7 +212,7 @@ def peak_memory(summary_path: Path) -> int | None:
         return None
     before = 0
     if summary_path.exists():
-        before = json.loads(summary_path.read_text(encoding="utf-8"))["peak_rss_mb"] or 0
+        before = read_json(summary_path)["peak_rss_mb"] or 0
     return max(before, round(peak))
 
 

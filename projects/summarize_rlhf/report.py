@@ -9,7 +9,6 @@ What came of it: summaries of held-out texts by the sft model and by PPO's, besi
 All of them go into the run's folder, and the main figures to the console.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +19,7 @@ import pipeline
 import reward
 from mingpt import evaluation
 from mingpt.bpe import BPETokenizer
-from mingpt.checkpoint import write_text
+from mingpt.checkpoint import read_json, write_text
 from mingpt.datasets import pad_and_mask
 from mingpt.evaluation import Samples
 from mingpt.plots import plot_metrics
@@ -57,7 +56,7 @@ def write(run: Run) -> None:
         outcomes[stage] = Outcome(samples, scores)
 
     summary = {
-        "accuracy": json.loads((run.work_dir / "accuracy.json").read_text(encoding="utf-8")),
+        "accuracy": read_json(run.work_dir / "accuracy.json"),
         "texts": len(rows),
         **figures_of_authors(reward_models, rows, tokenizer),
         **figures_of_stages(outcomes, authors),
@@ -140,7 +139,7 @@ def seconds_of_stages(run: Run) -> dict[str, int]:
     seconds = {}
     for stage in run.stages.names:
         path = run.stages.stage_folder(stage) / "finished.json"
-        seconds[stage] = round(json.loads(path.read_text(encoding="utf-8"))["seconds"])
+        seconds[stage] = round(read_json(path)["seconds"])
     return seconds
 
 
@@ -154,7 +153,7 @@ def peak_memory(path: Path) -> int | None:
         return None
     before = 0
     if path.exists():
-        before = json.loads(path.read_text(encoding="utf-8"))["peak_rss_mb"] or 0
+        before = read_json(path)["peak_rss_mb"] or 0
     return max(before, round(peak))
 
 
