@@ -1,11 +1,10 @@
 """
 Files from the network: fetched once, checked, kept, and resumed where a download broke off.
 
-`download` tries until the file is there. `fetch` is one try, and reads as the story of an HTTP
-request: what to ask for, what the answer promises, writing it, checking it.
-What arrives is collected in a file named `....part`, which takes its real name only when it is
-complete and correct. So a file that exists is a file to trust, and a program that was killed
-loses nothing.
+`download` tries until the file is there. `complete` is one try, and reads as the story of an HTTP
+request: what to ask for, what the answer promises, writing it, checking it. What arrives is
+collected in a file named `....part`, which takes its real name only when it is complete and
+correct. So a file that exists is a file to trust, and a program that was killed loses nothing.
 
 Servers differ in what they answer, and not all mean well. Each function below says which case
 it takes care of, and tests/test_download.py has a server that misbehaves in each of these ways.
@@ -26,7 +25,7 @@ from dataclasses import dataclass
 from http import HTTPStatus
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, BinaryIO, Self
 from urllib.parse import urljoin
 
 from tqdm import tqdm
@@ -80,8 +79,8 @@ class Job:
     clock: "Clock"
 
     @property
-    def name(self) -> str:
-        """The url for messages: without what stands before an @, which is a name and a password."""
+    def shown_url(self) -> str:
+        """The url for messages: without a user's name and password, which end with an @."""
         return re.sub("//[^/@]*@", "//", self.url)
 
 
@@ -142,7 +141,7 @@ def fetch_patiently(job: Job, tries: int) -> None:
             wait = 2 ** (failures - 1)
             if failures == tries or job.clock.left() < wait:
                 times = "once" if failures == 1 else f"{failures} times, the last time"
-                raise ConnectionError(f"{job.name} failed {times} because {error}") from error
+                raise ConnectionError(f"{job.shown_url} failed {times} because {error}") from error
             # A warning, since a program that has not set up any logging shows it, too.
             logger.warning("retrying in %d s (%d of %d): %s", wait, failures + 1, tries, error)
             time.sleep(wait)
@@ -230,7 +229,7 @@ def complete(job: Job) -> None:
         part.remove()
         # Bytes of an earlier try may be to blame, and then a fresh start can help. But a server
         # that sent all of a wrong file would only send it again.
-        raise (StartAgain if start else ValueError)(f"{job.name} sends {problem}")
+        raise (StartAgain if start else ValueError)(f"{job.shown_url} sends {problem}")
     part.take_name()
 
 
@@ -416,7 +415,7 @@ def request(job: Job, rest: dict[str, str]) -> Iterator["requests.Response"]:
             answer = follow(session, job, rest)
         except (requests.RequestException, HTTPError) as error:
             if isinstance(error, ValueError):  # no address, of the caller's or of a redirect
-                problem = f"{job.name} leads to no web address ({type(error).__name__})"
+                problem = f"{job.shown_url} leads to no web address ({type(error).__name__})"
                 raise ValueError(problem) from error
             raise TryAgain(in_words(error)) from error
         with answer:
@@ -453,14 +452,14 @@ def follow(session: "requests.Session", job: Job, rest: dict[str, str]) -> "requ
         answer.close()
         history.append(answer)
         if len(history) > REDIRECTS:
-            raise ValueError(f"{job.name} redirects more than {REDIRECTS} times")
+            raise ValueError(f"{job.shown_url} redirects more than {REDIRECTS} times")
         try:
             # Headers come as Latin-1, but where an address is not ASCII it is UTF-8.
             target = answer.headers["Location"].encode("latin-1").decode("utf-8")
             url = urljoin(url, target)
             leaves = not same_server(job.url, url)
         except ValueError as error:
-            raise ValueError(f"{job.name} redirects to what is no address") from error
+            raise ValueError(f"{job.shown_url} redirects to what is no address") from error
         # What may be secret is for the server that we asked, and not for where it sends us.
         if leaves:
             headers = {"Accept-Encoding": "identity", **rest}
@@ -471,9 +470,9 @@ def get(
 ) -> "requests.Response":
     """The answer of one server, without its body. TryAgain if it takes too long.
 
-    The timeout of requests is for each piece of an answer, and begins anew with each address
-    that a server has. So a thread of its own waits for the answer, and is left to itself when
-    its time is over: after five timeouts, or at the deadline.
+    The timeout of requests is for each read: headers that come byte by byte never end. And it
+    begins anew with each address that a server has. So a thread of its own waits for the answer,
+    and is left to itself when its time is over: after five timeouts, or at the deadline.
     """
     outcomes: queue.SimpleQueue[requests.Response | Exception] = queue.SimpleQueue()
 
@@ -538,7 +537,7 @@ def refuse_failure(job: Job, answer: "requests.Response") -> None:
     if status >= 500 or status in (408, 429):
         raise TryAgain(f"the server answers {name}")
     kind = NotFound if status == 404 else ValueError
-    raise kind(f"{job.name} answers {name}: is the name right, and may you read it?")
+    raise kind(f"{job.shown_url} answers {name}: is the name right, and may you read it?")
 
 
 def refuse_compression(job: Job, answer: "requests.Response") -> None:
@@ -550,7 +549,7 @@ def refuse_compression(job: Job, answer: "requests.Response") -> None:
         encoding = answer.headers.get(header, "").strip().lower()
         if encoding not in plain:
             problem = f"sends the file compressed ({encoding[:40]}), which we did not ask for"
-            raise ValueError(f"{job.name} {problem}")
+            raise ValueError(f"{job.shown_url} {problem}")
 
 
 def announced_size(answer: "requests.Response") -> int | None:
@@ -603,36 +602,53 @@ def write_body(
 ) -> int:
     """Write the answer's body into `part`, from byte `start` on. Returns where it ended.
 
-    That is behind `size`, or behind LARGEST_UNANNOUNCED where the size is not known, if the
-    server sends more; what comes there is not written. Raises TryAgain if the connection
-    breaks, or if hardly anything comes.
+    Never more than `size` bytes are written, or LARGEST_UNANNOUNCED where the size is not known:
+    if the server sends more, the number that is returned is larger. Raises TryAgain if the
+    connection breaks or hardly anything comes, and OSError if the file cannot be written.
     """
+    try:
+        with part.open("r+b" if part.exists() else "wb") as f:
+            f.seek(start)
+            try:
+                return copy_body(job, answer, f, start, size)
+            finally:
+                f.flush()
+                os.fsync(f.fileno())
+    except OSError as error:
+        error.filename = str(part)  # a full disk does not say which file it is about
+        raise
+
+
+def copy_body(
+    job: Job,
+    answer: "requests.Response",
+    f: BinaryIO,
+    start: int,
+    size: int | None,
+) -> int:
+    """The loop of `write_body`, with a bar that shows how far it is."""
     largest = LARGEST_UNANNOUNCED if size is None else size
     end = start
     with (
-        part.open("r+b" if part.exists() else "wb") as f,
         tqdm(
-            desc=part.stem,
+            desc=job.path.name,
             total=size,
             initial=start,
             unit="B",
             unit_scale=True,
             disable=None,  # no bar where the output is not a terminal
         ) as bar,
-        Watch(answer, job.timeout, job.clock),
+        Watch(answer, job.timeout, job.clock) as watch,
     ):
-        f.seek(start)
-        try:
-            for chunk in chunks(answer):
-                end += len(chunk)
-                if end > largest:
-                    break
-                f.write(chunk)
-                bar.update(len(chunk))
-                job.clock.bytes += len(chunk)
-        finally:
-            f.flush()
-            os.fsync(f.fileno())
+        for chunk in chunks(answer):
+            end += len(chunk)
+            if end > largest:
+                break
+            watch.is_reading = False
+            f.write(chunk)
+            watch.is_reading = True
+            bar.update(len(chunk))
+            job.clock.bytes += len(chunk)
     return end
 
 
@@ -666,6 +682,7 @@ class Watch:
         self.timeout = timeout
         self.clock = clock
         self.verdict = ""
+        self.is_reading = True  # else it waits for the disk, which is not the server's fault
         self.has_ended = threading.Event()
         self.thread = threading.Thread(target=self.run, daemon=True)
 
@@ -688,9 +705,11 @@ class Watch:
             if self.clock.left() <= 0:
                 seconds = self.clock.allowed()
                 self.verdict = f"it is not complete after {seconds:.0f} s, its deadline"
-            elif arrived == 0 and seconds >= self.timeout:
+            elif seconds < self.timeout or not self.is_reading:
+                continue
+            elif arrived == 0:
                 self.verdict = "the server has fallen silent"
-            elif arrived < SLOWEST * seconds and seconds >= self.timeout:
+            elif arrived < SLOWEST * seconds:
                 self.verdict = f"only {arrived} bytes came in the last {seconds:.1f} s"
         with contextlib.suppress(OSError):  # it may have ended by itself
             self.connection.shutdown(socket.SHUT_RDWR)

@@ -1,10 +1,12 @@
 """Downloads, from a server that misbehaves, and where they are kept."""
 
+import errno
 import hashlib
 import os
 import random
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -139,6 +141,22 @@ class TestDownload(DownloadTestCase):
     def test_no_server(self):
         with self.assertRaisesRegex(ConnectionError, "failed 2 times"):
             download("http://127.0.0.1:9/nobody", self.path, tries=2)
+
+    def test_a_disk_that_is_full(self):
+        full = OSError(errno.ENOSPC, "No space left on device")
+        with (
+            mock.patch("os.fsync", side_effect=full),
+            self.assertRaisesRegex(OSError, "No space left on device: .*file.bin.part"),
+        ):
+            self.download()
+        self.assertEqual(self.download().read_bytes(), BODY)
+
+    def test_a_slow_disk_is_not_the_servers_fault(self):
+        def sync(fileno):
+            threading.Event().wait(0.6)
+
+        with mock.patch("os.fsync", sync):
+            self.download(tries=1, timeout=0.1)
 
     def test_what_goes_wrong_is_said_in_plain_words(self):
         with self.assertLogs("mingpt", "INFO") as logs:
