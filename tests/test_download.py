@@ -472,11 +472,14 @@ for i in range(int(rounds)):
 
     def start(self, rounds, seed, start=0.0):
         arguments = (self.server.url, self.folder, rounds, seed, start)
-        return subprocess.Popen(
+        process = subprocess.Popen(
             [sys.executable, "-c", self.SCRIPT, *map(str, arguments)],
             cwd=ROOT,
             env=self.environment,
         )
+        self.addCleanup(process.wait)
+        self.addCleanup(process.kill)  # before that, in case the test fails
+        return process
 
     def test_one_downloads_and_the_others_wait(self):
         rounds = 10
