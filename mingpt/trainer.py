@@ -691,12 +691,12 @@ def check_schedule(config: CN) -> None:
 
 def check_batch(batch: Any) -> None:
     """TypeError unless the batch is a tuple or list of equally long tensors."""
-    if not isinstance(batch, (tuple, list)):
-        description = type(batch).__name__
-    elif not all(torch.is_tensor(x) for x in batch) or len({len(x) for x in batch}) != 1:
-        description = str([tuple(x.shape) if torch.is_tensor(x) else type(x).__name__ for x in batch])
-    else:
-        return
+    description = type(batch).__name__
+    if isinstance(batch, (tuple, list)):
+        if all(torch.is_tensor(x) for x in batch) and len({len(x) for x in batch}) == 1:
+            return
+        items = [tuple(x.shape) if torch.is_tensor(x) else type(x).__name__ for x in batch]
+        description += f" of {items}"
     raise TypeError(
         f"a batch must be a tuple of equally long tensors, not {description}: pass a "
         "collate_fn that makes one"
