@@ -7,7 +7,7 @@ The training loop. It knows nothing of language or of GPT: a model, a dataset an
 One iteration fetches a batch, computes the loss, steps the optimizer and calls the callbacks. Every
 so many iterations it also evaluates, logs a row of metrics and saves a checkpoint. Each of these is
 a method, so that a subclass can replace one and keep the others; PPOTrainer in rlhf.py is such a
-subclass. Read `run` and `iteration` first: what they call comes below, in the same order.
+subclass. Read `run` and `iteration` first; the sections after them hold what they call.
 
 With a `work_dir`, a run can be killed at any moment and continued. A checkpoint holds the weights,
 the optimizer, the random states and the number of iterations done. That number is enough to find
@@ -199,7 +199,7 @@ class Trainer:
         batches = self.batches()
         self.trigger_callbacks("on_train_begin")
         self.iter_time = time.time()
-        # Log lines go above the progress bar. Ctrl-C waits until the iteration is finished.
+        # Log lines go above the progress bar. Signals wait until the iteration is finished.
         with self.progress_bar() as bar, logging_redirect_tqdm(), deferred_signals() as signals:
             while self.max_iters is None or self.iter_num < self.max_iters:
                 self.iteration(next(batches))
@@ -310,8 +310,8 @@ class Trainer:
         part_size = self.config.batch_size // self.world_size
         first = self.rank * part_size
         indices = (batch[first : first + part_size] for batch in self.batch_indices())
-        # Loading workers may draw random numbers, to augment the data, say. No process may repeat
-        # another's, and a continued run not those of the run before: so each has its own seed.
+        # Loading workers may draw random numbers (to augment the data, say). Their seed is another
+        # one in each process and after each resume, so that they do not repeat the same numbers.
         worker_seed = (self.seed + self.rank + 10**6 * self.iter_num) % 2**63
         loader = DataLoader(
             self.train_dataset,
@@ -446,8 +446,8 @@ class Trainer:
     def learning_rate(self) -> float:
         """The learning rate of the current iteration.
 
-        It rises linearly for warmup_iters iterations. Then it is constant, or decays on a line or
-        on half a cosine to lr_final_fraction of itself.
+        It rises linearly for warmup_iters iterations. Then it is constant, or decays linearly or
+        along half a cosine to lr_final_fraction of itself.
         """
         config = self.config
         if self.iter_num < config.warmup_iters:
