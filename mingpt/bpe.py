@@ -319,17 +319,30 @@ class WordCache(dict[str, tuple[int, ...]]):
     without a step of Python; for the others, dict calls __missing__.
     """
 
-    def __init__(self, encode_word: Callable[[bytes], tuple[int, ...]], limit: int = 2**20):
+    def __init__(self, encode_word: Callable[[bytes], tuple[int, ...]], limit: int = 2**23):
         super().__init__()
         self.encode_word = encode_word
-        self.limit = limit  # words; forgetting all of them now and then keeps the memory bounded
+        # In characters of all words, and not in words, which may be of any length. Forgetting all
+        # of them now and then keeps the memory bounded, to some 100 MB.
+        self.limit = limit
+        self.characters = 0
 
     def __missing__(self, word: str) -> tuple[int, ...]:
-        if len(self) >= self.limit:
+        if self.characters >= self.limit:
             self.clear()
+            self.characters = 0
+        self.characters += len(word)
         ids = self.encode_word(word.encode("utf-8"))
         self[word] = ids
         return ids
+
+
+def without_lone_surrogates(text: str) -> str:
+    """The text with U+FFFD for each half of a surrogate pair that stands alone.
+
+    Two halves that belong together become the character that they mean.
+    """
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 class Encoder:
@@ -354,6 +367,12 @@ class Encoder:
         # The bytes of each token, as a string in which character b stands for byte b (Latin-1):
         # str.join, which decode spends its time in, takes half as long as bytes.join.
         latin = {character: chr(byte) for byte, character in characters.items()}
+        strange = [t for t in vocab if t not in self.special and not latin.keys() >= set(t)]
+        if strange:
+            raise ValueError(
+                f"the vocabulary has tokens that are not written in bytes ({strange[:5]}): "
+                f"{END_OF_TEXT} is the only special token that is known here"
+            )
         self.token_text = {
             i: token if token in self.special else "".join(latin[c] for c in token)
             for token, i in vocab.items()
@@ -372,13 +391,19 @@ class Encoder:
         """The ids of a text, as a list.
 
         `<|endoftext|>` in the text is plain text like any other, unless allowed_special names it:
-        what a user writes must not end a text by itself. ValueError for a special token that the
-        vocabulary does not have.
+        what a user writes must not end a text by itself. A lone surrogate, which is no character,
+        becomes U+FFFD, as in tiktoken. ValueError for a special token that the vocabulary does not
+        have, TypeError for anything but text.
         """
+        if not isinstance(text, str):
+            raise TypeError(f"got {type(text).__name__} {text!r:.60}; encode takes a text")
         allowed_special = set(allowed_special)
         if not allowed_special:
             # the usual way: split, look up each word, and put the ids of all words in one list
-            return list(chain.from_iterable(map(self.words.__getitem__, split_words(text))))
+            try:
+                return list(chain.from_iterable(map(self.words.__getitem__, split_words(text))))
+            except UnicodeEncodeError:
+                return self.encode(without_lone_surrogates(text))
         unknown = sorted(allowed_special - self.special.keys())
         if unknown:
             raise ValueError(
@@ -474,6 +499,8 @@ class BPETokenizer(Encoder):
         earlier tokens comes first. Raises ValueError where vocab_size is below 257, or where the
         texts give fewer tokens.
         """
+        if isinstance(texts, str):
+            raise TypeError(f"got the text {texts[:60]!r}; train takes several: pass [text]")
         if vocab_size < 257:
             raise ValueError(
                 f"got vocab_size={vocab_size}; it must be 257 or more: "
@@ -567,5 +594,6 @@ def gpt2_folder() -> Path:
         for path in Path(package.origin).parent.rglob("encoder.json"):
             return path.parent
     for name, sha256 in GPT2_SHA256.items():
-        download(f"{GPT2_URL}/{name}", cache / name, sha256)
+        otherwise = f"Or put encoder.json and vocab.bpe of GPT-2 into {cache}"
+        download(f"{GPT2_URL}/{name}", cache / name, sha256, otherwise=otherwise)
     return cache

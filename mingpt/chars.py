@@ -59,11 +59,20 @@ class CharTokenizer:
         return torch.tensor([self.encode(text)], dtype=torch.long)
 
     def decode(self, ids: list[int] | torch.Tensor) -> str:
-        """The text of ids (a list or a 1-D tensor); the end of a text shows as <|endoftext|>."""
+        """The text of ids (a list or a 1-D tensor); the end of a text shows as <|endoftext|>.
+
+        ValueError for an id that the vocabulary does not have.
+        """
         if isinstance(ids, torch.Tensor):
             ids = ids.tolist()
-        tokens = [*self.chars, END_OF_TEXT]
-        return "".join(tokens[i] for i in ids)
+        tokens = dict(enumerate([*self.chars, END_OF_TEXT]))
+        try:
+            return "".join(tokens[i] for i in ids)
+        except (KeyError, TypeError) as error:
+            raise ValueError(
+                f"{error} is no id of this vocabulary, which has 0 to {self.eot_token} (decode "
+                "takes one row of a batch at a time)"
+            ) from None
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the vocabulary to chars.json in the folder."""

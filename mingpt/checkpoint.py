@@ -7,10 +7,14 @@ random generator. The trainer puts them together; RunFolder says what is kept wh
 """
 
 import contextlib
+import glob
+import io
 import json
 import math
 import os
+import platform
 import random
+import shutil
 import signal
 import sys
 import threading
@@ -35,8 +39,10 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(path)
     # a name that no other process or thread writes to
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
+    own = f"{platform.node()}.{os.getpid()}.{threading.get_ident()}"
+    temporary = path.with_name(f".{path.name}.{own}")
     try:
         with temporary.open("wb") as f:
             yield f
@@ -49,6 +55,30 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
         raise
 
 
+def remove_leftovers(path: Path) -> None:
+    """Remove what processes that were killed while they wrote `path` have left behind."""
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*"):
+        *node, pid, thread = leftover.name.removeprefix(f".{path.name}.").split(".")
+        if not (node and pid.isdecimal() and thread.isdecimal()):
+            continue  # somebody else's file
+        is_ours = ".".join(node) == platform.node()  # of another machine we know nothing
+        if is_ours and not is_alive(int(pid)):
+            leftover.unlink(missing_ok=True)
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process of this number runs on this machine. True where that cannot be known."""
+    if os.name != "posix":
+        return True  # elsewhere, to ask would be to end it
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True  # somebody else's
+    return True
+
+
 def write_text(path: str | Path, text: str) -> None:
     """Write a UTF-8 text file atomically."""
     with atomic_write(path) as f:
@@ -56,9 +86,37 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def save_torch(path: str | Path, obj: Any) -> None:
-    """torch.save, atomically. Load with `torch.load(path, weights_only=True)`."""
-    with atomic_write(path) as f:
-        torch.save(obj, f)
+    """torch.save, atomically. Load with `load_torch`. OSError where the disk is full."""
+    try:
+        with atomic_write(path) as f:
+            torch.save(obj, f)
+    except RuntimeError as error:  # this is how torch.save speaks of a failed write
+        if "file" not in str(error) and "write" not in str(error):
+            raise
+        folder = Path(path).parent
+        free = shutil.disk_usage(folder).free / 2**20
+        raise OSError(
+            f"{path} cannot be written ({str(error).splitlines()[0]}); {free:,.0f} MB are free in "
+            f"{folder}. An older file of that name is still there"
+        ) from error
+
+
+def load_torch(path: str | Path) -> dict[str, Any]:
+    """The dict that `save_torch` has written, on the CPU.
+
+    Raises ValueError for a file that is damaged, or holds something else. No code in it is run.
+    """
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # damaged bytes can make it raise anything
+        reason = str(error).partition("\n")[0] or "it is empty"
+        raise ValueError(
+            f"{path} cannot be loaded ({reason}): it is damaged, or no file of ours. Put a good "
+            "copy in its place, or remove it"
+        ) from None
+    if not isinstance(loaded, dict):
+        raise ValueError(f"{path} holds a {type(loaded).__name__}, not the dict that we save")
+    return loaded
 
 
 def to_json(value: Any, indent: int | None = None) -> str:
@@ -130,12 +188,23 @@ def leave_ctrl_c_to_the_parent(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
+def replace_what_cannot_be_printed() -> None:
+    """Have standard output print "?" where its encoding lacks a character.
+
+    Windows encodes what goes into a file or a pipe in its code page, which has no Greek letters and
+    no emoji. By default printing one raises UnicodeEncodeError, after all the work was done.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
+
+
 def run_script(main: Callable[[list[str]], None]) -> NoReturn:
     """Run main(command line) for a script, and exit.
 
     Errors that the user can mend end in one line instead of a traceback, and so do Ctrl-C and
-    SIGTERM.
+    SIGTERM. A character that the console cannot show is printed as a question mark.
     """
+    replace_what_cannot_be_printed()
     interrupted = 128 + signal.SIGINT
     terminated = 128 + signal.SIGTERM
     signal.signal(signal.SIGTERM, lambda number, frame: raise_signal(number))

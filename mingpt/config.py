@@ -24,7 +24,10 @@ import sys
 import textwrap
 import tokenize
 from collections.abc import Callable, Iterator
+from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 
 class CfgNode:
@@ -41,13 +44,15 @@ class CfgNode:
     if TYPE_CHECKING:  # type checkers cannot see the options, which only exist at run time
 
         def __getattr__(self, name: str) -> Any: ...
-        def __setattr__(self, name: str, value: Any) -> None: ...
 
     def __init__(self, **options: Any):
         self._meanings = {}
         self._headings = {}
         for name, value in options.items():
             setattr(self, name, CfgNode(**value) if isinstance(value, dict) else value)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, plain(value))
 
     def __str__(self) -> str:
         return "\n".join(self.describe("{name} = {value!r}"))
@@ -84,7 +89,8 @@ class CfgNode:
 
     def merge_from_dict(self, options: dict[str, Any]) -> None:
         """Set attributes of this node. Names that it does not have yet are added."""
-        vars(self).update(options)
+        for name, value in options.items():
+            setattr(self, name, value)
 
     def merge_from_args(self, args: list[str]) -> None:
         """Override existing options from a command line.
@@ -108,6 +114,25 @@ class CfgNode:
             for section in sections:
                 node = getattr(node, section)
             setattr(node, leaf, parse_option(name, text, defaults[name]))
+
+
+def plain(value: Any) -> Any:
+    """A path as text, and NumPy's or PyTorch's number as Python's; other values as they are.
+
+    So that what is saved of a config can be loaded by anybody, and compared with another one.
+    """
+    if isinstance(value, PurePath):
+        return str(value)
+    if isinstance(value, np.generic) or is_scalar_tensor(value):
+        return value.item()
+    if type(value) in (list, tuple):
+        return type(value)(plain(item) for item in value)
+    return value
+
+
+def is_scalar_tensor(value: Any) -> bool:
+    """Whether value is a tensor of one number, without importing PyTorch to find out."""
+    return type(value).__module__ == "torch" and getattr(value, "ndim", None) == 0
 
 
 def take_option(args: list[str], defaults: dict[str, Any]) -> tuple[str, str]:
@@ -178,6 +203,17 @@ def check_numbers(
             noun = "whole number" if whole else "number"
             alternative = " or None" if optional else ""
             raise ValueError(f"{name}={value!r} must be a {noun} in [{low}, {high}]{alternative}")
+
+
+def check_booleans(config: Any, *names: str) -> None:
+    """ValueError for the first of the named options that is neither True nor False.
+
+    Text such as "False" would count as true.
+    """
+    for name in names:
+        value = getattr(config, name)
+        if not isinstance(value, (bool, np.bool_)):
+            raise ValueError(f"{name}={value!r} must be True or False")
 
 
 def parse_args(config: CfgNode, args: list[str], about: str) -> None:

@@ -9,12 +9,12 @@ They come as rows, that is dicts, most often the lines of a JSON Lines file:
     {"prompt": ..., "answer": ...}                     prompts for RL, with further columns for the
                                                        reward function, here `answer`
 
-    rows = read_jsonl("comparisons.jsonl", "prompt", "chosen", "rejected")
-    data = Comparisons(rows, tokenizer, block_size)
-    trainer = Trainer(config, reward_model, data, loss_fn=comparison_loss, collate_fn=data.collate)
+    rows = read_jsonl("comparisons.jsonl", "prompt", "chosen", "rejected") data =
+    Comparisons(rows, tokenizer, block_size) trainer = Trainer(config, reward_model, data,
+    loss_fn=comparison_loss, collate_fn=data.collate)
 
-The file follows a row on its way to the model: read it from disk, check its fields, encode it as
-token ids (the three datasets), and pad it to the length of its batch.
+The file follows a row on its way to the model: read it from disk, check its fields, encode
+it as token ids (the three datasets), and pad it to the length of its batch.
 """
 
 import hashlib
@@ -67,8 +67,8 @@ def read_text(path: str | Path) -> str:
 def read_jsonl(path: str | Path, *fields: str) -> list[dict]:
     """The objects in a file of JSON lines; blank lines are skipped.
 
-    Raises ValueError, with its number, for a line that is not an object with all `fields` as text,
-    and for what `read_text` refuses.
+    Raises ValueError, with its number, for a line that is not an object with all `fields`
+    as text, and for what `read_text` refuses.
     """
     rows = []
     # str.splitlines() would also split at U+2028, which may stand inside a JSON string
@@ -97,8 +97,8 @@ def parse_line(line: str) -> dict | None:
 def split_of(text: str) -> str:
     """Which split a text belongs to: "train" (90%), "valid" (5%) or "test" (5%).
 
-    It depends on the text alone, by way of its SHA-256. So a text never changes sides when others
-    are added or reordered, and copies of it all land in the same split.
+    It depends on the text alone, by way of its SHA-256. So a text never changes sides when
+    others are added or reordered, and copies of it all land in the same split.
     """
     bucket = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") % 20
     if bucket == 0:
@@ -163,8 +163,8 @@ def check_row(i: int, row: Any) -> None:
 def text_field(i: int, row: dict, *names: str) -> str:
     """The text in the first of these fields that row number i has.
 
-    Raises ValueError, with the row's number and the field, where the row has none of them or what
-    it has is not text.
+    Raises ValueError, with the row's number and the field, where the row has none of them
+    or what it has is not text.
     """
     check_row(i, row)
     present = [name for name in names if name in row]
@@ -209,12 +209,12 @@ class Completions(Dataset):
 
         Trainer(config, model, data, collate_fn=data.collate, weight_fn=data.weight)
 
-    rows: dicts with `prompt` and `completion`, or with `text`, which is a completion of the end
-    token. Each completion ends with the end token. An item is (x, y), (T,) each: y[t] is the token
-    to predict after x[t], or -1 where that belongs to the prompt.
+    rows: dicts with `prompt` and `completion`, or with `text`, which is a completion of the
+    end token. Each completion ends with the end token. An item is (x, y), (T,) each: y[t]
+    is the token to predict after x[t], or -1 where that belongs to the prompt.
 
-    Raises ValueError, with the row's number, for a missing or wrong field and for a row that is too
-    long.
+    Raises ValueError, with the row's number, for a missing or wrong field and for a row
+    that is too long.
     """
 
     def __init__(self, rows: Iterable[dict], tokenizer: Tokenizer, block_size: int):
@@ -261,12 +261,12 @@ class Comparisons(Dataset):
                  completion ends with the end token. False: its sampler was cut off before that.
                  A reward model can judge such texts only if it has seen some.
 
-    A row is one item, (prompt (T,), list of K completions), the chosen one first. It stays together
-    because a model that meets the chosen one in several items, once against each rejected one,
-    learns it by heart (Ouyang et al. 2022, section 3.5).
+    A row is one item, (prompt (T,), list of K completions), the chosen one first. It stays
+    together because a model that meets the chosen one in several items, once against each
+    rejected one, learns it by heart (Ouyang et al. 2022, section 3.5).
 
-    Raises ValueError, with the row's number, for a missing or wrong field and for a row that is too
-    long.
+    Raises ValueError, with the row's number, for a missing or wrong field and for a row
+    that is too long.
     """
 
     def __init__(self, rows: Iterable[dict], tokenizer: Tokenizer, block_size: int):
@@ -301,8 +301,8 @@ class Comparisons(Dataset):
     def collate(items: list[tuple[Tensor, list[Tensor]]]) -> tuple[Tensor, Tensor, Tensor]:
         """(idx, attention_mask, completion_mask), (B, K, T) each, the chosen completion first.
 
-        Prompts are padded on the left and completions on the right, so all completions begin in
-        the same column.
+        Prompts are padded on the left and completions on the right, so all completions
+        begin in the same column.
         """
         K = len(items[0][1])
         prompts, prompt_mask = left_pad([prompt for prompt, _ in items])
@@ -348,14 +348,15 @@ def ended_field(i: int, row: dict, n_completions: int) -> list[bool]:
 class Prompts(Dataset):
     """Prompts to sample completions of, with what a reward function may want to know about each.
 
-    prompts: text, or lists of token ids, or a (N, T) LongTensor, or dicts with the field `prompt`
-    (text or ids) and any further ones, such as a gold answer. tokenizer: what encodes text.
+    prompts: text, or lists of token ids, or a (N, T) LongTensor, or dicts with the field
+    `prompt` (text or ids) and any further ones, such as a gold answer. tokenizer: what
+    encodes text.
 
-    ids: the N prompts as 1-D LongTensors. columns: the further fields, {name: list of N values}.
-    An item is (ids, i): the number i finds a prompt's values again in the columns.
+    ids: the N prompts as 1-D LongTensors. columns: the further fields, {name: list of N
+    values}. An item is (ids, i): the number i finds a prompt's values again in the columns.
 
-    Raises ValueError, with the prompt's number, for an empty prompt, one of another type, and rows
-    whose columns are not the same as the first one's.
+    Raises ValueError, with the prompt's number, for an empty prompt, one of another type,
+    and rows whose columns are not the same as the first one's.
     """
 
     def __init__(self, prompts: Iterable, tokenizer: Tokenizer | None = None):
@@ -409,8 +410,8 @@ def further_columns(rows: Sequence[Mapping]) -> dict[str, list]:
 def encode_prompts(prompts: Iterable, tokenizer: Tokenizer | None = None) -> list[Tensor]:
     """Prompts as a list of 1-D LongTensors. They may be text, lists of ids, or a (N, T) tensor.
 
-    Raises ValueError, with the prompt's number, for an empty one, for text without a tokenizer, and
-    for anything else.
+    Raises ValueError, with the prompt's number, for an empty one, for text without a
+    tokenizer, and for anything else.
     """
     encoded = []
     for i, prompt in enumerate(prompts):

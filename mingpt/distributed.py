@@ -3,10 +3,11 @@ One training run on many devices, or on many machines: what the trainer needs of
 
     torchrun --nproc_per_node=2 projects/chargpt/chargpt.py
 
-starts the script twice, as the processes of rank 0 and rank 1. Each of them computes the gradient
-on its own part of every batch. DistributedDataParallel (Li et al. 2020) averages the gradients, so
-that all processes take the same step and hold the same weights. Only rank 0 writes files, logs and
-draws. Without torchrun there is one process, of rank 0, and these functions have nothing to do.
+starts the script twice, as the processes of rank 0 and rank 1. Each of them computes the
+gradient on its own part of every batch. DistributedDataParallel (Li et al. 2020) averages
+the gradients, so that all processes take the same step and hold the same weights. Only rank
+0 writes files, logs and draws. Without torchrun there is one process, of rank 0, and these
+functions have nothing to do.
 """
 
 import atexit
@@ -23,7 +24,7 @@ def join(device: torch.device) -> torch.device:
 
     Raises ValueError where there is no device for this process.
     """
-    launched = dist.is_torchelastic_launched()
+    launched = is_launched()
     if launched and device.type == "cuda":
         device = own_gpu()
     if launched and device.type not in ("cuda", "cpu"):
@@ -38,6 +39,11 @@ def join(device: torch.device) -> torch.device:
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
         atexit.register(leave)
     return device
+
+
+def is_launched() -> bool:
+    """Whether torchrun started this process. Some builds of PyTorch lack torch.distributed."""
+    return dist.is_available() and dist.is_torchelastic_launched()
 
 
 def own_gpu() -> torch.device:
@@ -66,12 +72,12 @@ def leave() -> None:
 
 def rank() -> int:
     """The number of this process, counted from 0. Known before it has joined the others."""
-    return int(os.environ["RANK"]) if dist.is_torchelastic_launched() else 0
+    return int(os.environ["RANK"]) if is_launched() else 0
 
 
 def world_size() -> int:
     """How many processes there are."""
-    return dist.get_world_size() if dist.is_initialized() else 1
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def total(numbers: list[float]) -> list[float]:

@@ -7,9 +7,9 @@ How good is a policy? Samples of it, their rewards, their KL to a reference, and
     kl(samples, reference)                        ... and what it pays for that, in nats
     win_rate(ours.rewards, theirs.rewards)        how often one policy beats the other
 
-A reward says little without the KL that it cost, because a policy can always buy reward by moving
-away from the reference. Two yardsticks need only the rewards of the reference's own samples, and no
-training:
+A reward says little without the KL that it cost, because a policy can always buy reward by
+moving away from the reference. Two yardsticks need only the rewards of the reference's own
+samples, and no training:
 
 - `tilted`: of all policies that earn a mean reward R, the one nearest to the reference π_ref in KL
   is π*(x) ∝ π_ref(x) exp(r(x)/β). It is also the optimum of the KL-penalised objective with
@@ -17,9 +17,8 @@ training:
 - `best_of_n`: draw n samples and keep the one of most reward (Stiennon et al. 2020, appendix G.3).
 """
 
-import contextlib
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from statistics import NormalDist
 from typing import Any
@@ -27,7 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
@@ -38,6 +37,7 @@ from mingpt.model import stop_ids
 from mingpt.prefix import needed_mask
 from mingpt.rewards import RewardFn
 from mingpt.rlhf import is_stop, written_mask
+from mingpt.utils import evaluation_mode
 
 # --------------------------------------------------------------------------------------------------
 # samples of a policy
@@ -47,8 +47,8 @@ from mingpt.rlhf import is_stop, written_mask
 class Samples:
     """N completions that a policy sampled, in T columns: left-padded prompts, then completions.
 
-    All completions begin in the same column. `log_probs` is indexed as in `mingpt.rlhf`: entry t
-    speaks of the action idx[:, t+1].
+    All completions begin in the same column. `log_probs` is indexed as in `mingpt.rlhf`:
+    entry t speaks of the action idx[:, t+1].
     """
 
     prompts: list[str]  # as the policy read them, without end-of-text tokens
@@ -97,10 +97,10 @@ def sample(
 ) -> Samples:
     """Sample n completions of each prompt, without dropout; those of one prompt are adjacent.
 
-    policy: a GPT, or any module with its `generate`. prompts: strings, or lists of ids. Completions
-    end at stop_token (None: the tokenizer's end of text) or after max_new_tokens; for stop_strings
-    see `cut_at_stop_strings`. The same seed and batch_size give the same samples. ValueError for
-    prompts and options that cannot be used.
+    policy: a GPT, or any module with its `generate`. prompts: strings, or lists of ids.
+    Completions end at stop_token (None: the tokenizer's end token) or after max_new_tokens;
+    for stop_strings see `cut_at_stop_strings`. The same seed and batch_size give the same
+    samples. ValueError for prompts and options that cannot be used.
     """
     check_numbers(CfgNode(n=n, batch_size=batch_size), "n", "batch_size", low=1, whole=True)
     check_stop_strings(stop_strings)
@@ -161,8 +161,8 @@ def generate_batch(
     temperature: float,
     stop_token: int | list[int] | tuple[int, ...] | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The same of one batch, in longest + max_new_tokens columns."""
-    # The batch is read at the length of its own longest prompt, and padded further only afterwards.
+    """The same for one batch, in longest + max_new_tokens columns."""
+    # While it is sampled, the batch is only as wide as its own longest prompt requires.
     prompt_idx, prompt_mask = (x.to(generator.device) for x in left_pad(prompts))
     idx, log_probs = policy.generate(
         prompt_idx,
@@ -179,9 +179,9 @@ def generate_batch(
     attention_mask = torch.cat([prompt_mask, completion_mask[:, prompt_length:]], dim=1)
     left = longest - prompt_length
     right = max_new_tokens - log_probs.size(1)  # generate stops early where all rows have ended
-    fill = next(iter(stop_ids(stop_token)), 0)
+    stops = stop_ids(stop_token)
     return (
-        F.pad(idx, (left, right), value=fill),
+        F.pad(idx, (left, right), value=stops[0] if stops else 0),
         F.pad(attention_mask, (left, right)),
         F.pad(completion_mask, (left, right)),
         F.pad(log_probs, (longest - 1, right)),
@@ -193,8 +193,8 @@ def cut_at_stop_strings(
 ) -> Samples:
     """The samples, cut where their first stop string is complete.
 
-    A text that contains one is cut before it and counts as ended. Its completion_mask ends with the
-    token that completes the string, because the policy did write that.
+    A text that contains one is cut before it and counts as ended. Its completion_mask ends
+    with the token that completes the string, because the policy did write that.
     """
     texts, ended = list(samples.texts), samples.ended.clone()
     width = samples.idx.size(1)
@@ -253,20 +253,6 @@ def check_stop_strings(stop_strings: Sequence[str]) -> None:
             raise ValueError(f"stop_strings holds {string!r}: give strings that are not empty")
 
 
-@contextlib.contextmanager
-def evaluation_mode(module: Any) -> Iterator[None]:
-    """Within, the module is in evaluation mode, without dropout; a plain function is left alone."""
-    if not isinstance(module, nn.Module):
-        yield
-        return
-    was_training = module.training
-    module.eval()
-    try:
-        yield
-    finally:
-        module.train(was_training)
-
-
 # --------------------------------------------------------------------------------------------------
 # what the samples are worth, and what they cost
 
@@ -275,8 +261,9 @@ def evaluation_mode(module: Any) -> Iterator[None]:
 def score(samples: Samples, reward_fn: RewardFn, batch_size: int = 256) -> Tensor:
     """The reward of each sample, (N,) float32 on the CPU.
 
-    reward_fn: a RewardModel, a TextReward, or any reward_fn(idx, attention_mask, completion_mask).
-    Raises RewardError where it fails or returns something that is no reward.
+    reward_fn: a RewardModel, a TextReward, or any reward_fn(idx, attention_mask,
+    completion_mask). Raises RewardError where it fails or returns something that is no
+    reward.
     """
     batches = zip(
         samples.idx.split(batch_size),
@@ -293,8 +280,8 @@ def score(samples: Samples, reward_fn: RewardFn, batch_size: int = 256) -> Tenso
 def kl(samples: Samples, reference: Any, temperature: float = 1.0, batch_size: int = 256) -> float:
     """KL(policy || reference), in nats per completion, estimated from what the policy sampled.
 
-    The mean over samples of the sum over their tokens of log π - log π_ref: k1, which is unbiased
-    (Schulman 2020, joschu.net/blog/kl-approx). temperature: that of the samples.
+    The mean over samples of the sum over their tokens of log π - log π_ref: k1, which is
+    unbiased (Schulman 2020, joschu.net/blog/kl-approx). temperature: that of the samples.
     """
     batches = zip(
         samples.idx.split(batch_size), samples.attention_mask.split(batch_size), strict=True
@@ -335,10 +322,10 @@ class Tilted:
 def tilted(scores: ArrayLike, betas: ArrayLike) -> Tilted:
     """The best policies there are, π_ref(x) exp(r(x)/β), from scores of the reference's samples.
 
-    Self-normalised importance weights w_i ∝ exp(r_i/β) give the mean reward Σ w_i r_i and the KL
-    Σ w_i log(N w_i). The effective sample size 1 / Σ w_i² (Kong 1992) tells how far to trust them:
-    as β falls, fewer and fewer samples carry the weight, and log N bounds the KL. scores: (N,);
-    betas: one or more numbers above 0.
+    Self-normalised importance weights w_i ∝ exp(r_i/β) give the mean reward Σ w_i r_i and
+    the KL Σ w_i log(N w_i). The effective sample size 1 / Σ w_i² (Kong 1992) tells how far
+    to trust them: as β falls, fewer and fewer samples carry the weight, and log N bounds
+    the KL. scores: (N,); betas: one or more numbers above 0.
     """
     scores = as_scores(scores)
     betas = np.atleast_1d(np.asarray(betas, dtype=np.float64))
@@ -358,8 +345,8 @@ def tilted(scores: ArrayLike, betas: ArrayLike) -> Tilted:
 def kl_optimal(scores: ArrayLike, reward: float) -> float | None:
     """The KL, in nats, of the best policy that has this mean reward.
 
-    scores: (N,) of the reference's samples. 0 where the reference earns as much itself; None where
-    none of its samples does.
+    scores: (N,) of the reference's samples. 0 where the reference earns as much itself;
+    None where none of its samples does.
     """
     scores = as_scores(scores)
     if reward <= np.mean(scores):
@@ -380,8 +367,9 @@ def kl_optimal(scores: ArrayLike, reward: float) -> float | None:
 def best_of_n(scores: ArrayLike, n: int) -> tuple[float, float]:
     """(mean reward, bound on the KL) of the best of n samples of the reference.
 
-    The reward is the expected maximum of n draws with replacement from scores; the KL is at most
-    log n - (n-1)/n (Stiennon et al. 2020, appendix G.3; Beirami et al. 2024, arXiv:2401.01879).
+    The reward is the expected maximum of n draws with replacement from scores; the KL is at
+    most log n - (n-1)/n (Stiennon et al. 2020, appendix G.3; Beirami et al. 2024,
+    arXiv:2401.01879).
     """
     scores = as_scores(scores)
     check_numbers(CfgNode(n=n), "n", low=1, whole=True)
@@ -416,9 +404,10 @@ class WinRate:
 def win_rate(a: ArrayLike, b: ArrayLike, confidence: float = 0.95) -> WinRate:
     """The share of rows in which a scores higher than b, ties counted half, with its interval.
 
-    a, b: (N,) scores of two policies on the same prompts. The interval is Wilson's (1927, "Probable
-    inference"), which holds its confidence for few rows and for rates near 0 and 1, too. Ties vary
-    less than wins and losses do, so with ties it is wider than it need be.
+    a, b: (N,) scores of two policies on the same prompts. The interval is Wilson's (1927,
+    "Probable inference"), which holds its confidence for few rows and for rates near 0 and
+    1, too. Ties vary less than wins and losses do, so with ties it is wider than it need
+    be.
     """
     a, b = as_scores(a), as_scores(b)
     if a.shape != b.shape:

@@ -6,14 +6,15 @@ Models that give a number instead of a token, and the policy joined with one of 
     ValueHead      the same, read off the policy's own trunk    (B, T, C) -> (B, T)
     ActorCritic    policy and value function as one module, which is what PPO trains
 
-RewardModel and ValueModel are GPT's trunk, a Transformer that gives a vector of C channels for each
-token, and a linear head from that vector to one number. They differ in where the number is read.
+RewardModel and ValueModel are GPT's trunk, a Transformer that gives a vector of C channels
+for each token, and a linear head from that vector to one number. They differ in where the
+number is read.
 
-Shapes: B rows, T tokens, C channels (n_embd). Several rows may continue the same prompt; then it is
-a prefix that is read once for all of them (see prefix.py).
+Shapes: B rows, T tokens, C channels (n_embd). Several rows may continue the same prompt; then
+it is a prefix that is read once for all of them (see prefix.py).
 
-Sources: Ziegler et al. 2019 (arXiv:1909.08593), Stiennon et al. 2020 (arXiv:2009.01325), Huang et
-al. 2024 (arXiv:2403.17031).
+Sources: Ziegler et al. 2019 (arXiv:1909.08593), Stiennon et al. 2020 (arXiv:2009.01325),
+Huang et al. 2024 (arXiv:2403.17031).
 """
 
 from typing import Self
@@ -29,6 +30,17 @@ from mingpt.utils import adamw
 from mingpt.weights import Pretrained
 
 
+def one_number(head: nn.Linear, hidden: Tensor) -> Tensor:
+    """The head's number for each hidden state, (B, T, C) -> (B, T), in fp32.
+
+    Half precision has too few digits for it: bf16 rounds two rewards around 8 that are 0.03
+    apart to the same number.
+    """
+    with torch.autocast(hidden.device.type, enabled=False):
+        number = F.linear(hidden.float(), head.weight.float(), head.bias.float())
+    return number.squeeze(-1)
+
+
 class ScalarModel(Pretrained, nn.Module):
     """GPT's trunk and a linear head to one number per position.
 
@@ -41,6 +53,7 @@ class ScalarModel(Pretrained, nn.Module):
     def __init__(self, config: CN):
         super().__init__()
         self.config = resolve_config(config)
+        # The trunk reads the text, (B, T) -> (B, T, C). The head turns each vector into a number.
         self.transformer = Transformer(self.config)
         self.head = nn.Linear(self.config.n_embd, 1)
         nn.init.normal_(self.head.weight, std=self.head_scale * (self.config.n_embd + 1) ** -0.5)
@@ -55,8 +68,8 @@ class ScalarModel(Pretrained, nn.Module):
     def from_gpt(cls, model: "GPT | ScalarModel") -> Self:
         """A new model whose trunk starts as a copy of the trunk of `model`.
 
-        If `model` is itself a reward or value model, the head is copied too. Otherwise the head is
-        new.
+        What the trunk has learned about language helps to judge texts, too. If `model` is
+        itself a reward or value model, the head is copied as well. Otherwise the head is new.
         """
         new = cls(model.config)
         new.transformer.load_state_dict(model.transformer.state_dict())
@@ -73,21 +86,21 @@ class ScalarModel(Pretrained, nn.Module):
     ) -> Tensor:
         """The head's number at each position after the prefix: (B, T) -> (B, T - prefix_length).
 
-        prefix_length, rows_per_prompt: see `prefix.hidden_states`. By default there is no prefix.
-        Raises ValueError if a row has more tokens than block_size.
+        prefix_length, rows_per_prompt: see `prefix.hidden_states`. By default there is no
+        prefix. Raises ValueError if a row has more tokens than block_size.
         """
         hidden = hidden_states(
             self.transformer, idx, attention_mask, prefix_length, rows_per_prompt
         )
-        return self.head(hidden).squeeze(-1)
+        return one_number(self.head, hidden)
 
 
 class ValueModel(ScalarModel):
     """V(s), the return that the policy can expect after each token: (B, T) -> (B, T).
 
-    `from_gpt(policy)` starts with a head of zeros, so an untrained value function predicts 0 and
-    not noise (Ziegler et al.'s code). `from_gpt(reward_model)` starts as the reward model (Stiennon
-    et al. 2020).
+    `from_gpt(policy)` starts with a head of zeros, so an untrained value function predicts 0
+    and not noise (Ziegler et al.'s code). `from_gpt(reward_model)` starts as the reward model
+    (Stiennon et al. 2020).
     """
 
     def forward(self, idx: Tensor, attention_mask: Tensor | None = None) -> Tensor:
@@ -105,13 +118,14 @@ class ValueHead(nn.Linear):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Hidden states (B, T, C) -> values (B, T)."""
-        return super().forward(hidden).squeeze(-1)
+        return one_number(self, hidden)
 
 
 class RewardModel(ScalarModel):
     """One number for a whole text, read at its last real token: (B, T) -> (B,).
 
-    PPOTrainer takes it as a reward_fn. The head starts as N(0, 1/(C+1)) (Stiennon et al. 2020).
+    PPOTrainer takes it as a reward_fn. The head starts as N(0, 1/(C+1)) (Stiennon et al.
+    2020).
     """
 
     head_scale = 1.0
@@ -125,43 +139,45 @@ class RewardModel(ScalarModel):
     ) -> Tensor:
         """idx, attention_mask, completion_mask, all (B, T) -> rewards (B,).
 
-        If each rows_per_prompt adjacent rows continue the same prompt, that prompt is read once.
-        The completion_mask then says where the prompts end: in the same column for all rows. It is
-        needed for nothing else.
+        If each rows_per_prompt adjacent rows continue the same prompt, that prompt is read
+        once. The completion_mask then says where the prompts end: in the same column for all
+        rows. It is needed for nothing else.
         """
         prefix_length = 0
         if rows_per_prompt > 1:
             if completion_mask is None:
                 raise ValueError(
-                    f"rows_per_prompt={rows_per_prompt} needs a completion_mask, which says "
-                    "where the prompts end: pass one"
+                    f"rows_per_prompt={rows_per_prompt} needs the completion_mask, which says "
+                    "where the prompts end: pass it"
                 )
             prefix_length = first_column(completion_mask)
         scores = self.scores(idx, attention_mask, prefix_length, rows_per_prompt)
 
-        # Each row's score is the one at its last real token. scores begins after the prefix.
+        # By causality only the last real token has seen the whole text: its number counts.
         if attention_mask is None:
             return scores[:, -1]
-        last_column = last_real(attention_mask) - prefix_length  # (B,)
+        last_column = last_real(attention_mask) - prefix_length  # (B,), in scores
         return scores.gather(1, last_column[:, None])[:, 0]
 
     @torch.no_grad()
     def normalize(self, scores: Tensor, unit_variance: bool = False) -> None:
         """Shift (and optionally rescale) the head so that these scores get mean 0 (and variance 1).
 
-        scores (N,): what this model gives to some reference texts. Ziegler et al. 2019 take samples
-        of the policy that is to be trained, Stiennon et al. 2020 texts by people. Do it before PPO:
-        a Bradley-Terry loss leaves the mean open, and kl_coef is measured in units of the reward.
+        scores (N,): what this model gives to some reference texts. Ziegler et al. 2019 take
+        samples of the policy that is to be trained, Stiennon et al. 2020 texts by people. Do it
+        before PPO: a Bradley-Terry loss leaves the mean open, and kl_coef is measured in units
+        of the reward.
 
         Raises ValueError for unit_variance if all scores are equal.
         """
+        # The score is w·h + b. So (w·h + b - mean) / std has the weights w / std and the bias
+        # (b - mean) / std.
         std = scores.std(unbiased=False) if unit_variance else torch.tensor(1.0)
         if not std > 0:  # and so also where it is NaN
             raise ValueError(
                 f"{len(scores)} equal scores cannot be scaled to variance 1: pass the scores of "
                 "different texts"
             )
-        # (score - mean) / std, for score = weight · hidden + bias
         self.head.bias.copy_((self.head.bias - scores.mean()) / std)
         self.head.weight.div_(std)
 
@@ -175,8 +191,8 @@ class ActorCritic(nn.Module):
     """Policy and value function as one module.
 
     policy: a GPT, or any module with the same `log_probs` method.
-    value_model: a ValueModel, or any module with the same `forward`; a ValueHead, which reads the
-        policy's own trunk; or None for no value function.
+    value_model: a ValueModel, or any module with the same `forward`; a ValueHead, which reads
+        the policy's own trunk; or None for no value function.
     """
 
     def __init__(self, policy: nn.Module, value_model: nn.Module | None = None):
@@ -194,13 +210,13 @@ class ActorCritic(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """(log_probs, values), both (B, T-1): of the actions idx[:, 1:] and the states before them.
 
-        The first prefix_length actions belong to the prompt, and their log-probs are never used. A
-        GPT does not compute them: zeros take their place, which saves the prompt's product with the
-        large vocabulary matrix. If each rows_per_prompt adjacent rows continue the same prompt, it
-        is read once for all of them.
+        The first prefix_length actions belong to the prompt, and their log-probs are never
+        used. A GPT does not compute them: zeros take their place, which saves the prompt's
+        product with the large vocabulary matrix. If each rows_per_prompt adjacent rows continue
+        the same prompt, it is read once for all of them.
         """
-        # A policy of another kind may know no prefix. It reads every row from its beginning. (The
-        # type of its log_probs is unknown, too: any module may have it.)
+        # A policy of another kind reads every row from its beginning. (mypy cannot know that it
+        # has log_probs.)
         if not isinstance(self.policy, GPT):
             mask = needed_mask(idx, attention_mask)
             log_probs = self.policy.log_probs(idx, mask, temperature)  # type: ignore[operator]
@@ -208,10 +224,10 @@ class ActorCritic(nn.Module):
 
         # log π of each action after the prefix.
         hidden = self.policy_states(idx, attention_mask, prefix_length, rows_per_prompt)
-        logits = self.policy.lm_head(hidden)  # (B, T-1-prefix_length, V)
+        logits = self.policy.lm_head(hidden)  # (B, T-1-prefix_length, V): the largest tensor
         log_probs = token_log_probs(logits, idx[:, prefix_length + 1 :], temperature)
 
-        # V of each state. A ValueHead reads the same hidden states as the policy.
+        # V of each state. A ValueHead reads the policy's hidden states, a ValueModel the text.
         if isinstance(self.value_model, ValueHead):
             values = F.pad(self.value_model(hidden), (prefix_length, 0))
         else:
@@ -227,8 +243,8 @@ class ActorCritic(nn.Module):
     ) -> Tensor:
         """V of each state, (B, T-1). Zeros in the prefix, and everywhere without a value function.
 
-        The last token is an action, but never part of a state, so it is not read: a causal model
-        gives the same as `value(idx)[:, :-1]`.
+        The last token is an action, but never part of a state, so it is not read: a causal
+        model gives the same as `value(idx)[:, :-1]`.
         """
         if self.value_model is None:
             return torch.zeros(idx[:, :-1].shape, device=idx.device)
@@ -240,8 +256,15 @@ class ActorCritic(nn.Module):
                 idx[:, :-1], attention_mask[:, :-1], prefix_length, rows_per_prompt
             )
             return F.pad(values, (prefix_length, 0))
-        # A value function of another kind may know no prefix.
-        return self.value_model(idx[:, :-1], attention_mask[:, :-1])
+
+        # A value function of another kind reads every row from its beginning.
+        values = self.value_model(idx[:, :-1], attention_mask[:, :-1])
+        if values.shape != idx[:, :-1].shape:
+            raise ValueError(
+                f"the value model returned shape {tuple(values.shape)} for idx of shape "
+                f"{tuple(idx[:, :-1].shape)}: it must give one value for each token, (B, T)"
+            )
+        return values
 
     def policy_states(
         self, idx: Tensor, attention_mask: Tensor, prefix_length: int, rows_per_prompt: int

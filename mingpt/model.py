@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mingpt.config import CfgNode as CN, check_numbers, documented
+from mingpt.config import CfgNode as CN, check_booleans, check_numbers, documented
 from mingpt.unembed import Unembed, next_logits
 from mingpt.utils import adamw
 from mingpt.weights import Pretrained
@@ -49,6 +49,9 @@ PRESETS = {
     "gpt-micro": (4, 4, 128),
     "gpt-nano": (3, 3, 48),
 }
+
+# No token has this id. (By default cross_entropy ignores targets of -100, and says so to nobody.)
+NO_TOKEN = -(2**62)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -189,7 +192,8 @@ class Transformer(nn.Module):
             positions = torch.arange(past, past + idx.size(1), device=idx.device)  # (T,)
         else:
             # Count real tokens only, so that padding moves no token to another position.
-            positions = (attention_mask.long().cumsum(1) - 1).clamp(min=0)[:, past:]  # (B, T)
+            real = attention_mask.bool().long()
+            positions = (real.cumsum(1) - 1).clamp(min=0)[:, past:]  # (B, T)
         try:
             return self.wte(idx) + self.wpe(positions)
         except IndexError:  # a CPU says that some index is wrong; we can say which
@@ -306,7 +310,12 @@ class GPT(Pretrained, nn.Module):
                 f"targets have shape {tuple(targets.shape)} and idx {tuple(idx.shape)}: "
                 "they must be equal"
             )
-        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+        flat_logits = logits.flatten(0, 1).float()  # (B·T, V); the loss is in fp32 in any case
+        try:
+            loss = F.cross_entropy(flat_logits, targets.flatten(), ignore_index=-1)
+        except (IndexError, RuntimeError):  # a CPU says that something is wrong with the targets
+            check_targets(targets, self.config.vocab_size)
+            raise
         return logits, loss
 
     def log_probs(
@@ -557,9 +566,16 @@ def next_token_log_probs(
 
 
 def token_log_probs(logits: Tensor, tokens: Tensor, temperature: float = 1.0) -> Tensor:
-    """log p(tokens), in nats, under the logits that predict them: (B, T, V), (B, T) -> (B, T)."""
-    logits = (logits / temperature).transpose(1, 2)  # (B, V, T), as cross_entropy wants it
-    return -F.cross_entropy(logits, tokens, reduction="none")
+    """log p(tokens), in nats, under the logits that predict them: (B, T, V), (B, T) -> (B, T).
+
+    In fp32, also where the logits are not: a difference of log-probs is what RLHF learns from.
+    """
+    logits = (logits.float() / temperature).transpose(1, 2)  # (B, V, T), as cross_entropy wants it
+    try:
+        return -F.cross_entropy(logits, tokens, reduction="none", ignore_index=NO_TOKEN)
+    except IndexError:  # a CPU says that some target is wrong; we can say which
+        check_ids(tokens, logits.size(1))
+        raise
 
 
 def last_real(attention_mask: Tensor) -> Tensor:
@@ -584,6 +600,15 @@ def stop_ids(stop_token: int | list[int] | tuple[int, ...] | None) -> list[int]:
 def resolve_config(config: CN) -> CN:
     """A copy of config with the sizes of its preset filled in; ValueError if it is inconsistent."""
     config = CN(**config.to_dict())
+    known = vars(GPT.get_default_config())
+    unknown = sorted(vars(config).keys() - known.keys())
+    if unknown:
+        raise ValueError(f"a model has no options {unknown}; it has {', '.join(known)}")
+    missing = sorted(known.keys() - vars(config).keys())
+    if missing:
+        raise ValueError(
+            f"the config lacks the options {missing}: begin with GPT.get_default_config()"
+        )
     sizes = {name: getattr(config, name) for name in ("n_layer", "n_head", "n_embd")}
     sizes_set = [size is not None for size in sizes.values()]
     by_preset = config.model_type is not None and not any(sizes_set)
@@ -595,14 +620,15 @@ def resolve_config(config: CN) -> CN:
         )
     if by_preset:
         if config.model_type not in PRESETS:
-            known = ", ".join(PRESETS)
-            raise ValueError(f"model_type={config.model_type!r} is unknown; choose from {known}")
+            names = ", ".join(PRESETS)
+            raise ValueError(f"model_type={config.model_type!r} is unknown; choose from {names}")
         preset_sizes = dict(zip(sizes, PRESETS[config.model_type], strict=True))
         config.merge_from_dict({**preset_sizes, "model_type": None})
     whole_numbers = ("n_layer", "n_head", "n_embd", "vocab_size", "block_size")
     check_numbers(config, *whole_numbers, low=1, whole=True)
     # Dropout with probability 1 would leave no signal.
     check_numbers(config, "embd_pdrop", "resid_pdrop", "attn_pdrop", high=0.999)
+    check_booleans(config, "tie_weights")
     if config.n_embd % config.n_head != 0:
         raise ValueError(
             f"n_embd={config.n_embd} is not divisible by n_head={config.n_head}: "
@@ -618,6 +644,10 @@ def check_context(
     block_size: int,
 ) -> None:
     """ValueError unless idx and attention_mask have the right shapes and fit into block_size."""
+    if not isinstance(idx, Tensor):
+        raise TypeError(f"idx is a {type(idx).__name__}; it must be a (B, T) LongTensor")
+    if idx.dtype not in (torch.long, torch.int):
+        raise ValueError(f"idx is {idx.dtype}; token ids are a LongTensor: idx.long()")
     if idx.dim() != 2:
         raise ValueError(
             f"idx has shape {tuple(idx.shape)}; it must be (B, T): "
@@ -628,14 +658,41 @@ def check_context(
         raise ValueError(
             f"attention_mask has shape {tuple(attention_mask.shape)}; it must be {(B, total)}"
         )
+    check_mask_values(attention_mask)
     if total <= block_size:
         return
     # Padding takes no position, so padded rows may be longer. Counting forces a GPU sync, but only
     # for batches as wide as this.
-    if attention_mask is None or attention_mask.sum(1).max() > block_size:
+    if attention_mask is None or attention_mask.bool().sum(1).max() > block_size:
         raise ValueError(
             f"a sequence of {total} tokens is longer than block_size={block_size}: "
             "shorten it, or let `generate` slide past it"
+        )
+
+
+def check_mask_values(mask: Tensor | None) -> None:
+    """ValueError for a mask with other values than 0 and 1, such as 0.5 or 2.
+
+    On a GPU this would force a sync. There, every value but 0 counts as 1.
+    """
+    if mask is None or mask.dtype == torch.bool or mask.device.type != "cpu":
+        return
+    if not ((mask == 0) | (mask == 1)).all():
+        raise ValueError(
+            f"a mask holds values from {mask.min()} to {mask.max()}; it must hold 1 (or True) for "
+            "what counts, and 0 (or False) for the rest"
+        )
+
+
+def check_targets(targets: Tensor, vocab_size: int) -> None:
+    """ValueError if a target is neither in the vocabulary nor -1, or they are no LongTensor."""
+    if targets.dtype != torch.long:
+        raise ValueError(f"targets are {targets.dtype}; they must be a LongTensor of token ids")
+    low, high = targets.min(), targets.max()
+    if low < -1 or high >= vocab_size:
+        raise ValueError(
+            f"targets hold ids from {low} to {high}; the vocabulary has 0 to {vocab_size - 1}, and "
+            "-1 is ignored"
         )
 
 
@@ -658,6 +715,11 @@ def check_generate(
 ) -> None:
     """ValueError unless prompts and options (the fields of `Sampling`) suit a model of config."""
     check_sampling(CN(**options), config.vocab_size)
+    if not isinstance(idx, Tensor):
+        raise TypeError(
+            f"idx is a {type(idx).__name__}; a prompt must be a (B, T) LongTensor, as tok(text) of "
+            "a tokenizer gives it"
+        )
     if idx.dim() != 2 or idx.numel() == 0 or idx.dtype != torch.long:
         raise ValueError(
             f"idx is {idx.dtype} of shape {tuple(idx.shape)}; "
@@ -666,6 +728,7 @@ def check_generate(
     check_ids(idx, config.vocab_size)
     if attention_mask is None:
         return
+    check_mask_values(attention_mask)
     if attention_mask.shape != idx.shape or not attention_mask.any(dim=1).all():
         raise ValueError(
             f"attention_mask of shape {tuple(attention_mask.shape)} must have the shape of idx, "

@@ -45,7 +45,8 @@ def draw_curves(axis: Any, curves: dict) -> None:
     """Draw {label: (xs, ys)} and a legend on a matplotlib axis."""
     for label, (xs, ys) in curves.items():
         points = [(x, y) for x, y in zip(xs, ys, strict=True) if y is not None and y == y]
-        axis.plot([x for x, _ in points], [y for _, y in points], label=label, lw=1.5)
+        style = "-" if len(points) > 1 else "o"  # a line through one point is invisible
+        axis.plot([x for x, _ in points], [y for _, y in points], style, label=label, lw=1.5)
     if len(curves) > LONG_LEGEND:
         # the legend's upper left corner at the upper right corner of the panel
         axis.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))

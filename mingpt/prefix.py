@@ -1,10 +1,11 @@
 """
 Read a prompt once, however many completions it has.
 
-Prompts are long and completions are short: up to 512 and 53 tokens in TL;DR. PPO may sample several
-episodes of each prompt, and a comparison holds two or more completions of one prompt. So read each
-prompt once, keep its keys and values, and let all its completions attend to them. Gradients flow
-through the keys and values, too. So training gives the same result as reading every row in full.
+Prompts are long and completions are short: up to 512 and 53 tokens in TL;DR. PPO may sample
+several episodes of each prompt, and a comparison holds two or more completions of one prompt.
+So read each prompt once, keep its keys and values, and let all its completions attend to
+them. Gradients flow through the keys and values, too. So training gives the same result as
+reading every row in full.
 """
 
 import torch
@@ -14,8 +15,8 @@ from torch import Tensor, nn
 class Prefix:
     """The keys and values of a batch of prompts, for the completions to attend to.
 
-    A trunk takes it in place of its KVCache. Two things are different: gradients flow through it,
-    and each prompt serves `rows_per_prompt` adjacent rows.
+    A trunk takes it in place of its KVCache. Two things are different: gradients flow through
+    it, and each prompt serves `rows_per_prompt` adjacent rows.
     """
 
     def __init__(self, rows_per_prompt: int):
@@ -26,9 +27,10 @@ class Prefix:
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Take an attention layer's new keys and values, and return all that it may attend to.
 
-        Each layer calls it twice. The prompts come first, with k and v (N, nh, P, hs) each: they
-        are kept and returned. Then come the completions, with k and v (N * rows_per_prompt, nh, T,
-        hs): they are returned with the prompts' before them, (N * rows_per_prompt, nh, P + T, hs).
+        Each layer calls it twice. The prompts come first, with k and v (N, nh, P, hs) each:
+        they are kept and returned. Then come the completions, with k and v
+        (N * rows_per_prompt, nh, T, hs) each: they are returned with the prompts' before them,
+        (N * rows_per_prompt, nh, P + T, hs).
         """
         # The prompts.
         if layer == len(self.layers):
@@ -51,15 +53,15 @@ def hidden_states(
 ) -> Tensor:
     """The trunk's hidden states after the prefix: (B, T) -> (B, T - prefix_length, C).
 
-    The prefix is the first prefix_length columns. Each rows_per_prompt adjacent rows must be equal
-    there, padding included, because only the first of them is read there.
+    The prefix is the first prefix_length columns. Each rows_per_prompt adjacent rows must be
+    equal there, padding included, because only the first of them is read there.
     """
     # Nothing to save: read every row in full.
     if rows_per_prompt == 1 or prefix_length == 0:
         return trunk(idx, needed_mask(idx, attention_mask))[:, prefix_length:]
 
-    # Read each prompt once, (B / rows_per_prompt, prefix_length). Of this only the keys and values
-    # are used, which the prefix keeps.
+    # Read each prompt once, (B / rows_per_prompt, prefix_length). Its keys and values are kept
+    # in the prefix. Its hidden states are not needed.
     if attention_mask is None:
         attention_mask = torch.ones_like(idx, dtype=torch.bool)
     prefix = Prefix(rows_per_prompt)
@@ -67,15 +69,15 @@ def hidden_states(
     prompt_mask = attention_mask[::rows_per_prompt, :prefix_length]
     trunk(prompts, prompt_mask, prefix)
 
-    # Then what follows the prompt in each row, (B, T - prefix_length).
+    # Then read what follows the prompt in each row, (B, T - prefix_length).
     return trunk(idx[:, prefix_length:], attention_mask, prefix)
 
 
 def needed_mask(idx: Tensor, attention_mask: Tensor | None) -> Tensor | None:
     """The mask if the trunk needs it; None if all padding is on the right.
 
-    Causal attention never looks to the right, and it is faster without an explicit mask. Checking
-    would force a GPU sync, so on a GPU the mask is kept.
+    Causal attention never looks to the right, and it is faster without an explicit mask.
+    Checking would force a GPU sync, so on a GPU the mask is kept.
     """
     if attention_mask is None or attention_mask.device.type != "cpu":
         return attention_mask

@@ -1,10 +1,10 @@
 """
 Reward functions that people bring along, and what a batch of completions gets from them.
 
-For the trainer, a reward function is reward_fn(idx, attention_mask, completion_mask) -> (B,): token
-ids in, one number for each completion out. A `RewardModel` is one. Most rewards are written on
-text, though, and `TextReward` turns those into a reward function. It calls them by keyword, as trl
-does:
+For the trainer, a reward function is reward_fn(idx, attention_mask, completion_mask) ->
+(B,): token ids in, one number for each completion out. A `RewardModel` is one. Most rewards
+are written on text, though, and `TextReward` turns those into a reward function. It calls
+them by keyword, as trl does:
 
     def brevity(completions, **kwargs):
         return [-len(completion) for completion in completions]
@@ -14,11 +14,11 @@ does:
 
     reward_fn = TextReward([brevity, correct], tokenizer, weights=[0.01, 1.0])
 
-`score` is how the trainer calls any reward function. It checks what comes back, and where something
-goes wrong it says for which sample.
+`score` is how the trainer calls any reward function. It checks what comes back, and where
+something goes wrong it says for which sample.
 
-The file reads from the outside in: `score` first, then `TextReward`, then how a function on text is
-called and its rewards are checked.
+The file reads from the outside in: `score` first, then `TextReward`, then how a function on
+text is called and its rewards are checked.
 """
 
 import inspect
@@ -76,11 +76,12 @@ def score(
 ) -> Scores:
     """Call a reward function on a batch, (B, T) each, and check its rewards: (B,), all finite.
 
-    reward_fn gets copies, so it may write into its arguments. columns, step and max_steps are for a
-    `TextReward`: see `TextReward.scores`. tokenizer: shows a sample as text in error messages.
+    reward_fn gets copies, so it may write into its arguments. columns, step and max_steps
+    are for a `TextReward`: see `TextReward.scores`. tokenizer: shows a sample as text in
+    error messages.
 
-    Raises RewardError, which names the sample, where reward_fn raises or returns anything else, and
-    what `check_reward_fn` raises for a reward_fn that could not even be called.
+    Raises RewardError, which names the sample, where reward_fn raises or returns anything
+    else, and what `check_reward_fn` raises for a reward_fn that could not even be called.
     """
     columns = {} if columns is None else columns
     check_reward_fn(reward_fn, columns)
@@ -192,9 +193,10 @@ def check_shape(rewards: Any, n_rows: int) -> None:
 class TextReward:
     """A reward_fn made of one or several functions that judge decoded text.
 
-    f: a function, or a list of them, each returning one number for each of B completions, or None
-    where it abstains. It is called by keyword, with those of these arguments that it names (with
-    all of them where it takes **kwargs), so that trl's synchronous reward functions run unchanged:
+    f: a function, or a list of them, each returning one number for each of B completions,
+    or None where it abstains. It is called by keyword, with those of these arguments that
+    it names (with all of them where it takes **kwargs), so that trl's synchronous reward
+    functions run unchanged:
 
       completions      list of B texts, without end tokens
       prompts          list of B texts, likewise
@@ -205,8 +207,8 @@ class TextReward:
       log_extra        log_extra(column, values) keeps B values beside the completions
 
     tokenizer: its `decode` makes the texts, see `end_token` for what is left out of them.
-    weights: one number for each function, 1 unless given. A completion's reward is the weighted sum
-    over the functions that did not abstain.
+    weights: one number for each function, 1 unless given. A completion's reward is the
+    weighted sum over the functions that did not abstain.
 
     Raises TypeError for an f that cannot be called like this, and ValueError for wrong weights.
     """
@@ -241,11 +243,12 @@ class TextReward:
     ) -> Scores:
         """Decode a batch, (B, T) each, ask every function, and add up what they give.
 
-        columns: {name: list of B values} of the prompts' rows. step, max_steps: the trainer's, for
-        `trainer_state`.
+        columns: {name: list of B values} of the prompts' rows. step, max_steps: the
+        trainer's, for `trainer_state`.
 
-        Raises what `check_columns` does; ValueError where a function returns too few rewards or all
-        abstain from a sample; and TypeError for a reward that is not a number.
+        Raises what `check_columns` does; ValueError where a function returns too few
+        rewards or all abstain from a sample; and TypeError for a reward that is not a
+        number.
         """
         columns = {} if columns is None else columns
         self.check_columns(columns)
@@ -269,8 +272,8 @@ class TextReward:
     def check_columns(self, columns: Iterable[str]) -> None:
         """Check the functions' signatures against the names of the prompts' columns.
 
-        Raises TypeError for a function that requires anything else, and ValueError for a column
-        whose name is that of an argument which TextReward gives itself.
+        Raises TypeError for a function that requires anything else, and ValueError for a
+        column whose name is that of an argument which TextReward gives itself.
         """
         columns = list(columns)
         for column in columns:
@@ -452,8 +455,8 @@ def arguments_of(function: Callable, available: Mapping[str, Any]) -> dict[str, 
 def as_rewards(name: str, result: Any, completions: list[str]) -> list[float | None]:
     """What a function returned, as a list with one number or None for each completion.
 
-    It may be any iterable of numbers, a tensor or an array. Raises ValueError for too few or too
-    many and TypeError for what is not a number.
+    It may be any iterable of numbers, a tensor or an array. Raises ValueError for too few
+    or too many and TypeError for what is not a number.
     """
     if hasattr(result, "tolist"):
         result = result.tolist()

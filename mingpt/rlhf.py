@@ -31,10 +31,12 @@ whose prompt has 2 tokens and is padded on the left. The second <eot> only fills
     rewards[t]         0     0     kl    kl    kl+score  0
 """
 
+import contextlib
 import copy
 import dataclasses
 import functools
 import math
+import numbers
 import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -47,12 +49,13 @@ from torch.nn import functional as F
 
 from mingpt import distributed
 from mingpt.checkpoint import get_rng_state, set_rng_state
-from mingpt.config import CfgNode as CN, check_numbers, documented
+from mingpt.config import CfgNode as CN, check_booleans, check_numbers, documented
 from mingpt.datasets import Prompts, end_token
 from mingpt.heads import ActorCritic, RewardModel, ValueHead, ValueModel, first_column
-from mingpt.model import GPT, last_real, stop_ids
+from mingpt.model import GPT, check_mask_values, last_real, stop_ids
 from mingpt.rewards import RewardError, RewardFn, Scores, TextReward, check_reward_fn, score
 from mingpt.trainer import Trainer
+from mingpt.utils import evaluation_mode
 
 __all__ = [
     "ALGORITHMS",
@@ -94,14 +97,21 @@ def masked(x: Tensor, mask: Tensor) -> Tensor:
     """x with zeros off the mask.
 
     The zeros are exact: NaN or infinity off the mask reaches neither a value nor a gradient.
+    ValueError unless the mask has x's shape; it holds 1 (or True) and 0 (or False).
     """
+    if mask.shape != x.shape:
+        raise ValueError(
+            f"the mask has shape {tuple(mask.shape)} and what it masks {tuple(x.shape)}: they must "
+            "be equal"
+        )
+    check_mask_values(mask)
     return torch.where(mask.bool(), x, torch.zeros_like(x))
 
 
 def masked_mean(x: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
     """Mean of x over the masked entries, of all or along dim; 0 where there are none."""
     total = masked(x, mask)
-    count = mask.to(x.dtype)
+    count = mask.bool().to(x.dtype)
     if dim is None:
         return total.sum() / count.sum().clamp(min=1)
     return total.sum(dim) / count.sum(dim).clamp(min=1)
@@ -152,6 +162,8 @@ def gae(
     """
     rewards = masked(rewards, mask)
     values = masked(values, mask)
+    # Backwards in time: each advantage needs the one behind it. Behind the last token both are 0,
+    # and masked tokens pass a 0 on, so that padding on the right changes nothing.
     next_value = torch.zeros_like(rewards[:, 0])
     next_advantage = torch.zeros_like(rewards[:, 0])
     backwards = []
@@ -244,7 +256,7 @@ def average(
 def average_denominator(mask: Tensor, loss_mean: str, max_new_tokens: int | None = None) -> float:
     """What `average` divides its sum by: tokens, completions, or completions · max_new_tokens."""
     if loss_mean == "token":
-        return float(mask.sum())
+        return float(mask.bool().sum())
     completions = float(mask.any(1).sum())
     if loss_mean == "sequence":
         return completions
@@ -280,12 +292,15 @@ def ppo_policy_loss(
     the smaller one, so that no gradient flows.
     """
     below, above = clip_bounds(clip_range)
+    # ρ, from log-probs: a difference and an exponential.
     log_ratio = masked(log_probs - old_log_probs, mask)
     if ratio == "sequence":
         log_ratio = masked_mean(log_ratio, mask, dim=1)[:, None].expand_as(log_ratio)
     elif ratio != "token":
         raise ValueError(f"ratio={ratio!r} must be token or sequence")
     rho = log_ratio.exp()
+    # The smaller of the two terms is a pessimistic bound. There is nothing to gain from a ratio
+    # that has already gone further than clip_range in the direction of its advantage.
     advantages = masked(advantages, mask)
     unclipped = rho * advantages
     clipped = rho.clamp(1 - below, 1 + above) * advantages
@@ -300,12 +315,18 @@ def clip_bounds(clip_range: float | Sequence[float]) -> tuple[float, float]:
 
     ValueError for anything else than one or two numbers from 0 on.
     """
-    bounds = (clip_range, clip_range) if isinstance(clip_range, (int, float)) else tuple(clip_range)
-    if len(bounds) != 2 or not all(0 <= bound < math.inf for bound in bounds):
+    bounds = tuple(clip_range) if isinstance(clip_range, Sequence) else (clip_range, clip_range)
+    if len(bounds) != 2 or not all(is_bound(bound) for bound in bounds):
         raise ValueError(
             f"clip_range={clip_range!r} must be a number from 0 on, or two: (below, above)"
         )
     return bounds
+
+
+def is_bound(value: Any) -> bool:
+    """Whether value is a number from 0 on, which infinity, NaN, True and False are not."""
+    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    return is_number and 0 <= value < math.inf
 
 
 def value_loss(
@@ -325,6 +346,7 @@ def value_loss(
     values = masked(values, mask)
     old_values = masked(old_values, mask)
     returns = masked(returns, mask)
+    # The larger error counts, so a value gains nothing by moving further than clip_range at once.
     clipped = old_values + (values - old_values).clamp(-clip_range, clip_range)
     squared_error = torch.maximum((values - returns) ** 2, (clipped - returns) ** 2)
     return 0.5 * average(squared_error, mask, denominator=denominator)
@@ -338,8 +360,27 @@ def reward_loss(chosen: Tensor, rejected: Tensor, margin: float = 0.0) -> Tensor
     """Negative log-likelihood of comparisons under Bradley-Terry, on rewards.
 
         L = -mean log σ(r_chosen - r_rejected - margin)
+
+    chosen and rejected are (B,) each; or (B, 1) and (B, K), each chosen one against K rejected.
     """
+    check_pairs(chosen, rejected)
     return -F.logsigmoid(chosen - rejected - margin).mean()
+
+
+def check_pairs(chosen: Tensor, rejected: Tensor) -> None:
+    """ValueError unless chosen and rejected are (B,) both, or (B, 1) and (B, K).
+
+    Other shapes, (B,) and (B, 1) say, would silently be compared crosswise.
+    """
+    if chosen.shape == rejected.shape:
+        return
+    one_against_many = chosen.dim() == rejected.dim() == 2 and chosen.size(1) == 1
+    if one_against_many and chosen.size(0) == rejected.size(0):
+        return
+    raise ValueError(
+        f"chosen has shape {tuple(chosen.shape)} and rejected {tuple(rejected.shape)}: they must "
+        "be (B,) both, or (B, 1) and (B, K)"
+    )
 
 
 def dpo_loss(
@@ -375,6 +416,7 @@ def ipo_loss(
     The log-probs are sums over the completions' tokens. Unlike DPO's, this loss has its minimum at
     a finite h, so that certain preferences do not drive the policy ever further away.
     """
+    check_pairs(chosen_log_probs, rejected_log_probs)
     chosen_log_ratio = chosen_log_probs - ref_chosen_log_probs
     rejected_log_ratio = rejected_log_probs - ref_rejected_log_probs
     return ((chosen_log_ratio - rejected_log_ratio - 1 / (2 * beta)) ** 2).mean()
@@ -413,7 +455,10 @@ def comparison_scores(model: nn.Module, batch: tuple[Tensor, ...]) -> tuple[Tens
 
 
 def comparison_loss(
-    model: nn.Module, batch: tuple[Tensor, ...], centering: float = 0.0
+    model: nn.Module,
+    batch: tuple[Tensor, ...],
+    centering: float = 0.0,
+    dropout: bool = False,
 ) -> tuple[Tensor, dict]:
     """The Trainer's loss_fn for a RewardModel on batches of `Comparisons`: (loss, accuracy).
 
@@ -422,9 +467,13 @@ def comparison_loss(
     Bradley-Terry leaves the mean of each prompt's rewards free. The second term draws it to 0, so
     that rewards differ by how good the completions are and not by prompt (Eisenstein et al. 2023,
     arXiv:2312.09244). A centering of 0.01 is enough.
+
+    dropout: use the model's dropout. It is off by default, because it draws the completions of a
+    pair apart: even two equal texts would get different rewards, and a gradient.
     """
     check_numbers(CN(centering=centering), "centering")
-    chosen, rejected = comparison_scores(model, batch)
+    with contextlib.nullcontext() if dropout else evaluation_mode(model):
+        chosen, rejected = comparison_scores(model, batch)
     loss = reward_loss(chosen, rejected) + centering * (chosen + rejected).square().mean()
     accuracy = (chosen > rejected).float().mean()
     return loss, {"accuracy": accuracy}
@@ -437,7 +486,9 @@ class DPOLoss:
         copy is kept. SimPO has no reference: pass None.
     beta: by default 0.1 for dpo and ipo, 2.0 for simpo.
     loss: dpo, ipo or simpo.
-    gamma: the target margin of simpo.
+    gamma: the target margin of simpo, by default 1.0; the others have none.
+    dropout: use the policy's dropout. It is off by default: the reference has none, so that with it
+        the loss would not begin at log 2.
     """
 
     def __init__(
@@ -445,7 +496,8 @@ class DPOLoss:
         ref_policy: nn.Module | None,
         beta: float | None = None,
         loss: str = "dpo",
-        gamma: float = 1.0,
+        gamma: float | None = None,
+        dropout: bool = False,
     ):
         if loss not in ("dpo", "ipo", "simpo"):
             raise ValueError(f"loss={loss!r} must be dpo, ipo or simpo")
@@ -453,19 +505,26 @@ class DPOLoss:
             raise ValueError("loss='simpo' has no use for a reference policy: pass None")
         if loss != "simpo" and ref_policy is None:
             raise ValueError(f"loss={loss!r} needs a reference policy, not None")
+        if loss != "simpo" and gamma is not None:
+            raise ValueError(f"loss={loss!r} has no margin gamma={gamma!r}: leave it out")
         if beta is None:
             beta = 2.0 if loss == "simpo" else 0.1
-        check_numbers(CN(beta=beta, gamma=gamma), "beta", "gamma")
+        if gamma is None:
+            gamma = 1.0
+        check_numbers(CN(beta=beta), "beta", low=1e-6)
+        check_numbers(CN(gamma=gamma), "gamma")
         self.loss = loss
         self.beta = beta
         self.gamma = gamma
+        self.dropout = dropout
         self.reference: ActorCritic | None = None
         if ref_policy is not None:
             self.reference = ActorCritic(copy.deepcopy(ref_policy)).eval().requires_grad_(False)
 
     def __call__(self, model: nn.Module, batch: tuple[Tensor, ...]) -> tuple[Tensor, dict]:
         """(loss, accuracy): how often the chosen completion has the larger implicit reward."""
-        log_probs = completion_log_probs(model, batch)  # (B, K)
+        with contextlib.nullcontext() if self.dropout else evaluation_mode(model):
+            log_probs = completion_log_probs(model, batch)  # (B, K)
         chosen, rejected = log_probs[:, :1], log_probs[:, 1:]
         if self.reference is None:
             lengths = batch[2].sum(2)
@@ -598,8 +657,12 @@ def choose(config: CN) -> Algorithm:
     """
     if config.algorithm not in ALGORITHMS:
         raise ValueError(f"algorithm={config.algorithm!r} must be one of {', '.join(ALGORITHMS)}")
+    # Begin with the row, and put what the config says for itself in its place.
     own = {name: getattr(config, name) for name in CHOICES if getattr(config, name) is not None}
     choices = dataclasses.replace(ALGORITHMS[config.algorithm], **own)
+    # Who chooses no penalty need not also take back the row's weight of it.
+    if choices.kl_penalty == "none" and config.kl_coef is None:
+        choices = dataclasses.replace(choices, kl_coef=0.0)
     check_choices(choices)
     return choices
 
@@ -669,19 +732,24 @@ class Rollout:
     idx[:, 1:], see the drawing at the top of this file.
     """
 
+    # What was written.
     idx: Tensor  # (B, T) token ids: left-padded prompts, then completions
     attention_mask: Tensor  # (B, T) True on real tokens
     mask: Tensor  # (B, T-1) True on the actions of the policy
+    # What the models say of it.
     old_log_probs: Tensor  # (B, T-1) log π_old, of the policy that sampled them
     ref_log_probs: Tensor  # (B, T-1) log π_ref
     old_values: Tensor  # (B, T-1) V before the update; zeros without a value function
     kl: Tensor  # (B, T-1) log π_old - log π_ref on the mask, in nats
+    # What it is worth.
     scores: Tensor  # (B,) rewards of the whole texts, less the penalty for a missing end
     ended: Tensor  # (B,) whether the episode ended by itself
     prompt_index: Tensor  # (B,) which of the prompts each row continues
-    advantages: Tensor  # (B, T-1)
+    # What the update learns from.
+    advantages: Tensor  # (B, T-1) how much better than expected each action was
     returns: Tensor  # (B, T-1) what the value function should have said
     counted: Tensor  # (B,) whether the episode has a part in the loss
+    # How it can be read faster: rows of one prompt share their first columns.
     prefix_length: int  # columns before the state of the first action
     rows_per_prompt: int  # adjacent rows that share the prefix, so that it is read once
     metrics: dict[str, float]  # what the reward function reports of itself
@@ -741,22 +809,27 @@ class PPOTrainer(Trainer):
     @documented
     def get_default_config() -> CN:
         """The Trainer's options, some with other defaults, and PPO's own."""
-        C = Trainer.get_default_config()
+        C = Trainer.get_default_config()  # some with other defaults:
+        C.batch_size = 64             # episodes in a rollout, of all processes together
+        C.learning_rate = 1e-4
+        C.eps = 1e-5                  # as in the PPO papers' code (Huang et al. 2024)
+        C.weight_decay = 0.0
+        C.log_every = 1
+        C.checkpoint_every = 20
+        # The algorithm, and its choices (see `Algorithm`). None: as the algorithm's row has it.
         C.algorithm = "ppo"           # a row of ALGORITHMS
-        # The algorithm's choices, documented at `Algorithm`. None: as the row has it.
         C.advantage = None            # gae, return, leave_one_out, group_mean, group_standardized
         C.whiten_advantages = None    # to mean 0 and variance 1 over the rollout's tokens
         C.kl_penalty = None           # in the reward, in the loss, or none
         C.kl_estimator = None         # k1, k2 or k3
-        C.kl_coef = None              # β, reward per nat
+        C.kl_coef = None              # beta, reward per nat
         C.loss_mean = None            # over tokens (token), completions (sequence), or constant
         C.ratio = None                # of each token, or of the whole sequence
-        C.clip_range = None           # ε, or a pair (below, above)
+        C.clip_range = None           # epsilon, or a pair (below, above)
         C.skip_equal_groups = None    # leave out groups whose completions all earned the same
         C.ppo_epochs = None           # passes over a rollout
         C.group_size = None           # episodes that begin with the same prompt
         # The rollout.
-        C.batch_size = 64             # episodes in a rollout
         C.max_new_tokens = 64         # tokens in a completion, at most
         C.temperature = 1.0           # divides the logits, in sampling and in all log-probs
         C.stop_token = None           # id(s) that end an episode; None: the tokenizer's end
@@ -775,12 +848,6 @@ class PPOTrainer(Trainer):
         C.value_coef = 0.1            # the value function's weight in the loss
         C.value_lr_ratio = 1.0        # its learning rate, as a multiple of the policy's
         C.shared_trunk = False        # it is a head on the policy's trunk, not a model of its own
-        # Other defaults than the Trainer's. eps as in the PPO papers' code (Huang et al. 2024).
-        C.learning_rate = 1e-4
-        C.eps = 1e-5
-        C.weight_decay = 0.0
-        C.log_every = 1
-        C.checkpoint_every = 20
         return C
 
     def __init__(
@@ -793,20 +860,21 @@ class PPOTrainer(Trainer):
         ref_policy: nn.Module | None = None,
         tokenizer: Any = None,
     ):
-        if ref_policy is policy:
-            raise ValueError(
-                "ref_policy is the policy itself, which will be trained: pass a copy of it, or None"
-            )
+        check_policy(policy, ref_policy)
+        # The algorithm's choices, once and for all: no method below asks for its name.
         self.check_config(config)
         self.choices = choose(config)
         self.kl_coef: float = self.choices.kl_coef  # it moves if there is a kl_target
+        # Where rewards come from, and what ends an episode.
         self.reward_fn = reward_fn
         self.tokenizer = tokenizer
         self.stop_token = config.stop_token
         if self.stop_token is None:
             self.stop_token = end_token(tokenizer)
+        # A policy that is no GPT may have no limit to its context.
         policy_config = getattr(policy, "config", None)
         self.block_size: float = getattr(policy_config, "block_size", math.inf)
+        # To the Trainer, policy and value function are one model, and prompts are the dataset.
         value_model = self.make_value_model(config, policy, value_model)
         super().__init__(
             config,
@@ -817,11 +885,15 @@ class PPOTrainer(Trainer):
         )
 
         self.policy = policy
+        self.weights_are_fp32 = all(p.dtype == torch.float32 for p in policy.parameters())
         # The reward model and the reference are used as they are, without dropout.
         if isinstance(reward_fn, nn.Module):
             reward_fn.to(self.device).eval()
+        # The reference is where the policy starts from. Its checksum tells a resumed run whether
+        # it is still the same one.
         self.ref_policy = copy.deepcopy(policy) if ref_policy is None else ref_policy
         self.ref_policy.to(self.device).eval().requires_grad_(False)
+        check_vocabularies(policy, self.ref_policy, value_model, reward_fn)
         self.ref_checksum = checksum(self.ref_policy)
         self.last_rollout: Rollout | None = None
 
@@ -867,6 +939,7 @@ class PPOTrainer(Trainer):
             if self.world_size == 1 and self.iter_num > 0:
                 self.save_checkpoint()
             raise
+        # Learn from it, and describe both.
         self.last_rollout = rollout
         self.tokens += int(rollout.mask.sum()) * self.world_size
         metrics = distributed.mean(self.update(rollout) | self.describe(rollout))
@@ -958,7 +1031,7 @@ class PPOTrainer(Trainer):
         # The sampler knows log π of what it drew. But in half precision, sampling token by token
         # rounds differently from one pass over the whole row, as the update does it. There the
         # log-probs are computed anew, so that the ratio starts at 1.
-        if self.precision == "fp32":
+        if self.precision == "fp32" and self.weights_are_fp32:
             old_log_probs = F.pad(log_probs, (prefix_length, 0))  # (B, n) -> (B, T-1)
         else:
             old_log_probs = self.log_probs(
@@ -1025,10 +1098,12 @@ class PPOTrainer(Trainer):
         self, scores: Tensor, log_probs: Tensor, ref_log_probs: Tensor, mask: Tensor
     ) -> Tensor:
         """The reward of each action, (B, T-1): the KL penalty on each, the score on the last."""
+        # Each step away from the reference costs something at once ...
         rewards = torch.zeros_like(log_probs)
         if self.choices.kl_penalty == "reward":
             penalty = kl_estimate(log_probs, ref_log_probs, self.choices.kl_estimator)
             rewards = masked(-self.kl_coef * penalty, mask)
+        # ... and the text is judged when it is complete.
         rewards[torch.arange(len(scores)), last_real(mask)] += scores
         if self.config.whiten_rewards:
             rewards = self.whiten(rewards, mask, shift_mean=False)
@@ -1059,6 +1134,7 @@ class PPOTrainer(Trainer):
 
     def whiten(self, x: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
         """`masked_whiten` over the episodes of all processes."""
+        # Gather the masked entries of all processes, whiten them together, take back our own.
         of_each_process = distributed.gather(x[mask].cpu())
         joined = torch.cat(of_each_process)
         whitened = masked_whiten(joined, torch.ones_like(joined), shift_mean)
@@ -1069,6 +1145,8 @@ class PPOTrainer(Trainer):
 
     def update(self, rollout: Rollout) -> dict[str, float]:
         """Passes over the rollout, a minibatch at a time; the mean of the minibatches' metrics."""
+        # Several passes over the same episodes. The ratio π / π_old makes up for how the policy has
+        # moved since it sampled them, as long as it has not moved far.
         minibatch_size = self.config.minibatch_size or self.config.batch_size
         steps: list[dict[str, float]] = []
         skipped = 0
@@ -1081,6 +1159,7 @@ class PPOTrainer(Trainer):
                     steps.append(metrics)
             if self.went_too_far(steps):
                 break
+        # No group differs from another (see skip_equal_groups): nothing was learned this time.
         if not steps:
             self.loss = torch.tensor(0.0)
             steps = [{"loss": 0.0, "lr": self.learning_rate(), "grad_norm": 0.0}]
@@ -1119,6 +1198,7 @@ class PPOTrainer(Trainer):
         denominator, so the shares are all 1.
         """
         mask = batch.loss_mask
+        # What the sums are divided by, counted over the minibatches of all processes.
         tokens, denominator = distributed.total(
             [
                 average_denominator(mask, "token"),
@@ -1133,6 +1213,7 @@ class PPOTrainer(Trainer):
 
     def policy_and_value_loss(self, model: nn.Module, batch: MicroBatch) -> tuple[Tensor, dict]:
         """A micro-batch's part of the minibatch's loss, and its parts of the metrics."""
+        # Read the episodes with the policy and the value function as they are now: (B, T-1) each.
         episodes = batch.episodes
         log_probs, values = model(
             episodes.idx,
@@ -1178,6 +1259,8 @@ class PPOTrainer(Trainer):
             self.config.max_new_tokens,
             batch.denominator,
         )
+        # How far the policy has moved from the one that sampled. In the first minibatch it has
+        # not moved at all: what is left there is the error of our log-probs.
         log_ratio = masked(log_probs - episodes.old_log_probs, mask).detach()
         batch.log_prob_errors.append(log_ratio.abs().max())
         # These are means over tokens, of which this micro-batch holds a share.
@@ -1223,17 +1306,19 @@ class PPOTrainer(Trainer):
             "kl_coef": torch.tensor(self.kl_coef),
         }
         if self.choices.advantage == "gae":
+            # 1 if the values are the returns, 0 if they are no better than the returns' mean.
             returns = rollout.returns
             residual = masked_mean((returns - rollout.old_values) ** 2, mask)
             variance = masked_mean((returns - masked_mean(returns, mask)) ** 2, mask)
             metrics["val/explained_variance"] = 1 - residual / variance.clamp(min=1e-8)
         if self.choices.group_size > 1:
+            # From groups of equal scores a group's advantages learn nothing.
             groups = grouped(rollout.scores, self.choices.group_size)
             metrics["equal_groups"] = equal_groups(groups).float().mean()
         return {name: value.item() for name, value in metrics.items()}
 
     def watched(self) -> dict[str, float]:
-        """The metrics that the progress bar shows."""
+        """The few metrics that are shown to a person while the run goes on."""
         return {
             "reward": self.metrics["objective/scores"],
             "kl": self.metrics["objective/kl"],
@@ -1252,7 +1337,8 @@ class PPOTrainer(Trainer):
         kls = rollout.kl.sum(1).tolist()
         rows = []
         for i in range(len(rollout) if n is None else min(n, len(rollout))):
-            written = F.pad(rollout.mask[i], (1, 0))  # of the columns of idx
+            # The mask speaks of actions, idx[:, 1:]; shift it to speak of the columns of idx.
+            written = F.pad(rollout.mask[i], (1, 0))
             prompt = rollout.idx[i][rollout.attention_mask[i] & ~written]
             completion = rollout.idx[i][written]
             rows.append(
@@ -1282,14 +1368,14 @@ class PPOTrainer(Trainer):
     # -- batches, checkpoints and checks -----------------------------------------------------------
 
     def batch_indices(self) -> Iterator[list[int]]:
-        """The Trainer's batches; with groups, each of the first prompts group_size times.
+        """The Trainer's batches, of prompts; each prompt group_size times."""
+        for prompts in super().batch_indices():
+            yield [i for i in prompts for _ in range(self.choices.group_size)]
 
-        An epoch counts episodes, not prompts.
-        """
-        group_size = self.choices.group_size
-        for indices in super().batch_indices():
-            prompts = indices[: len(indices) // group_size]
-            yield [i for i in prompts for _ in range(group_size)]
+    @property
+    def examples_per_batch(self) -> int:
+        """Prompts per rollout. An epoch is a pass over all prompts."""
+        return self.config.batch_size // self.choices.group_size
 
     def state_dict(self) -> dict[str, Any]:
         """The Trainer's state, and the penalty's."""
@@ -1309,12 +1395,8 @@ class PPOTrainer(Trainer):
     @classmethod
     def effective_options(cls, options: dict[str, Any]) -> dict[str, Any]:
         """The options, with defaults for missing ones and the row's choices in place of None."""
-        options = dict(options)
-        # Checkpoints from before there was a table have `baseline` in place of whiten_advantages,
-        # and REINFORCE ignored their ppo_epochs.
-        baseline = options.pop("baseline", None)
-        if baseline is not None and options["algorithm"] == "reinforce":
-            options |= {"whiten_advantages": baseline, "ppo_epochs": None}
+        if "baseline" in options:
+            options = options_before_the_table(options)
         options = super().effective_options(options)
         row = ALGORITHMS[options["algorithm"]]
         return options | {name: getattr(row, name) for name in CHOICES if options[name] is None}
@@ -1329,6 +1411,7 @@ class PPOTrainer(Trainer):
         check_numbers(config, "value_clip_range", "value_coef", "value_lr_ratio")
         check_numbers(config, "missing_eos_penalty")
         check_numbers(config, "temperature", low=1e-6)
+        check_booleans(config, "whiten_rewards", "shared_trunk")
         check_numbers(config, "gamma", "gae_lambda", high=1)
         check_numbers(config, "kl_target", "approxkl_max", low=1e-6, optional=True)
         check_numbers(config, "kl_horizon", low=config.batch_size)
@@ -1373,6 +1456,54 @@ class PPOTrainer(Trainer):
                 raise ValueError(
                     f"{described}do not fit into the reward model's block_size={reward_block_size}"
                 )
+
+
+def check_policy(policy: nn.Module, ref_policy: nn.Module | None) -> None:
+    """TypeError for a policy that cannot write; ValueError for one that is its own reference."""
+    missing = [name for name in ("log_probs", "generate") if not hasattr(policy, name)]
+    if missing:
+        raise TypeError(
+            f"a policy needs GPT's log_probs and generate; {type(policy).__name__} has no "
+            f"{' and no '.join(missing)}"
+        )
+    if ref_policy is policy:
+        raise ValueError(
+            "ref_policy is the policy itself, which will be trained: pass a copy of it, or None"
+        )
+
+
+def check_vocabularies(
+    policy: nn.Module, ref_policy: nn.Module, value_model: nn.Module | None, reward_fn: Any
+) -> None:
+    """ValueError if two models that read the same ids have vocabularies of different sizes."""
+    models = {"ref_policy": ref_policy, "value_model": value_model, "reward_fn": reward_fn}
+    size = vocabulary_size(policy)
+    for name, model in models.items():
+        other = vocabulary_size(model)
+        if None not in (size, other) and size != other:
+            raise ValueError(
+                f"the policy has a vocabulary of {size} tokens and {name} one of {other}: they "
+                "read the same ids, so it must be the same vocabulary"
+            )
+
+
+def vocabulary_size(model: Any) -> int | None:
+    """The number of tokens that a model knows, None where it does not say."""
+    return getattr(getattr(model, "config", None), "vocab_size", None)
+
+
+def options_before_the_table(options: dict[str, Any]) -> dict[str, Any]:
+    """The options of a checkpoint from before there was a table of algorithms, in today's terms.
+
+    All losses were means over tokens then. REINFORCE had `baseline` in place of whiten_advantages,
+    and took one step on each rollout, whatever ppo_epochs and minibatch_size were.
+    """
+    translated = dict(options)
+    baseline = translated.pop("baseline")
+    translated["loss_mean"] = "token"
+    if translated["algorithm"] == "reinforce":
+        translated |= {"whiten_advantages": baseline, "ppo_epochs": None, "minibatch_size": None}
+    return translated
 
 
 def check_kl_target(config: CN, choices: Algorithm) -> None:
@@ -1421,6 +1552,7 @@ def written_mask(
     """
     mask = torch.ones_like(idx, dtype=torch.bool)
     mask[:, :prompt_length] = False
+    # A token is a part of the completion if no stop token comes before it.
     stops = is_stop(idx, stop_token) & mask
     stops_before = stops.cumsum(1) - stops.long()
     return mask & (stops_before == 0)

@@ -4,7 +4,7 @@ What a training run keeps in its folder.
     metrics.jsonl    a row of metrics every few iterations
     samples.jsonl    what the model wrote, where a trainer logs that
     checkpoint.pt    all that a resumed run needs
-    best.pt          the weights with the best validation loss
+    best.pt          the weights with the best validation loss (best.json: the model's options)
     config.json      the options of a script (see `claim`)
 
 The .jsonl files are JSON lines: one dict a line, with the iteration it is of as "iter". A run that
@@ -19,10 +19,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from mingpt import distributed
-from mingpt.checkpoint import save_torch, to_json, write_text
+from mingpt.checkpoint import load_torch, save_torch, to_json, write_text
 from mingpt.config import CfgNode
 from mingpt.utils import import_extra
 
@@ -113,7 +111,8 @@ class RunFolder:
         if self.tensorboard:
             writer = self.tensorboard_writer(row["iter"])
             for name, value in row.items():
-                writer.add_scalar(name, value, row["iter"])
+                if name != "iter":  # that is the axis of all curves
+                    writer.add_scalar(name, value, row["iter"])
             writer.flush()
 
     def log_samples(self, rows: list[dict[str, Any]]) -> None:
@@ -137,9 +136,14 @@ class RunFolder:
 
     # -- weights and checkpoints -------------------------------------------------------------------
 
-    def save_best(self, state: dict[str, Any]) -> None:
-        """Write best.pt."""
+    def save_best(self, state: dict[str, Any], model_options: dict[str, Any] | None = None) -> None:
+        """Write best.pt, a plain state dict, and beside it best.json, the options of the model.
+
+        A state dict does not tell the number of heads, and `from_pretrained` must know it.
+        """
         if self.output:
+            if model_options:
+                write_text(self.output / "best.json", to_json(model_options, indent=2))
             save_torch(self.output / "best.pt", state)
 
     def save_checkpoint(self, state: dict[str, Any]) -> None:
@@ -168,7 +172,12 @@ class RunFolder:
             return None
         state = None
         if self.all_processes_see(self.checkpoint):
-            state = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
+            state = load_torch(self.checkpoint)
+            if not {"iter_num", "config", "rng"} <= state.keys():
+                raise ValueError(
+                    f"{self.checkpoint} is no checkpoint of a Trainer: it holds {list(state)[:5]}. "
+                    "Choose another work_dir, or load it with from_pretrained if it holds weights"
+                )
             # The number of processes changes the run as an option does: each draws its own dropout.
             processes = "the number of processes"
             then = effective(state["config"]) | {processes: len(state["rng"])}
@@ -196,8 +205,8 @@ def finished(folder: str | Path) -> dict[str, Any] | None:
     path = Path(folder) / "checkpoint.pt"
     if not path.exists():
         return None
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    return state if state["finished"] else None
+    state = load_torch(path)
+    return state if state.get("finished") else None
 
 
 # -- JSON lines ------------------------------------------------------------------------------------
@@ -223,7 +232,7 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
 def append_rows(path: Path, rows: list[dict[str, Any]]) -> None:
     """Append rows to a file of JSON lines, which is made if need be."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as f:
+    with path.open("a", encoding="utf-8", newline="\n") as f:
         f.write(to_lines(rows))
 
 

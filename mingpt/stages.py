@@ -6,8 +6,8 @@ A run of several stages in one folder: what each was asked for, and what it leav
     stages.run("sft", make_sft)                # ... which begins with stages.load("pretrain")
     stages.run("rl", make_rl)
 
-The script's config has one section for each stage (config.pretrain, ...), and sections that all
-stages share (config.data, config.model, ...). Three rules follow from that:
+The script's config has one section for each stage (config.pretrain, ...), and sections that
+all stages share (config.data, config.model, ...). Three rules follow from that:
 
 1. The options of all stages are checked before the first one begins.
 2. A stage's options are locked once it has saved something. They are those of its own section, of
@@ -46,17 +46,17 @@ class Stages:
     config: all options of the script.
     order: {stage: the class of its Trainer}, in the order in which they run. None in place of a
         class: with these options, the stage does not take place.
-    base: the folder of another run, whose finished stages are used in place of own ones.
+    base: the folder of another run, whose finished stages are used instead of running them here.
     sections: {stage: names of the sections it reads}, unless that is just the one of its own name.
         The first holds the options of its Trainer.
     extras: {stage: names of the options in that first section which its Trainer does not have}.
     overrides: {stage: {option: value}} that the script sets itself, for the Trainer.
     free: dotted names of options that may always change; `report.*` stands for a whole section.
-    facts: {name: value}, what else every stage depends on: a vocabulary, say.
+    facts: {name: value} of whatever else every stage depends on: a vocabulary, for example.
     tokenizer: is saved beside each stage's model.
 
-    Raises ValueError, before anything is trained, for options that a Trainer refuses, for options
-    that are locked, and for a base that cannot be used.
+    Raises ValueError, before anything is trained, for options that a Trainer refuses, for
+    options that are locked, and for a base that cannot be used.
     """
 
     def __init__(
@@ -142,7 +142,7 @@ class Stages:
         """Whether a stage is finished, here or in base."""
         if name in self.from_base:
             return True
-        # A stage that was finished is so no more if it is to be longer now.
+        # The only changes that `check_locks` lets pass make a stage longer: it has to continue.
         return is_finished(self.folder / name) and not self.changes(name, self.folder)
 
     def stage_folder(self, name: str) -> Path:
@@ -150,7 +150,7 @@ class Stages:
         if not self.finished(name):
             raise ValueError(
                 f"the stage {name} is not finished in {self.folder}: run it first, with the same "
-                f"options (or give --base=FOLDER, the folder of a run in which it is finished)"
+                "options (or give --base=FOLDER, the folder of a run in which it is finished)"
             )
         return (self.base if self.base and name in self.from_base else self.folder) / name
 
@@ -186,8 +186,8 @@ class Stages:
 
         Its own, those of the stages before it, and those in sections that belong to no stage.
         """
-        everyone = list(self.order)
-        before = [other for other in self.names if everyone.index(other) < everyone.index(name)]
+        position = list(self.order).index
+        before = [other for other in self.names if position(other) < position(name)]
         read = {section for stage in [*before, name] for section in self.sections[stage]}
         unread = self.owned_sections() - read
         return {
@@ -227,7 +227,7 @@ class Stages:
     def in_effect(self, options: dict[str, Any]) -> dict[str, Any]:
         """{dotted name: value} of options as the Trainers understand them.
 
-        An option that did not exist yet counts as its default, because so the old run behaved.
+        An option that did not exist yet counts as its default: that is how the old run behaved.
         """
         options = dict(options)
         for name in self.names:
@@ -244,7 +244,7 @@ class Stages:
         return as_json(options)
 
     def is_longer(self, name: str, option: str, before: Any, value: Any) -> bool:
-        """Whether the change only makes the stage longer, which no learning rate hangs on."""
+        """Whether the change only makes the stage longer, and its learning rate allows that."""
         section = self.sections[name][0]
         if option not in (f"{section}.max_iters", f"{section}.epochs"):
             return False
@@ -349,9 +349,9 @@ def is_finished(folder: Path) -> bool:
 
 
 def stored_options(folder: Path, name: str) -> dict[str, Any] | None:
-    """The options that a stage in a run's folder had, None if nobody knows.
+    """The options that a stage in a run's folder had; None where there is no record of them.
 
-    Runs from before there was an options.json for each stage have one config.json for them all.
+    Runs that are older than this file have one config.json for all stages.
     """
     for path in (folder / name / "options.json", folder / "config.json"):
         if path.exists():

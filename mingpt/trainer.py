@@ -4,15 +4,17 @@ The training loop. It knows nothing of language or of GPT: a model, a dataset an
     trainer = Trainer(config, model, train_dataset)
     trainer.run()
 
-One iteration fetches a batch, computes the loss, steps the optimizer and calls the callbacks. Every
-so many iterations it also evaluates, logs a row of metrics and saves a checkpoint. Each of these is
-a method, so that a subclass can replace one and keep the others; PPOTrainer in rlhf.py is such a
-subclass. Read `run` and `iteration` first; the sections after them hold what they call.
+One iteration fetches a batch, computes the loss, steps the optimizer and calls the
+callbacks. Every so many iterations it also evaluates, logs a row of metrics and saves a
+checkpoint. Each of these is a method, so that a subclass can replace one and keep the others;
+PPOTrainer in rlhf.py is such a subclass. Read `run` and `iteration` first; the sections after
+them hold what they call.
 
-With a `work_dir`, a run can be killed at any moment and continued. A checkpoint holds the weights,
-the optimizer, the random states and the number of iterations done. That number is enough to find
-the place in the data, because (seed, i) alone decides which examples form batch i. So a continued
-run ends with the same weights, bit for bit on the CPU, as a run that was never interrupted.
+With a `work_dir`, a run can be killed at any moment and continued. A checkpoint holds the
+weights, the optimizer, the random states and the number of iterations done. That number is
+enough to find the place in the data, because (seed, i) alone decides which examples form
+batch i. So a continued run ends with the same weights, bit for bit on the CPU, as a run that
+was never interrupted.
 
 Under `torchrun`, each process takes a part of every batch, and DistributedDataParallel (DDP)
 combines their gradients.
@@ -33,8 +35,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
-from tqdm.contrib.logging import logging_redirect_tqdm
 
 from mingpt import distributed
 from mingpt.checkpoint import (
@@ -44,11 +44,15 @@ from mingpt.checkpoint import (
     raise_signal,
     set_rng_state,
 )
-from mingpt.config import CfgNode as CN, check_numbers, documented
+from mingpt.config import CfgNode as CN, check_booleans, check_numbers, documented
+from mingpt.progress import Progress, console
 from mingpt.run_folder import RunFolder
 from mingpt.utils import adamw, keep_freed_memory, pick_device, pick_precision, set_seed
 
 logger = logging.getLogger("mingpt")
+
+# Metrics that the Trainer itself logs. A loss_fn cannot use these names.
+OWN_METRICS = {"iter", "loss", "lr", "grad_norm", "tokens/s", "seconds"}
 
 # What a callback can be called on.
 EVENTS = ("on_train_begin", "on_batch_end", "on_evaluate", "on_log", "on_train_end")
@@ -72,13 +76,27 @@ class Trainer:
     train_dataset, valid_dataset: map-style datasets, with a length and items by index.
     loss_fn(model, batch): calls model(...) and returns the loss, or (loss, dict of metrics). By
         default the loss is `model(*batch)[-1]`, as GPT returns it.
-    collate_fn(items): makes a batch (a tuple of tensors) from a list of items, as in a DataLoader.
-    weight_fn(batch): how many terms the loss of a batch is a mean over. By default that is the
-        number of examples. If the loss is a mean over tokens, weight_fn must count those tokens.
-        These weights let the losses of a batch's parts add up to the loss of the whole batch.
+    collate_fn(items): makes a batch (a tuple of tensors) from a list of items, as in a
+        DataLoader.
+    weight_fn(batch): how many terms the loss of a batch is a mean over. These weights let the
+        losses of a batch's parts add up to the loss of the whole batch. If your loss_fn is a
+        mean over tokens, weight_fn must count those tokens. By default it counts examples, or
+        with the default loss the targets that are not ignored.
 
     Raises ValueError or TypeError for options or data that cannot be used, before training begins.
     """
+
+    # What a run knows of itself, for callbacks to read. Iterations are counted from 0: during
+    # iteration i, iter_num is i.
+    iter_num = 0                      # iterations done
+    iter_time = 0.0                   # when the last iteration ended
+    iter_dt = 0.0                     # how long the last iteration took, in seconds
+    seconds = 0.0                     # of training, in all
+    resumed_seconds = 0.0             # ... of them before this process started
+    tokens = 0                        # trained on since then, by all processes
+    loss: Tensor | None = None        # of the last iteration, a detached scalar
+    valid_loss: float | None = None   # of the last evaluation
+    best_valid_loss = math.inf        # of all evaluations
 
     @staticmethod
     @documented
@@ -127,7 +145,7 @@ class Trainer:
         self.valid_dataset = valid_dataset
         self.loss_fn = loss_fn or default_loss
         self.collate_fn = collate_fn
-        self.weight_fn = weight_fn or count_examples
+        self.weight_fn = weight_fn or (count_examples if loss_fn else count_targets)
         self.callbacks: dict[str, list[Callable]] = defaultdict(list)
 
         # Join the other processes, if torchrun has started any. Then check everything.
@@ -139,8 +157,8 @@ class Trainer:
         self.folder = RunFolder(config.work_dir, config.tensorboard)
         self.run_name = Path(config.work_dir).name if config.work_dir else "training"
 
-        # The model and its optimizer. With several processes, every training loss goes through the
-        # forward of DDP's wrapper, which exchanges the gradients.
+        # The model and its optimizer. With several processes, every training loss goes through
+        # the forward of DDP's wrapper, which exchanges the gradients.
         keep_freed_memory()  # trains faster on a CPU
         self.precision = pick_precision(config.precision, self.device)
         self.model = model.to(self.device)
@@ -151,23 +169,13 @@ class Trainer:
         self.wrapped = DistributedDataParallel(model) if self.world_size > 1 else model
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
 
-        # The seed that rank 0 has set last decides which examples form batch i, for all processes.
-        # For dropout and sampling each process needs random numbers of its own.
+        # The seed that rank 0 has set last decides which examples form batch i, for all
+        # processes. For dropout and sampling each process needs random numbers of its own.
         self.seed = distributed.gather(torch.initial_seed())[0]
         if self.rank > 0:
             set_seed(self.seed + self.rank)
 
-        # Where the run is. Iterations are counted from 0: during iteration i, iter_num is i.
-        self.iter_num = 0                        # iterations done
-        self.iter_time = 0.0                     # when the last iteration ended
-        self.iter_dt = 0.0                       # how long the last iteration took, in seconds
-        self.seconds = 0.0                       # of training, in all
-        self.resumed_seconds = 0.0               # ... of them before this process started
-        self.tokens = 0                          # trained on since then, by all processes
-        self.loss: Tensor | None = None          # of the last iteration, a detached scalar
-        self.metrics: dict[str, float] = {}      # the row of the last iteration
-        self.valid_loss: float | None = None     # of the last evaluation
-        self.best_valid_loss = math.inf
+        self.metrics: dict[str, float] = {}  # the row of the last iteration
 
     # -- callbacks, as in minGPT -------------------------------------------------------------------
 
@@ -189,25 +197,28 @@ class Trainer:
     # -- the loop ----------------------------------------------------------------------------------
 
     def run(self) -> None:
-        """Train until max_iters or epochs is reached. Starts from the checkpoint, if there is one.
+        """Train until max_iters or epochs is reached. Starts from the checkpoint, if any.
 
         Ctrl-C finishes the iteration, saves a checkpoint and raises KeyboardInterrupt. SIGTERM does
         the same and raises SystemExit(143).
         """
-        self.model.train()
-        self.resume()
-        batches = self.batches()
-        self.trigger_callbacks("on_train_begin")
-        self.iter_time = time.time()
-        # Log lines go above the progress bar. Signals wait until the iteration is finished.
-        with self.progress_bar() as bar, logging_redirect_tqdm(), deferred_signals() as signals:
-            while self.max_iters is None or self.iter_num < self.max_iters:
-                self.iteration(next(batches))
-                bar.set_postfix(self.watched(), refresh=False)
-                bar.update()
-                self.stop_if_asked(signals)
-        self.save_checkpoint()
-        self.trigger_callbacks("on_train_end")
+        is_silent = self.rank > 0  # one process speaks for all
+        with console(is_silent):
+            self.model.train()
+            self.resume()
+            self.announce()
+            batches = self.batches()
+            self.trigger_callbacks("on_train_begin")
+            self.iter_time = time.time()
+            progress = Progress(self.run_name, self.max_iters, self.iter_num, is_silent)
+            # Signals wait until the iteration is finished.
+            with progress, deferred_signals() as signals:
+                while self.max_iters is None or self.iter_num < self.max_iters:
+                    self.iteration(next(batches))
+                    progress.update(self.watched())
+                    self.stop_if_asked(signals)
+            self.save_checkpoint()
+            self.trigger_callbacks("on_train_end")
 
     def iteration(self, batch: tuple) -> None:
         """Everything that happens for one batch."""
@@ -218,13 +229,13 @@ class Trainer:
         # Learn from the batch.
         self.metrics = self.train_step(batch)
 
-        # Keep time. It includes the callbacks, evaluation and saving since the last iteration.
+        # Keep time. It includes what followed the last step: callbacks, evaluation, saving.
         now = time.time()
         self.iter_dt = now - self.iter_time
         self.iter_time = now
         self.seconds += self.iter_dt
-        seconds_since_resume = self.seconds - self.resumed_seconds
-        self.metrics["tokens/s"] = self.tokens / max(seconds_since_resume, 1e-9)
+        seconds_since_start = self.seconds - self.resumed_seconds
+        self.metrics["tokens/s"] = self.tokens / max(seconds_since_start, 1e-9)
 
         # Callbacks still see the number of this iteration. After that, it counts as done.
         self.trigger_callbacks("on_batch_end")
@@ -233,7 +244,7 @@ class Trainer:
 
     def train_step(self, batch: tuple) -> dict:
         """Learn from a batch, with one optimizer step. Returns the metrics."""
-        # A batch's first tensor holds the model's input: for a language model, one token an entry.
+        # The first tensor is the model's input: for a language model, its tokens.
         self.tokens += batch[0].numel() * self.world_size
         return self.optimizer_step(self.micro_batches(batch))
 
@@ -258,7 +269,7 @@ class Trainer:
             self.save_checkpoint()
 
     def is_due(self, every: int | None) -> bool:
-        """Whether something is due that happens every so many iterations, and after the last one.
+        """Whether something is due that happens every so many iterations, and at the end.
 
         None: it never happens.
         """
@@ -275,23 +286,22 @@ class Trainer:
             self.save_checkpoint()
             raise_signal(signal.SIGTERM if terminations else signal.SIGINT)
 
-    def progress_bar(self) -> tqdm:
-        """The progress bar. Only rank 0 shows it, and only on a terminal."""
-        return tqdm(
-            total=self.max_iters,
-            initial=self.iter_num,
-            desc=self.run_name,
-            disable=True if self.rank > 0 else None,  # None: off unless on a terminal
-            dynamic_ncols=True,
-        )
+    def announce(self) -> None:
+        """Say how long the run is, and where its files go."""
+        length = "until interrupted" if self.max_iters is None else f"{self.max_iters} iterations"
+        place = f"kept in {self.folder.path}" if self.folder.path else "not kept: no work_dir"
+        logger.info("%s: %s on %s, %s", self.run_name, length, self.device, place)
 
     def watched(self) -> dict[str, float]:
-        """The metrics that the progress bar shows."""
-        return {name: self.metrics[name] for name in ("loss", "lr", "tokens/s")}
+        """The few metrics that are shown to a person while the run goes on."""
+        watched = {"loss": self.metrics["loss"]}
+        if self.valid_loss is not None:
+            watched["valid_loss"] = self.valid_loss
+        return watched
 
     @property
     def max_iters(self) -> int | None:
-        """Iterations in all, by max_iters or epochs, whichever ends first; None if neither is set.
+        """Iterations in all: to max_iters or epochs, whichever comes first. None: no end.
 
         If the last epoch ends inside a batch, the whole of that batch is trained on.
         """
@@ -300,8 +310,13 @@ class Trainer:
             ends.append(self.config.max_iters)
         if self.config.epochs is not None:
             examples = self.config.epochs * len(self.train_dataset)
-            ends.append(math.ceil(examples / self.config.batch_size))
+            ends.append(math.ceil(examples / self.examples_per_batch))
         return min(ends, default=None)
+
+    @property
+    def examples_per_batch(self) -> int:
+        """Examples of the dataset that a batch takes, in all processes together."""
+        return self.config.batch_size
 
     # -- batches -----------------------------------------------------------------------------------
 
@@ -310,8 +325,8 @@ class Trainer:
         part_size = self.config.batch_size // self.world_size
         first = self.rank * part_size
         indices = (batch[first : first + part_size] for batch in self.batch_indices())
-        # Loading workers may draw random numbers (to augment the data, say). Their seed is another
-        # one in each process and after each resume, so that they do not repeat the same numbers.
+        # Loading workers may draw random numbers (to augment the data, say). Their seed is
+        # another one in each process and after each resume, so that no numbers are repeated.
         worker_seed = (self.seed + self.rank + 10**6 * self.iter_num) % 2**63
         loader = DataLoader(
             self.train_dataset,
@@ -329,11 +344,13 @@ class Trainer:
 
         The batches come from pass after pass over the data, each pass in a new random order.
         """
-        batch_size = self.config.batch_size
-        epoch, examples_done = divmod(self.iter_num * batch_size, len(self.train_dataset))
+        # Begin where the iterations so far have ended: after so many passes over the data, and
+        # so many examples of the next one.
+        examples_seen = self.iter_num * self.examples_per_batch
+        epoch, examples_done = divmod(examples_seen, len(self.train_dataset))
         examples = self.shuffled_examples(epoch, examples_done)
         while True:
-            yield list(itertools.islice(examples, batch_size))
+            yield list(itertools.islice(examples, self.examples_per_batch))
 
     def shuffled_examples(self, epoch: int, skip: int) -> Iterator[int]:
         """Dataset indices: an epoch without its first `skip` ones, then all later epochs."""
@@ -341,7 +358,7 @@ class Trainer:
             # The order of an epoch depends on the seed and the epoch's number alone.
             generator = torch.Generator().manual_seed((self.seed + epoch) % 2**63)
             order = torch.randperm(len(self.train_dataset), generator=generator)
-            # Piece by piece, because a large dataset's order as Python ints could fill the memory.
+            # Piece by piece: as Python ints, a large dataset's order could fill the memory.
             for piece in order[skip:].split(2**16):
                 yield from piece.tolist()
             epoch += 1
@@ -350,13 +367,16 @@ class Trainer:
     def to_device(self, batch: tuple) -> tuple:
         """The batch on the device. TypeError unless it is a tuple of equally long tensors."""
         check_batch(batch)
-        return tuple(x.to(self.device, non_blocking=True) for x in batch)
+        # A copy may go on in the background if its source is pinned memory: see `batches`.
+        is_pinned = self.device.type == "cuda"
+        return tuple(x.to(self.device, non_blocking=is_pinned) for x in batch)
 
     def micro_batches(self, batch: Any) -> list[tuple[float, Any]]:
         """Split a batch into micro-batches. Returns (share, micro-batch) pairs.
 
-        A micro-batch's share is its weight over the weight of the whole batch, in all processes.
-        So the loss of the batch is the sum of each micro-batch's loss times its share.
+        A micro-batch's share is its weight over the weight of the whole batch, in all
+        processes. So the loss of the batch is the sum of each micro-batch's loss times its
+        share.
         """
         size = self.config.micro_batch_size or len(batch[0])
         splits = [x.split(size) for x in batch]  # of each tensor
@@ -373,18 +393,18 @@ class Trainer:
     def optimizer_step(self, micro_batches: Iterable[tuple[float, Any]]) -> dict[str, float]:
         """One step of the optimizer on the (share, micro-batch) pairs of a batch.
 
-        Returns loss, lr, grad_norm, and the metrics of the loss_fn. Raises FloatingPointError if
-        the loss or the gradient is not finite, before any weight has changed.
+        Returns loss, lr, grad_norm, and the metrics of the loss_fn. Raises FloatingPointError
+        if the loss or the gradient is not finite, before any weight has changed.
         """
+        # Add up the gradients of all micro-batches, and the loss and metrics with them.
         self.optimizer.zero_grad(set_to_none=True)
         sums: dict[str, Any] = defaultdict(float)
         pairs = list(micro_batches)
         for i, (share, micro_batch) in enumerate(pairs):
-            # Add this micro-batch's gradient to those of the earlier ones.
             is_last = i == len(pairs) - 1
             with self.gradient_exchange(is_last):
                 loss, extra = self.compute_loss(self.wrapped, micro_batch)
-                # DDP divides the sum over the processes by their number. We want the sum itself.
+                # DDP divides the sum over the processes by their number. We want the sum.
                 self.scaler.scale(loss * (share * self.world_size)).backward()
             for name, value in {"loss": loss.detach(), **extra}.items():
                 # Without any weight, a micro-batch's loss may be NaN, a mean over nothing.
@@ -402,7 +422,7 @@ class Trainer:
         metrics |= {"lr": self.learning_rate(), "grad_norm": float(grad_norm)}
         self.loss = torch.tensor(metrics["loss"])
 
-        # Change the weights, unless something went wrong.
+        # Take the step, if it is finite.
         self.check_finite(metrics)
         self.scaler.step(self.optimizer)
         self.scaler.update()
@@ -422,7 +442,14 @@ class Trainer:
         """(loss, metrics) of a batch, in the precision that was asked for."""
         with self.autocast():
             result = self.loss_fn(model, batch)
-        return result if isinstance(result, tuple) else (result, {})
+        loss, metrics = result if isinstance(result, tuple) else (result, {})
+        reserved = sorted(OWN_METRICS & metrics.keys())
+        if reserved:
+            raise ValueError(
+                f"loss_fn returned metrics called {reserved}, which the Trainer logs itself: give "
+                "them other names"
+            )
+        return loss, metrics
 
     def autocast(self) -> torch.autocast:
         """The context in which matrix products have the precision that was asked for."""
@@ -446,8 +473,8 @@ class Trainer:
     def learning_rate(self) -> float:
         """The learning rate of the current iteration.
 
-        It rises linearly for warmup_iters iterations. Then it is constant, or decays linearly or
-        along half a cosine to lr_final_fraction of itself.
+        It rises linearly for warmup_iters iterations. Then it is constant, or decays linearly
+        or along half a cosine to lr_final_fraction of itself.
         """
         config = self.config
         if self.iter_num < config.warmup_iters:
@@ -476,6 +503,7 @@ class Trainer:
         metrics as `valid_<name>`, the loss as `valid_loss`. If this is the lowest valid_loss so
         far, the weights are saved as best.pt in work_dir.
         """
+        # Without dropout, and without DDP's wrapper: each process evaluates its own batches.
         was_training = self.model.training
         self.model.eval()
         sums: dict[str, float] = defaultdict(float)
@@ -490,17 +518,19 @@ class Trainer:
             total_weight += weight
         self.model.train(was_training)
 
+        # The means over all the data, and whether the loss is the best so far.
         means = weighted_means(sums, total_weight)
         self.metrics |= {f"valid_{name}": mean for name, mean in means.items()}
         self.valid_loss = means.get("loss", math.nan)  # NaN where no batch had any weight
         if self.valid_loss < self.best_valid_loss:
             self.best_valid_loss = self.valid_loss
-            self.folder.save_best(self.model.state_dict())
+            self.folder.save_best(self.model.state_dict(), self.model_options())
         self.trigger_callbacks("on_evaluate")
         return self.valid_loss
 
     def validation_batches(self) -> Iterator[tuple]:
         """This process's batches of valid_dataset, in order, on the device."""
+        # As many examples at once as in training.
         size = self.config.micro_batch_size or self.config.batch_size // self.world_size
         indices = range(len(self.valid_dataset))
         batches = [list(indices[start : start + size]) for start in indices[::size]]
@@ -509,8 +539,8 @@ class Trainer:
             # The processes take turns: rank 0 the first batch, rank 1 the second, and so on.
             batch_sampler=batches[self.rank :: self.world_size],
             collate_fn=self.collate_fn,
-            # A loader draws a random number when it starts. It gets a generator of its own, so that
-            # an evaluation does not change the training that follows.
+            # A loader draws a random number when it starts. It gets a generator of its own, so
+            # that an evaluation does not change the training that follows.
             generator=torch.Generator(),
         )
         return map(self.to_device, loader)
@@ -533,10 +563,25 @@ class Trainer:
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
+            "model_args": self.model_options(),
+            "examples": len(self.train_dataset),
         }
 
+    def model_options(self) -> dict[str, Any] | None:
+        """The options of the model (for PPO, of the policy); None if it has no config.
+
+        They go into the checkpoint under nanoGPT's name, where `from_pretrained` looks for them.
+        """
+        model = getattr(self.model, "policy", self.model)
+        config = getattr(model, "config", None)
+        return config.to_dict() if isinstance(config, CN) else None
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from what `state_dict` returned."""
+        """Continue from what `state_dict` returned.
+
+        ValueError for another model or a dataset of another length, before anything changes.
+        """
+        self.check_state(state)
         self.iter_num = state["iter_num"]
         self.seed = state["seed"]
         self.best_valid_loss = state["best_valid_loss"]
@@ -547,10 +592,41 @@ class Trainer:
         self.scaler.load_state_dict(state["scaler"])
         set_rng_state(state["rng"][self.rank])
 
+    def check_state(self, state: dict[str, Any]) -> None:
+        """ValueError unless the state is of a run with this model and as much data."""
+        # Older checkpoints do not say how many examples there were.
+        examples = state.get("examples", len(self.train_dataset))
+        if examples != len(self.train_dataset):
+            raise ValueError(
+                f"{self.folder.path} holds a run on {examples} examples, and now train_dataset has "
+                f"{len(self.train_dataset)}: put the data back, or choose another work_dir"
+            )
+        then = {name: x.shape for name, x in state["model"].items()}
+        now = {name: x.shape for name, x in self.model.state_dict().items()}
+        different = [name for name in then | now if then.get(name) != now.get(name)]
+        if different:
+            name = different[0]
+            raise ValueError(
+                f"{self.folder.path} holds a run of another model ({name} was {then.get(name)}, is "
+                f"{now.get(name)}): make the same one, or choose another work_dir"
+            )
+
     def save_checkpoint(self) -> None:
-        """Write work_dir/checkpoint.pt, completely or not at all."""
-        if self.config.work_dir:
-            self.folder.save_checkpoint(self.state_dict())
+        """Write work_dir/checkpoint.pt, completely or not at all.
+
+        FloatingPointError for weights that are not finite; the last checkpoint then stays.
+        """
+        if not self.config.work_dir:
+            return
+        state = self.state_dict()
+        for name, weight in state["model"].items():
+            if not torch.isfinite(weight).all():
+                raise FloatingPointError(
+                    f"iteration {self.iter_num}: the weights {name} are not finite, so no "
+                    "checkpoint is written; the last one is still there. Look for an eps of 0, a "
+                    "weight_decay or a learning rate that is too high"
+                )
+        self.folder.save_checkpoint(state)
 
     def resume(self) -> None:
         """Continue from the checkpoint, if there is one.
@@ -559,7 +635,7 @@ class Trainer:
         """
         may_change = set(FREE_TO_CHANGE)
         if self.config.lr_schedule == "constant":
-            # The run may get another end. A decay depends on the end from the first iteration on.
+            # The run may get another end. (A decay depends on the end from its beginning.)
             may_change |= {"max_iters", "epochs"}
         state = self.folder.load_checkpoint(self.config, may_change, self.effective_options)
         if state is None:
@@ -586,9 +662,9 @@ class Trainer:
     def check_config(cls, config: CN, world_size: int = 1) -> None:
         """ValueError for options that are unknown, missing, out of range or contradictory.
 
-        It needs no trainer, so that a script can check the options of a run long before the run.
+        It needs no trainer, so a script can check the options of a run long before the run.
         """
-        # The names.
+        # The names. A misspelt option would otherwise be ignored without a word.
         known = vars(cls.get_default_config())
         unknown = sorted(vars(config).keys() - known.keys())
         if unknown:
@@ -601,22 +677,16 @@ class Trainer:
             )
 
         # The values, each by itself.
-        check_numbers(
-            config,
-            "max_iters",
-            "micro_batch_size",
-            "log_every",
-            "eval_every",
-            "checkpoint_every",
-            low=1,
-            whole=True,
-            optional=True,
-        )
+        limits = ("max_iters", "micro_batch_size")
+        intervals = ("log_every", "eval_every", "checkpoint_every")
+        check_numbers(config, *limits, *intervals, low=1, whole=True, optional=True)
         check_numbers(config, "batch_size", low=1, whole=True)
         check_numbers(config, "num_workers", whole=True)
         check_numbers(config, "epochs", "grad_norm_clip", optional=True)
         check_numbers(config, "learning_rate", "lr_final_fraction", "warmup_iters")
         check_numbers(config, "eps", "weight_decay")
+        check_betas(config.betas)
+        check_booleans(config, "compile", "tensorboard")
 
         # The values, as they go together.
         check_schedule(config)
@@ -646,7 +716,7 @@ class Trainer:
 
 
 # --------------------------------------------------------------------------------------------------
-# The default loss and weight, means over processes, and checks
+# The default loss and weights, means over processes, and checks
 
 
 def default_loss(model: nn.Module, batch: tuple) -> Tensor:
@@ -659,11 +729,21 @@ def count_examples(batch: tuple) -> int:
     return len(batch[0])
 
 
+def count_targets(batch: tuple) -> int:
+    """The weight of a batch (x, y) of token ids: its targets, without those that are -1.
+
+    A batch of another kind counts by its examples.
+    """
+    if len(batch) < 2 or batch[1].dtype != torch.long or batch[1].shape != batch[0].shape:
+        return count_examples(batch)
+    return int((batch[1] != -1).sum())
+
+
 def weighted_means(sums: dict[str, float], total_weight: float) -> dict[str, float]:
     """The mean of each metric over all processes.
 
-    sums: for each metric, the sum of weight * value over this process's batches. total_weight: the
-    sum of their weights. A process that has evaluated no batch has no sums.
+    sums: for each metric, the sum of weight * value over this process's batches. total_weight:
+    the sum of their weights. A process that has evaluated no batch has no sums.
     """
     [total_weight] = distributed.total([total_weight])
     names: list[str] = []
@@ -677,6 +757,13 @@ def check_event(onevent: str) -> None:
     """ValueError for an unknown event."""
     if onevent not in EVENTS:
         raise ValueError(f"onevent={onevent!r} is no event: use one of {', '.join(EVENTS)}")
+
+
+def check_betas(betas: Any) -> None:
+    """ValueError for anything but two numbers in [0, 1)."""
+    numbers = list(betas) if isinstance(betas, (tuple, list)) else []
+    if len(numbers) != 2 or not all(isinstance(x, (int, float)) and 0 <= x < 1 for x in numbers):
+        raise ValueError(f"betas={betas!r} must be two numbers from 0 to below 1")
 
 
 def check_schedule(config: CN) -> None:

@@ -1,8 +1,9 @@
 """
 From hidden states to logits: one product with the vocabulary's matrix, in two fast ways.
 
-Both compute `F.linear(x, weight)` and nothing else. They exist because this matrix, (V, C), is the
-largest of a small GPT, so that how its product is done shows in the speed of the whole model:
+Both compute `F.linear(x, weight)` and nothing else. They exist because this matrix, (V, C),
+is the largest of a small GPT, so that how its product is done shows in the speed of the
+whole model:
 
 - `Unembed` is for training, when the matrix is tied to the embedding and gets two gradients;
 - `next_logits` is for generation, when there are only a few rows to multiply.
@@ -23,9 +24,9 @@ MAX_SWAPPED_ROWS = 8
 class Unembed(torch.autograd.Function):
     """F.linear for a weight that is tied to the embedding: x (B, T, C), weight (V, C) -> (B, T, V).
 
-    A tied weight gets two gradients, which autograd adds up. F.linear returns its own as a view
-    (the transpose of what it computed). Autograd cannot add to a view in place, so it would fill a
-    third matrix of that size. The gradient returned here is no view.
+    A tied weight gets two gradients, which autograd adds up. F.linear returns its own as a
+    view (the transpose of what it computed). Autograd cannot add to a view in place, so it
+    would fill a third matrix of that size. The gradient returned here is no view.
     """
 
     generate_vmap_rule = True  # lets torch.func take per-example gradients through it
@@ -53,8 +54,9 @@ class Unembed(torch.autograd.Function):
 def next_logits(x: Tensor, weight: Tensor) -> Tensor:
     """F.linear for one step of generation: hidden states (B, C), weight (V, C) -> logits (B, V).
 
-    For a few rows, MKL computes x Wᵀ on a single thread (seen on AMD's processors). It computes the
-    same product the other way round, W xᵀ, on all threads, which is 2 to 6 times as fast.
+    For a few rows, MKL computes x Wᵀ on a single thread (seen on AMD's processors). It
+    computes the same product the other way round, W xᵀ, on all threads, which is 2 to 6
+    times as fast.
     """
     B = len(x)
     if x.device.type != "cpu" or B > MAX_SWAPPED_ROWS:

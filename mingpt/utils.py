@@ -4,12 +4,14 @@ Small helpers: seeds, devices, AdamW's parameter groups, memory, and what script
 minGPT's scripts import set_seed, setup_logging and CfgNode from here, and still can.
 """
 
+import contextlib
 import ctypes
 import importlib
 import logging
 import random
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -31,8 +33,18 @@ def set_seed(seed: int) -> None:
 
 
 def pick_device(device: str = "auto") -> torch.device:
-    """The device of that name; 'auto' is cuda where there is one, else mps, else cpu."""
+    """The device of that name; 'auto' is cuda where there is one, else mps, else cpu.
+
+    ValueError for a name that PyTorch does not know, or a device that this machine does not have.
+    """
     if device != "auto":
+        try:
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError, NotImplementedError) as error:
+            raise ValueError(
+                f"device={device!r} cannot be used here ({str(error).splitlines()[0]}): choose "
+                "cpu, or auto for the best that there is"
+            ) from None
         return torch.device(device)
     if torch.cuda.is_available():
         return torch.device("cuda")
@@ -77,9 +89,9 @@ def adamw(module: torch.nn.Module, train_config: CfgNode) -> torch.optim.AdamW:
         else:
             without_decay.append(p)
 
-    # The fused step updates all parameters at once, where the device has one.
+    # The fused step updates all parameters at once. Apple's GPUs have it on new systems only.
     fused = all(
-        p.device.type in ("cpu", "cuda", "mps") and p.is_floating_point()
+        p.device.type in ("cpu", "cuda") and p.is_floating_point()
         for p in with_decay + without_decay
     )
     return torch.optim.AdamW(
@@ -109,6 +121,21 @@ def keep_freed_memory() -> None:
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the end of the heap stays
 
 
+@contextlib.contextmanager
+def evaluation_mode(module: object) -> Iterator[None]:
+    """Within, a module is in evaluation mode, without dropout. Other things are left as they are.
+    """
+    if not isinstance(module, torch.nn.Module):
+        yield
+        return
+    was_training = module.training
+    module.eval()
+    try:
+        yield
+    finally:
+        module.train(was_training)
+
+
 def peak_memory_mb() -> float | None:
     """The most memory that this process has held so far, in MB (2^20 bytes).
 
@@ -120,9 +147,11 @@ def peak_memory_mb() -> float | None:
         return None
     if sys.platform == "linux":
         # For a forked process getrusage also counts what its parent held; VmHWM does not.
-        status = Path("/proc/self/status").read_text(encoding="utf-8")
-        peak_kb = re.search(r"VmHWM:\s+(\d+) kB", status)
-        return int(peak_kb[1]) / 2**10 if peak_kb else None
+        with contextlib.suppress(OSError):  # some sandboxes have no /proc
+            status = Path("/proc/self/status").read_text(encoding="utf-8")
+            peak_kb = re.search(r"VmHWM:\s+(\d+) kB", status)
+            if peak_kb:
+                return int(peak_kb[1]) / 2**10
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 2**20 if sys.platform == "darwin" else peak / 2**10  # macOS counts bytes, not kB
 

@@ -20,22 +20,23 @@ GPT-2 is one architecture, but its files come in many dialects. Who writes what:
                     (out, in), and names begin with what wraps the model: "module." or "policy.".
 
 The tables below name these differences. Then comes `Pretrained`, and after it the steps of
-`from_pretrained` in their order: find the file, read its tensors under our names, read the options,
-build the model and fill it.
+`from_pretrained` in their order: find the file, read its tensors under our names, read the
+options, build the model and fill it.
 
-Sources: `transformers` for the names and config.json; github.com/huggingface/safetensors for the
-file format.
+Sources: `transformers` for the names and config.json; github.com/huggingface/safetensors
+for the file format.
 """
 
 import contextlib
 import json
+import logging
 import os
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar, Self
-from urllib.parse import quote
-from zipfile import is_zipfile
+from urllib.parse import quote, urlsplit
+from zipfile import ZIP_STORED, ZipFile, is_zipfile
 
 import torch
 from safetensors import safe_open
@@ -47,6 +48,8 @@ from mingpt.checkpoint import atomic_write, write_text
 from mingpt.config import CfgNode
 from mingpt.download import NotFound, download, home
 
+logger = logging.getLogger("mingpt")
+
 # The names under which a folder or a repository keeps its weights; the first that exists is taken.
 WEIGHT_FILES = (
     "model.safetensors",  # the usual one since 2023
@@ -54,6 +57,10 @@ WEIGHT_FILES = (
     "pytorch_model.bin",  # a state dict, saved with torch.save: the usual one until 2023
     "pytorch_model.bin.index.json",  # ... and the list of its pieces
 )
+
+# Whether files are mapped instead of read. Windows lets nobody replace a file that is mapped, and
+# people save a model to where they loaded it from.
+MAPS_FILES = os.name == "posix"
 
 # What may stand before GPT-2's own names, once or several times.
 PREFIXES = (
@@ -96,8 +103,8 @@ GPT2_ONLY: dict[str, tuple[Any, ...]] = {
 class Pretrained(nn.Module):
     """Gives a model `from_pretrained` and `save_pretrained`.
 
-    A subclass is made from a config alone. It keeps that as `config`, its trunk as `transformer`,
-    and either `lm_head` (a GPT) or `head` (a reward or value model).
+    A subclass is made from a config alone. It keeps that as `config`, its trunk as
+    `transformer`, and either `lm_head` (a GPT) or `head` (a reward or value model).
     """
 
     presets: ClassVar[dict[str, tuple[int, int, int]]]  # {name: (n_layer, n_head, n_embd)}
@@ -117,17 +124,17 @@ class Pretrained(nn.Module):
     ) -> Self:
         """The model in evaluation mode, in fp32, from the hub, a folder or a file.
 
-        revision: a branch, tag or commit of the hub. options replace those of the model's config,
-        dropout for instance. A bare state dict does not tell its number of heads: where its sizes
-        are not those of a preset, pass n_head.
+        revision: a branch, tag or commit of the hub. options replace those of the model's
+        config, dropout for instance. A bare state dict does not tell its number of heads:
+        where its sizes are not those of a preset, pass n_head.
 
-        Files of the hub are kept in $MINGPT_HOME, a folder for each revision. HF_ENDPOINT and
-        HF_TOKEN are honoured. Safetensors in fp32 are not read but mapped into memory, which takes
-        no time: the file must stay unchanged while the model lives. Training the model does not
-        change the file, and `save_pretrained` may replace it.
+        Files of the hub are kept in $MINGPT_HOME, a folder for each revision. HF_ENDPOINT
+        and HF_TOKEN are honoured. Safetensors in fp32 are not read but mapped into memory,
+        which takes no time: the file must stay unchanged while the model lives. Training
+        the model does not change the file, and `save_pretrained` may replace it.
 
-        Raises ValueError for a name or path that does not exist, for files that are damaged or
-        could run code, and for weights that do not fit their config.
+        Raises ValueError for a name or path that does not exist, for files that are damaged
+        or could run code, and for weights that do not fit their config.
         """
         # 1. Find the file: on this machine, or else on the hub.
         path = Path(name_or_path).expanduser()
@@ -151,9 +158,9 @@ class Pretrained(nn.Module):
     def save_pretrained(self, folder: str | Path) -> None:
         """Write model.safetensors and config.json into the folder.
 
-        A GPT's are those of a GPT2LMHeadModel, and transformers reads them. A reward or value
-        model's have the same format, but only this library reads them back: transformers does not
-        know the head, and would give the model a random one.
+        A GPT's are those of a GPT2LMHeadModel, and transformers reads them. A reward or
+        value model's have the same format, but only this library reads them back:
+        transformers does not know the head, and would give the model a random one.
         """
         tensors = {}
         for name, parameter in self.named_parameters():  # a tied head is the embedding: once only
@@ -208,18 +215,19 @@ def hub_folder(name: str, revision: str) -> Path:
             f"got {name!r}; expected an existing file or folder, "
             "or a name on the hub, like 'gpt2' or 'user/repo'"
         )
-    endpoint = os.environ.get("HF_ENDPOINT")
-    if not endpoint:
-        endpoint = "https://huggingface.co"
+    endpoint = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
+    host = urlsplit(endpoint).netloc
     revision = quote(revision, safe="")  # "refs/pr/1" is one step of a path, not three
     url = f"{endpoint.rstrip('/')}/{name}/resolve/{revision}"
     folder = home() / "hub" / name.replace("/", "--") / revision
-    token = os.environ.get("HF_TOKEN")
-    headers = {"Authorization": f"Bearer {token}"} if token else {}
+    headers = hub_headers()
+    otherwise = "Or download the model's files elsewhere, and pass the folder that holds them"
 
     def fetch(file: str) -> Path:
-        return download(f"{url}/{file}", folder / file, headers=headers)
+        return download(f"{url}/{file}", folder / file, headers=headers, otherwise=otherwise)
 
+    if not (folder / "config.json").exists():
+        logger.info("%r is no file or folder here: asking %s for a model of that name", name, host)
     fetch("config.json")
     # The hub is asked for one name after the other, unless the cache shows which one it has.
     cached = tuple(file for file in WEIGHT_FILES if (folder / file).exists())
@@ -230,6 +238,16 @@ def hub_folder(name: str, revision: str) -> Path:
                 fetch(shard.name)
             return folder
     raise ValueError(f"{name!r} has no weights at {endpoint}: none of {', '.join(WEIGHT_FILES)}")
+
+
+def hub_headers() -> dict[str, str]:
+    """The user's token for the hub, as a header; {} without one. ValueError if it cannot be one."""
+    token = os.environ.get("HF_TOKEN", "").strip()  # a file that it was read from ends its line
+    if not token:
+        return {}
+    if not token.isascii() or not token.isprintable() or " " in token:
+        raise ValueError("HF_TOKEN holds spaces or other signs that no token has: copy it again")
+    return {"Authorization": f"Bearer {token}"}
 
 
 def weights_file(path: Path) -> Path:
@@ -246,8 +264,9 @@ def weights_file(path: Path) -> Path:
 def shards(path: Path) -> list[Path]:
     """The files that an index lists, all in its folder; just [path] where path is not an index.
 
-    An index is JSON: {"weight_map": {name of a tensor: name of its file}}. Raises ValueError where
-    it names files elsewhere: one from the internet must not choose what is read on this machine.
+    An index is JSON: {"weight_map": {name of a tensor: name of its file}}. Raises
+    ValueError where it names files elsewhere: one from the internet must not choose what is
+    read on this machine.
     """
     if not path.name.endswith(".index.json"):
         return [path]
@@ -277,8 +296,8 @@ def read_json(path: Path) -> dict[str, Any]:
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """({our name: tensor}, nanoGPT's model_args) from a file, or from all the files of an index.
 
-    The PREFIXES are gone from the names, and what is SKIPPED is left out. The tensors keep the
-    types and shapes that they have in the file.
+    The PREFIXES are gone from the names, and what is SKIPPED is left out. The tensors keep
+    the types and shapes that they have in the file.
     """
     tensors: dict[str, Tensor] = {}
     model_args: dict[str, Any] = {}
@@ -298,9 +317,12 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 def load_file(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """({name: tensor}, nanoGPT's model_args) exactly as one file has them.
 
-    torch.save writes pickles, which can contain any code. PyTorch's weights_only refuses all but
-    tensors and plain data. Raises ValueError for that, and for everything else that goes wrong.
+    torch.save writes pickles, which can contain any code. PyTorch's weights_only refuses
+    all but tensors and plain data. Raises ValueError for that, and for everything else that
+    goes wrong.
     """
+    if not file.is_file():
+        raise ValueError(f"{file} is no file that could be read")
     try:
         if file.suffix == ".safetensors":
             return load_safetensors(file), {}
@@ -317,19 +339,38 @@ def load_safetensors(file: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file, mapped: the disk is read when a tensor is first used."""
     with safe_open(file, "pt") as f:
         names = f.keys()  # f is not a dict: a loop over f itself fails
-        return {name: f.get_tensor(name) for name in names}
+        tensors = {name: f.get_tensor(name) for name in names}
+    if not MAPS_FILES:
+        return {name: tensor.clone() for name, tensor in tensors.items()}
+    return tensors
 
 
 def load_state_dict(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors of a file of torch.save's, and nanoGPT's model_args where it has some."""
-    # torch.save writes zip files since 2020, and only those can be mapped instead of read
-    state = torch.load(file, map_location="cpu", weights_only=True, mmap=is_zipfile(file))
+    mmap = MAPS_FILES and can_be_mapped(file)
+    state = torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
     model_args = state.get("model_args")
     tensors = {str(name): tensor for name, tensor in state.get("model", state).items()}
     wrong = [name for name, tensor in tensors.items() if not is_dense(tensor)]
     if wrong:
         raise TypeError(f"{wrong[:3]} are not tensors, or not dense ones")
+    # A tensor with a stride of 0 repeats its numbers, and a small file could fill the memory.
+    large = [name for name, x in tensors.items() if x.nbytes > x.untyped_storage().nbytes()]
+    if large:
+        raise TypeError(f"{large[:3]} are larger than what the file holds of them")
     return tensors, dict(model_args) if model_args else {}
+
+
+def can_be_mapped(file: Path) -> bool:
+    """Whether the tensors lie in the file as they are, so that it can be mapped instead of read.
+
+    torch.save writes zip files since 2020, and stores the numbers in them without compression.
+    Others may compress them, or cut a record short.
+    """
+    if not is_zipfile(file):
+        return False
+    with ZipFile(file) as records:
+        return all(record.compress_type == ZIP_STORED for record in records.infolist())
 
 
 def is_dense(value: Any) -> bool:
@@ -366,12 +407,25 @@ def read_options(
 ) -> dict[str, Any]:
     """The options of the model at path, by our names.
 
-    The shapes of the tensors give the sizes, and what is written beside them gives the rest. In
-    config.json, transformers and we put the options at the top, minGPT's scripts under "model";
-    nanoGPT keeps them as model_args. Raises ValueError where these contradict the shapes.
+    The shapes of the tensors give the sizes, and what is written beside them gives the
+    rest. In config.json, transformers and we put the options at the top, minGPT's scripts
+    under "model"; nanoGPT keeps them as model_args. Raises ValueError where these
+    contradict the shapes.
     """
     folder = path if path.is_dir() else path.parent
     config_json = read_config_json(folder / "config.json")
+    # The Trainer writes the options of the model in best.pt beside it, into best.json.
+    beside = path.with_suffix(".json")
+    if path.suffix == ".pt" and beside.is_file():
+        model_args = read_json(beside)
+    if "dropout" in model_args:  # nanoGPT has one probability for all
+        for name in ("embd_pdrop", "resid_pdrop", "attn_pdrop"):
+            model_args = {name: model_args["dropout"], **model_args}
+        logger.warning(
+            "%s is nanoGPT's. Since 2023 that has the exact GELU, and this library has GPT-2's "
+            "approximation: logits differ by about 0.002",
+            path,
+        )
     sizes = read_sizes(tensors, path)
     heads = {(n_layer, n_embd): n_head for n_layer, n_head, n_embd in cls.presets.values()}
     options = {
@@ -418,6 +472,11 @@ def read_sizes(tensors: dict[str, Tensor], path: Path) -> dict[str, int]:
             f"it has {len(tensors)} tensors, the first of them {list(tensors)[:5]}"
         )
     layers = {name.split(".")[2] for name in tensors if name.startswith("transformer.h.")}
+    if len(tensors) < 6 * len(layers):  # each block has six matrices and LayerNorms, or more
+        raise ValueError(
+            f"{path} names {len(layers)} blocks and holds only {len(tensors)} tensors: a block of "
+            "GPT-2 has at least six"
+        )
     return {
         "vocab_size": wte.size(0),
         "block_size": wpe.size(0),
@@ -441,8 +500,8 @@ def is_tied(tensors: dict[str, Tensor], config_json: dict[str, Any]) -> bool:
 class NoInit(TorchFunctionMode):
     """Within `with NoInit():`, the functions of torch.nn.init do nothing.
 
-    Random weights take most of the time of building a model, and here the file's replace them. It
-    also leaves the random generator as it was.
+    Random weights take most of the time of building a model, and here the file's replace
+    them. It also leaves the random generator as it was.
     """
 
     def __torch_function__(  # PyTorch calls this in the place of each of its functions
@@ -478,8 +537,8 @@ def fit_to_parameters(
 ) -> dict[str, Tensor]:
     """The tensor of every parameter, (out, in) and in fp32.
 
-    A matrix that must be transposed for that becomes a view: its memory stays as it is in the
-    file. Raises ValueError where names, shapes or types do not fit the model.
+    A matrix that must be transposed for that becomes a view: its memory stays as it is in
+    the file. Raises ValueError where names, shapes or types do not fit the model.
     """
     parameters = dict(model.named_parameters())  # a tied head is the embedding: once only
     if not any(is_bias(name) for name in tensors):

@@ -106,6 +106,9 @@ class Server:
         "cut"          hang up in the middle
         "stall"        fall silent in the middle, for longer than the tests' timeouts
         "slow"         pause between the pieces
+        "drip"         send a byte now and then
+        "endless"      never stop sending
+        "redirect"     send elsewhere: a "Location" stands in `headers`
 
     seen: (path, headers) of all requests.
     """
@@ -151,7 +154,7 @@ class Server:
         if mood != "no range":
             asked = request.headers.get("Range", "bytes=0-")
             start = int(asked.removeprefix("bytes=").removesuffix("-"))
-        if start >= len(body):
+        if start >= len(body) and mood != "redirect":
             request.send_error(416)
             return
         end = (start + len(body)) // 2 if mood == "short range" else len(body)
@@ -159,14 +162,16 @@ class Server:
         self.send_body(request, body[start:end], mood)
 
     def send_headers(self, request, start, end, mood):
-        request.send_response(206 if start else 200)
+        status = 206 if start else 200
+        request.send_response(302 if mood == "redirect" else status)
         if start:
             size = len(self.files[request.path])
             first = start + 5 if mood == "wrong range" else start
             request.send_header("Content-Range", f"bytes {first}-{size - 1}/{size}")
         headers = {"Content-Length": str(end - start), **self.headers.get(request.path, {})}
         for name, value in headers.items():
-            request.send_header(name, value)
+            if value is not None:
+                request.send_header(name, value)
         request.end_headers()
 
     def send_body(self, request, body, mood):
@@ -174,6 +179,11 @@ class Server:
             body = body[:-1] + bytes([body[-1] ^ 1])
         if mood in ("cut", "stall"):
             body = body[: len(body) // 2]
+        while mood == "endless":
+            request.wfile.write(bytes(2**16))
+        for i in range(len(body) if mood == "drip" else 0):
+            request.wfile.write(body[i : i + 1])
+            self.pause.wait(0.05)
         piece = 1 + len(body) // 4
         for i in range(0, len(body), piece):
             request.wfile.write(body[i : i + piece])

@@ -17,6 +17,7 @@ import torch
 
 from mingpt.run_folder import read_metrics
 from tests.common import ROOT
+from tests.test_family import HandMade
 
 # What each process runs: a short training, and then a file with what this process has seen.
 SCRIPT = textwrap.dedent("""
@@ -31,6 +32,7 @@ SCRIPT = textwrap.dedent("""
     from mingpt.rlhf import PPOTrainer
     from mingpt.trainer import Trainer
     from tests.common import tiny_gpt
+    from tests.test_family import HandMade
     from tests.test_trainer import config, tokens
 
 
@@ -42,6 +44,7 @@ SCRIPT = textwrap.dedent("""
                 "batch_size": 8,
                 "group_size": 2,
                 "max_new_tokens": 6,
+                "stop_token": 0,
                 "max_iters": 3,
                 "work_dir": folder,
                 "kl_target": 1.0,
@@ -76,6 +79,13 @@ SCRIPT = textwrap.dedent("""
         return trainer.whiten(numbers, mask)[mask].tolist()
 
 
+    def step_on_unlike_episodes(trainer):
+        # a step on eight episodes of unlike lengths, of which each process has four
+        rollout = HandMade(scores=HandMade.SCORES[:8]).rollout(trainer)
+        first = 4 * trainer.rank
+        return trainer.minibatch_step(rollout.select(slice(first, first + 4)))
+
+
     def die_in_the_middle(trainer):
         if trainer.rank == 1 and trainer.iter_num == 3:
             os._exit(9)
@@ -86,6 +96,7 @@ SCRIPT = textwrap.dedent("""
     if kind == "ppo":
         trainer = ppo_trainer(options)
         seen["white"] = whiten_across_processes(trainer)
+        seen["step"] = step_on_unlike_episodes(trainer)
     else:
         trainer = lm_trainer(0.2 if kind == "dropout" else 0.0, options)
     if kind == "dies":
@@ -206,6 +217,18 @@ class TestPPO(TwoProcessesTestCase):
                 rows = self.metrics(algorithm)
                 self.assertTrue(rows)
                 self.assertTrue(all(row["log_prob_error"] < 1e-4 for row in rows))
+
+    def test_a_step_on_completions_of_unlike_lengths_is_that_of_one_process(self):
+        # PPO's loss is a mean over tokens, and GRPO's over completions.
+        for algorithm, ends in self.ends.items():
+            hand_made = HandMade(scores=HandMade.SCORES[:8])
+            trainer = hand_made.trainer(algorithm, group_size=2)
+            expected = trainer.minibatch_step(hand_made.rollout(trainer))
+            for rank, end in enumerate(ends):
+                for name in ("loss", "grad_norm", "loss/policy", "policy/approxkl", "val/ratio"):
+                    with self.subTest(algorithm, rank=rank, name=name):
+                        found = end["step"][name]
+                        self.assertAlmostEqual(found / expected[name], 1.0, delta=1e-5)
 
     def test_whitening_is_over_the_numbers_of_both_processes(self):
         numbers = [1.0, 2.0, 4.0, 2.0, 4.0, 8.0, 16.0]  # of rank 0, then of rank 1

@@ -152,6 +152,15 @@ class TestSample(unittest.TestCase):
             self.assertEqual(samples.ended[row].item(), ids[-1] == 0)
             self.assertNotIn("a", samples.texts[row])
 
+    def test_several_stop_tokens(self):
+        options = {"tokenizer": AB, "max_new_tokens": 5, "stop_token": [0, END]}
+        samples = sample(policy_of(1), ["b"], 30, **options)
+        ends = [completion_ids(samples, row)[-1] for row in range(30)]
+        self.assertLessEqual({0, END}, set(ends))
+        for row in range(30):
+            self.assertEqual(set(completion_ids(samples, row)[:-1]) & {0, END}, set())
+            self.assertEqual(samples.ended[row].item(), ends[row] in (0, END))
+
     def test_a_tokenizer_whose_end_is_eos_token_id(self):
         class Tokenizer:
             eos_token_id = END

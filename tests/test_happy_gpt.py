@@ -551,7 +551,7 @@ class TestMistakes(ScriptTestCase):
         for args, words in (
             (["--rl.kl_coeff=1"], "did you mean --rl.kl_coef?"),
             (["--stages=sft"], "the stage pretrain is not finished"),
-            (["--stages=sft,ppo"], "ppo is none of pretrain,sft,trunk,reward,judge,rl"),
+            (["--stages=sft,ppo"], "--stages has ppo, which does not exist"),
             (["--data.path=none.jsonl"], "no such file"),
             (["--data.positive=99"], "lower it"),
             (
@@ -569,7 +569,7 @@ class TestMistakes(ScriptTestCase):
         work_dir = f"--system.work_dir={self.folder / 'out'}"
         for option, words in (
             ("--stages=trunk", "trunk has nothing to do with --rl.reward=vader"),
-            ("--rl.algorithm=gppo", "gppo is none of ppo,reinforce,"),
+            ("--rl.algorithm=gppo", "--rl.algorithm has gppo, .* choose from ppo, reinforce,"),
             ("--base=nowhere", "no stage of --base=nowhere can be used"),
             ("--rl.minibatch_size=100", r"the stage rl cannot run \(--rl.\*\): minibatch_size"),
         ):

@@ -5,10 +5,10 @@ import unittest
 
 import torch
 
-from mingpt.rlhf import PPOTrainer
+from mingpt.rlhf import ALGORITHMS, PPOTrainer, clip_bounds
 from mingpt.utils import set_seed
 from tests.common import ROOT, tiny_gpt
-from tests.test_rlhf import ppo_trainer
+from tests.test_ppo import ppo_trainer
 
 
 def read(name):
@@ -75,10 +75,35 @@ class TestDetailsOfRLHF(unittest.TestCase):
                 self.assertEqual(str(defaults[name]), value.replace("_", ""), name)
 
     def test_the_glossary_explains_every_metric_and_no_other(self):
-        trainer = ppo_trainer(tiny_gpt(), batch_size=2, max_new_tokens=4, max_iters=1)
-        trainer.run()
+        logged = set()
+        for options in ({}, {"algorithm": "dapo", "group_size": 2}):
+            trainer = ppo_trainer(
+                tiny_gpt(), batch_size=2, max_new_tokens=4, max_iters=1, **options
+            )
+            trainer.run()
+            logged |= trainer.metrics.keys()
         glossary = self.text.split("## Glossary")[1]
         explained = []
         for first_column in re.findall(r"^\| (`[^|]+) \|", glossary, re.MULTILINE):
             explained += re.findall("`([^`]+)`", first_column)
-        self.assertEqual(sorted(explained), sorted(trainer.metrics))
+        # The last is logged with several reward functions, which test_ppo tests.
+        self.assertEqual(sorted(explained), sorted({*logged, "reward/<name>"}))
+
+    def test_the_table_of_the_family_is_the_one_in_the_code(self):
+        family = self.text.split("## The family")[1].split("## Glossary")[0]
+        rows = re.findall(r"^\| `(\w+)` \(.*?\) \| (.*) \|$", family, re.MULTILINE)
+        self.assertEqual([name for name, _ in rows], list(ALGORITHMS))
+        for name, columns in rows:
+            row = ALGORITHMS[name]
+            advantage, penalty, loss_mean, ratio, clip_range, epochs = columns.split(" | ")
+            self.assertTrue(advantage.startswith(row.advantage))
+            self.assertEqual("whitened" in advantage, row.whiten_advantages)
+            self.assertEqual("skipped" in advantage, row.skip_equal_groups)
+            if row.kl_penalty == "none":
+                self.assertEqual(penalty, "none")
+            else:
+                self.assertIn(f"{row.kl_estimator} in the {row.kl_penalty}", penalty)
+            self.assertEqual((loss_mean, ratio), (row.loss_mean, row.ratio))
+            bounds = {float(bound) for bound in clip_range.split(", ")}
+            self.assertEqual(bounds, set(clip_bounds(row.clip_range)))
+            self.assertEqual(int(epochs), row.ppo_epochs)

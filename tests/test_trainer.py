@@ -714,9 +714,10 @@ class TestFailure(TempDirTestCase):
     def test_a_failed_write_leaves_the_old_checkpoint_and_nothing_else(self):
         trainer, _ = train(work_dir=str(self.folder), max_iters=2)
         before = trainer.folder.checkpoint.read_bytes()
-        not_to_be_pickled = {"model": lambda: None}  # breaks off in the middle of the file
+        # A function inside a function cannot be pickled: the write breaks off in the middle.
+        state = {**trainer.state_dict(), "not to be pickled": lambda: None}
         with (
-            mock.patch.object(trainer, "state_dict", return_value=not_to_be_pickled),
+            mock.patch.object(trainer, "state_dict", return_value=state),
             self.assertRaisesRegex(Exception, "pickle"),
         ):
             trainer.save_checkpoint()
@@ -808,3 +809,12 @@ class TestData(unittest.TestCase):
         message = r"equally long tensors, not list of \[\(4, 3\), 'tuple'\]: pass a collate_fn"
         with self.assertRaisesRegex(TypeError, message):
             train(data=[(torch.ones(3), "a text")] * 4)
+
+    def test_a_batch_of_unequally_long_tensors_is_refused(self):
+        def unequal(items):
+            return torch.ones(4), torch.ones(3)
+
+        trainer = Trainer(config(), tiny_gpt(), tokens(), collate_fn=unequal)
+        message = r"equally long tensors, not tuple of \[\(4,\), \(3,\)\]: pass a collate_fn"
+        with self.assertRaisesRegex(TypeError, message):
+            trainer.run()

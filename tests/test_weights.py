@@ -7,20 +7,15 @@ import hashlib
 import json
 import os
 import pickle
-from concurrent.futures import ThreadPoolExecutor
 from unittest import mock
 
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, GPT2Model
 
 from mingpt.config import CfgNode as CN
-from mingpt.download import download
 from mingpt.heads import ActorCritic, RewardModel, ValueModel
 from mingpt.model import GPT, PRESETS
 from tests.common import Server, TempDirTestCase, tiny_gpt
-
-BODY = bytes(range(256)) * 4096
-SHA256 = hashlib.sha256(BODY).hexdigest()
 
 
 def hugging_face(seed=0, **options):
@@ -456,106 +451,6 @@ class TestDamagedAndHostileFiles(RefusalTestCase):
                 self.assert_refused("expected names of files in the same folder")
 
 
-@mock.patch("time.sleep", mock.Mock())  # between tries
-class TestDownload(TempDirTestCase):
-    HALF = f"bytes={len(BODY) // 2}-"
-    THREE_QUARTERS = f"bytes={len(BODY) * 3 // 4}-"
-
-    def setUp(self):
-        super().setUp()
-        self.path = self.folder / "deep" / "file.bin"
-        self.part = self.folder / "deep" / "file.bin.part"
-        self.server = self.enterContext(Server({"/file.bin": BODY}))
-        self.url = self.server.url + "/file.bin"
-
-    def download(self, moods=(), **options):
-        self.server.moods = list(moods)
-        return download(self.url, self.path, **{"sha256": SHA256, "timeout": 0.5, **options})
-
-    def assert_arrives(self, moods, ranges):
-        """The file is right after trouble, which took requests with these Range headers."""
-        for _ in range(2):  # the second time, the file is there, and nothing is asked for
-            self.assertEqual(self.download(moods).read_bytes(), BODY)
-        self.assertEqual([headers.get("Range") for _, headers in self.server.seen], ranges)
-        self.assertEqual(os.listdir(self.path.parent), ["file.bin"])
-
-    def test_once_is_enough(self):
-        self.assert_arrives([], [None])
-
-    def test_a_slow_server(self):
-        self.assert_arrives(["slow"], [None])
-
-    def test_a_server_in_trouble(self):
-        self.assert_arrives([500, 503, 429], [None] * 4)
-
-    def test_a_connection_that_ends(self):
-        self.assert_arrives(["cut"], [None, self.HALF])
-
-    def test_a_connection_that_falls_silent(self):
-        self.assert_arrives(["stall"], [None, self.HALF])
-
-    def test_a_server_that_ignores_the_range(self):
-        self.assert_arrives(["cut", "no range"], [None, self.HALF])
-
-    def test_a_server_that_sends_another_range(self):
-        self.assert_arrives(["cut", "wrong range"], [None, self.HALF, None])
-
-    def test_a_rest_that_is_corrupt(self):
-        self.assert_arrives(["cut", "corrupt"], [None, self.HALF, None])
-
-    def test_a_server_that_sends_less_than_the_range(self):
-        self.assert_arrives(["cut", "short range"], [None, self.HALF, self.THREE_QUARTERS])
-
-    def test_a_part_stays_when_all_tries_failed(self):
-        with self.assertRaisesRegex(ConnectionError, "failed 2 times, at last with"):
-            self.download(["cut", "cut"], tries=2)
-        self.assertEqual(os.listdir(self.path.parent), ["file.bin.part"])
-        self.assertEqual(self.download().read_bytes(), BODY)
-        _, headers = self.server.seen[-1]
-        self.assertEqual(headers.get("Range"), self.THREE_QUARTERS)
-
-    def test_a_part_of_another_file(self):
-        self.part.parent.mkdir()
-        for n in (10, len(BODY), len(BODY) + 1):
-            with self.subTest(bytes=n):
-                self.path.unlink(missing_ok=True)
-                self.part.write_bytes(b"x" * n)
-                self.assertEqual(self.download().read_bytes(), BODY)
-
-    def test_many_at_once(self):
-        self.server.moods = ["slow"] * 8
-
-        def download_once(_):
-            return download(self.url, self.path, SHA256, len(BODY))
-
-        with ThreadPoolExecutor(4) as pool:
-            for path in pool.map(download_once, range(4)):
-                self.assertEqual(path.read_bytes(), BODY)
-        self.assertEqual(os.listdir(self.path.parent), ["file.bin"])
-
-    def assert_final(self, message, moods=(), **options):
-        """It is not tried again, and nothing is left of it."""
-        with self.assertRaisesRegex(ValueError, message):
-            self.download(moods, **options)
-        self.assertEqual(os.listdir(self.path.parent), [])
-
-    def test_a_file_that_is_not_there(self):
-        self.assert_final("answers Not Found \\(404\\)", moods=[404])
-
-    def test_a_file_that_may_not_be_read(self):
-        self.assert_final("may you read it", moods=[401])
-
-    def test_a_corrupt_file(self):
-        self.assert_final("SHA-256 .*, not", moods=["corrupt"])
-
-    def test_a_file_of_another_size(self):
-        self.assert_final(f"{len(BODY)} bytes, not 10", size=10)
-
-    def test_no_server(self):
-        with self.assertRaisesRegex(ConnectionError, "failed 2 times"):
-            download("http://127.0.0.1:9/nobody", self.path, tries=2)
-
-
 class TestHub(TempDirTestCase):
     def setUp(self):
         super().setUp()
@@ -603,6 +498,27 @@ class TestHub(TempDirTestCase):
         assert_loads(self.theirs, "user/repo")
         tokens = {headers["Authorization"] for _, headers in self.server.seen}
         self.assertEqual(tokens, {"Bearer secret"})
+
+    def test_a_token_that_was_read_with_its_line_end(self):
+        self.serve("one", "gpt2")
+        with mock.patch.dict(os.environ, HF_TOKEN=" secret\n"):
+            assert_loads(self.theirs, "gpt2")
+        tokens = {headers["Authorization"] for _, headers in self.server.seen}
+        self.assertEqual(tokens, {"Bearer secret"})
+
+    def test_what_is_no_token_is_refused_and_not_shown(self):
+        with (
+            mock.patch.dict(os.environ, HF_TOKEN="sec ret\nX: y"),
+            self.assertRaisesRegex(ValueError, "HF_TOKEN holds") as raised,
+        ):
+            GPT.from_pretrained("gpt2")
+        self.assertNotIn("ret", str(raised.exception))
+
+    def test_it_says_that_it_asks_the_hub(self):
+        self.serve("one", "t2/modle")
+        with self.assertLogs("mingpt", "INFO") as logs:
+            assert_loads(self.theirs, "t2/modle")
+        self.assertIn("'t2/modle' is no file or folder here: asking 127.0.0.1", logs.output[0])
 
     def test_no_such_model(self):
         with self.assertRaisesRegex(ValueError, "Not Found"):

@@ -24,11 +24,10 @@ import report
 import text
 import training
 from measure import Row
-from sides import SideFailed, compare, serve
-
 from mingpt.checkpoint import run_script
 from mingpt.config import CfgNode, documented, parse_args
 from mingpt.utils import log_to_console, set_seed
+from sides import SideFailed, compare, serve
 
 logger = logging.getLogger("mingpt.bench")
 

@@ -9,13 +9,13 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from measure import DEVICE, DTYPE, Case, Limit, Run, clock, memory_bandwidth
-from models import SIZES, our_gpt
 from torch import Tensor
 
+from measure import DEVICE, DTYPE, Case, Limit, Run, clock, memory_bandwidth
 from mingpt.config import CfgNode
 from mingpt.model import GPT
 from mingpt.utils import import_extra
+from models import SIZES, our_gpt
 
 # generate(idx, max_new_tokens) -> the prompt and its greedy continuation
 Generate = Callable[[Tensor, int], Tensor]

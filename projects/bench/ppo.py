@@ -17,11 +17,10 @@ from types import ModuleType
 from unittest import mock
 
 from measure import DEVICE, Case, Run, now
-from models import SIZES, our_gpt, their_config, their_gpt
-
 from mingpt.config import CfgNode
 from mingpt.rlhf import PPOTrainer, RewardModel
 from mingpt.utils import import_extra
+from models import SIZES, our_gpt, their_config, their_gpt
 
 EPOCHS = 4  # of one minibatch each
 

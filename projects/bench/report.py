@@ -11,8 +11,8 @@ from importlib import metadata
 from pathlib import Path
 
 import torch
-from measure import DEVICE, DTYPE, Row
 
+from measure import DEVICE, DTYPE, Row
 from mingpt.checkpoint import write_text
 from mingpt.utils import import_extra
 

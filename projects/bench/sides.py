@@ -3,7 +3,7 @@ Two processes that take turns: one for each side of a case.
 
 With a process each, neither side's memory counts for the other, and neither side's settings change
 the other. A process is `bench.py --side="decode 0 ours"`. It prepares its work and then answers its
-parent in lines of JSON:
+parent in lines of JSON, each behind the word in ANSWER:
 
     parent                          side
                                     "" when it is ready, or a message if a package is missing
@@ -15,7 +15,6 @@ parent in lines of JSON:
 import contextlib
 import json
 import logging
-import os
 import shlex
 import subprocess
 import sys
@@ -26,10 +25,11 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from measure import Case, Row, clock, make_row, peak_megabytes
-
 from mingpt.config import CfgNode
 
 logger = logging.getLogger("mingpt.bench")
+
+ANSWER = "answer: "  # how the side's answers begin; other lines are what some library prints
 
 
 # ----------------------------------------------------------------------------------------------
@@ -98,13 +98,14 @@ def start_side(benchmark: str, number: int, name: str, config: CfgNode) -> Itera
             command.append(f"--{option}={value}")
     command.append(f"--side={benchmark} {number} {name}")
     with (
-        tempfile.TemporaryFile("w+") as errors,
+        tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as errors,
         subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=errors,
-            text=True,
+            encoding="utf-8",
+            errors="replace",
         ) as process,
     ):
         yield Side(process, errors)
@@ -141,10 +142,10 @@ class Side:
         return self.read_answer()
 
     def read_answer(self) -> Any:
-        line = self.process.stdout.readline()
-        if line:
-            return json.loads(line)
-        # No line at all means that the process is dead.
+        for line in self.process.stdout:
+            if line.startswith(ANSWER):
+                return json.loads(line.removeprefix(ANSWER))
+        # No such line means that the process is dead.
         self.errors.seek(0)
         last_line = self.errors.read().strip().rpartition("\n")[2]
         raise SideFailed(f"{shlex.join(self.process.args)} failed with: {last_line}")
@@ -156,13 +157,10 @@ class Side:
 
 def serve(case: Case, side: str) -> None:
     """Be one side of a case: prepare the work, then run it once for every line of the input."""
-    # The answers alone go to stdout. Whatever a library prints there goes to stderr instead.
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
 
     def answer(value: object) -> None:
-        answers.write(json.dumps(value) + "\n")
-        answers.flush()
+        sys.stdout.write(f"\n{ANSWER}{json.dumps(value)}\n")
+        sys.stdout.flush()
 
     prepare = case.ours if side == "ours" else case.theirs
     try:

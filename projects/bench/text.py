@@ -13,7 +13,6 @@ from functools import partial
 from pathlib import Path
 
 from measure import Case, Run
-
 from mingpt import bpe
 from mingpt.checkpoint import write_text
 from mingpt.config import CfgNode
@@ -75,8 +74,13 @@ def our_encoding(text: str) -> Run:
 
 
 def our_decoding(text: str) -> Run:
+    """Decode what the same tokenizer has encoded, as a program does.
+
+    With the ids of another one it would take a fifth longer: a dict finds a number faster by being
+    the very same object than by being equal.
+    """
     tokenizer = bpe.BPETokenizer()
-    ids = bpe.BPETokenizer().encode(text)
+    ids = tokenizer.encode(text)
     return lambda: tokenizer.decode(ids)
 
 

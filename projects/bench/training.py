@@ -8,13 +8,13 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
-from measure import DEVICE, Case, Limit, Run, autocast, matrix_product_rate
-from models import SIZES, our_gpt, their_gpt
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
+from measure import DEVICE, Case, Limit, Run, autocast, matrix_product_rate
 from mingpt.config import CfgNode
 from mingpt.trainer import Trainer
+from models import SIZES, our_gpt, their_gpt
 
 # {end of the case's name: options of torch.compile}. None: the model is not compiled.
 COMPILE_OPTIONS: dict[str, dict | None] = {"": None, ", compiled": {}}

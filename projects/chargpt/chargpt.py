@@ -114,7 +114,8 @@ def fetch_corpus(name: str) -> str:
     """
     url, sha256 = CORPORA[name]
     file_name = url.rpartition("/")[2]
-    file = download(url, home() / "chargpt" / file_name, sha256)
+    otherwise = "Or train on a text of your own, with --data.path=FILE"
+    file = download(url, home() / "chargpt" / file_name, sha256, otherwise=otherwise)
     if file.suffix == ".zip":
         with zipfile.ZipFile(file) as archive:
             return archive.read(name).decode("latin-1")

@@ -16,7 +16,6 @@ import sys
 from pathlib import Path
 
 import report
-
 from mingpt.checkpoint import run_script
 from mingpt.config import CfgNode as CN, parse_args
 from mingpt.plots import plot_metrics
@@ -37,7 +36,8 @@ FAMILY_RUNS = {
     "reinforce": ["--rl.algorithm=reinforce"],
     "reinforce without baseline": ["--rl.algorithm=reinforce", "--rl.whiten_advantages=False"],
     "rloo": ["--rl.algorithm=rloo"],
-    "grpo": ["--rl.algorithm=grpo"],
+    # The paper averages over completions first; this is the variant of the figures in readme.md.
+    "grpo, token mean": ["--rl.algorithm=grpo", "--rl.loss_mean=token"],
     "dpo": ["--rl.algorithm=dpo"],
     "best of 16": ["--rl.algorithm=best_of_n", "--rl.group_size=16"],
 }
@@ -72,7 +72,7 @@ def main(args):
     unknown = sorted(set(chosen) - set(runs))
     if unknown:
         raise ValueError(
-            f"--only={config.only}: {', '.join(unknown)} is none of {', '.join(runs)}"
+            f"--only has {', '.join(unknown)}, which does not exist: choose from {', '.join(runs)}"
         )
 
     folders = {name: Path(config.out) / comparison / name.replace(" ", "_") for name in runs}

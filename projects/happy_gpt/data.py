@@ -84,7 +84,7 @@ def pip_download(folder: Path) -> subprocess.CompletedProcess:
         "--require-hashes",
         "--disable-pip-version-check",
     ]
-    return subprocess.run(command, capture_output=True, text=True)
+    return subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace")
 
 
 def sha256(path: Path) -> str:

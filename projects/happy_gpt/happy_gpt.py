@@ -26,11 +26,10 @@ from pathlib import Path
 import data
 import preferences
 import report
-
 from mingpt import distributed, rlhf
 from mingpt.chars import CharTokenizer
 from mingpt.checkpoint import run_script, write_text
-from mingpt.config import CfgNode as CN, check_numbers, parse_args
+from mingpt.config import CfgNode as CN, check_numbers, documented, parse_args
 from mingpt.datasets import split_rows
 from mingpt.model import GPT
 from mingpt.rlhf import ActorCritic, DPOLoss, PPOTrainer, TextReward
@@ -45,15 +44,16 @@ ALGORITHMS = (*rlhf.ALGORITHMS, "dpo", "best_of_n")
 NORMALIZED_ON = 512  # tweets of the sft model, on which learned rewards have mean 0 and variance 1
 
 
+@documented
 def get_config():
     C = CN()
-    C.stages = ",".join(STAGES)
+    C.stages = ",".join(STAGES)      # the ones to run; those of a learned reward only where needed
     C.prompt = ""                    # text to continue with the finished model, instead of training
     C.base = ""                      # folder of another run, whose finished stages are taken
 
     C.system = CN()
-    C.system.seed = 3407
-    C.system.work_dir = "out/happy_gpt"
+    C.system.seed = 3407             # of everything: weights, batches, samples
+    C.system.work_dir = "out/happy_gpt"  # everything that is written goes there
 
     C.data = CN()
     C.data.path = None               # JSON lines of text and, optionally, rating; None: ICWSM-2014
@@ -63,7 +63,8 @@ def get_config():
     C.model = GPT.get_default_config()
     C.model.model_type = "gpt-micro"
     C.model.block_size = 64
-    C.model.embd_pdrop = 0.0         # no dropout: four passes over the data do not overfit
+    # Probabilities of dropout: none, because four passes over the data do not overfit.
+    C.model.embd_pdrop = 0.0
     C.model.resid_pdrop = 0.0
     C.model.attn_pdrop = 0.0
 
@@ -81,10 +82,11 @@ def get_config():
     C.sft.warmup_iters = 20
     C.sft.eval_every = 100
 
-    C.trunk, C.reward = preferences.get_default_configs()
+    C.trunk = preferences.get_trunk_config()
+    C.reward = preferences.get_reward_config()
 
     C.rl = PPOTrainer.get_default_config()
-    C.rl.reward = "vader"            # or human
+    C.rl.reward = "vader"            # who finds a tweet happy: vader, or human
     C.rl.seed = None                 # of rl and the report; None: system.seed
     C.rl.max_iters = 200
     C.rl.batch_size = 128
@@ -93,15 +95,16 @@ def get_config():
     C.rl.learning_rate = 2.5e-4
     C.rl.lr_schedule = "linear"
     C.rl.value_lr_ratio = 5.0
-    C.rl.gae_lambda = 1.0            # 0.95 trusts a young value function, and the tweets shrink
-    C.rl.kl_coef = 0.15              # begins high and falls until the KL is on target: the path
-    C.rl.kl_target = 7.5             # ... stays close to the frontier
+    C.rl.gae_lambda = 1.0            # at 0.95, which trusts a young value function, tweets shrink
+    C.rl.kl_coef = 0.15              # reward per nat: begins high, to stay close to the frontier
+    C.rl.kl_target = 7.5
     C.rl.kl_horizon = 1200
-    C.rl.group_size = 16             # of algorithms that compare tweets, and of best_of_n
+    C.rl.group_size = 16             # tweets that are compared; of best_of_n, the n
 
-    C.dpo = copy.deepcopy(C.sft)     # the Trainer's options for --rl.algorithm=dpo
-    C.dpo.beta = 0.1
-    C.dpo.pairs = 12_800             # of the sft model's tweets: as many as rl samples in all
+    # The Trainer's options for --rl.algorithm=dpo.
+    C.dpo = copy.deepcopy(C.sft)
+    C.dpo.beta = 0.1                 # strength of the penalty for leaving the sft model
+    C.dpo.pairs = 12_800             # pairs of the sft model's tweets: as many as rl samples
     C.dpo.max_iters = 200
     C.dpo.batch_size = 64            # pairs
     C.dpo.lr_schedule = "linear"
@@ -117,8 +120,8 @@ def get_config():
     C.report = CN()
     C.report.samples = 512           # fresh tweets of each stage, from the same seeds
     C.report.frontier_samples = 4096  # tweets of the sft model, for the yardsticks
-    C.report.every = 20              # iterations of rl between looks at fresh tweets,
-    C.report.looked_at = 256         # so many of them
+    C.report.every = 20              # iterations of rl between looks at fresh tweets
+    C.report.looked_at = 256         # tweets in such a look
     return C
 
 
@@ -148,11 +151,11 @@ def main(args):
     if human and not all(map(stages.finished, ("sft", "reward", "judge"))):
         logger.info("the report follows when sft, reward and judge are finished")
         return
+    if stages.finished("rl"):
+        stages.model_folder("sft")  # the reference: ValueError if it is neither here nor in base
     reward_fn, judges = reward_functions(config, stages, splits, tokenizer)
-    seconds = time.time() - started + seconds_before
-    report.write(
-        config, stages, splits, tokenizer, reward_fn, judges, rl_seed(config), seconds
-    )
+    started -= seconds_before  # when it would have started, had it run all at once
+    report.write(config, stages, splits, tokenizer, reward_fn, judges, rl_seed(config), started)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -216,7 +219,7 @@ def rl(config, stages, splits, tokenizer):
         )
 
     def look(trainer):
-        """Now and then: what the policy writes, and what those judges say whom it never meets."""
+        """Now and then: fresh tweets, and what is said of them by judges it does not learn from."""
         if (trainer.iter_num + 1) % config.report.every != 0 or trainer.rank > 0:
             return
         n = config.report.looked_at
@@ -238,7 +241,7 @@ def rl(config, stages, splits, tokenizer):
 
 def make_stages(config, tokenizer):
     """The run's stages: who trains them, what they depend on, what is checked and locked."""
-    human = Trainer if config.rl.reward == "human" else None  # None: the stage does not take place
+    if_human = Trainer if config.rl.reward == "human" else None  # None: it does not take place
     dpo = config.rl.algorithm == "dpo"
     stages = Stages(
         config,
@@ -246,9 +249,9 @@ def make_stages(config, tokenizer):
         order={
             "pretrain": Trainer,
             "sft": Trainer,
-            "trunk": human,
-            "reward": human,
-            "judge": human,
+            "trunk": if_human,
+            "reward": if_human,
+            "judge": if_human,
             "rl": {"dpo": Trainer, "best_of_n": None}.get(config.rl.algorithm, PPOTrainer),
         },
         base=config.base,
@@ -302,7 +305,7 @@ def run_stage(stage, config, stages, splits, tokenizer):
 
 
 def reward_functions(config, stages, splits, tokenizer):
-    """(the reward that the policy learns from, {name: a judge that it never meets})."""
+    """(the reward that the policy learns from, {name: a judge that it does not learn from})."""
     by_vader = TextReward(preferences.vader(), tokenizer)
     if config.rl.reward == "vader":
         return by_vader, {}
@@ -381,7 +384,8 @@ def check_known(option, values, known):
     unknown = sorted(set(values) - set(known))
     if unknown:
         raise ValueError(
-            f"--{option}={','.join(values)}: {', '.join(unknown)} is none of {','.join(known)}"
+            f"--{option} has {', '.join(unknown)}, which does not exist: choose from "
+            f"{', '.join(known)}"
         )
 
 

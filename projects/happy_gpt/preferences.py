@@ -25,7 +25,7 @@ from torch.utils.data import Dataset, TensorDataset
 
 from mingpt.bpe import BPETokenizer
 from mingpt.checkpoint import write_text
-from mingpt.config import CfgNode as CN
+from mingpt.config import CfgNode as CN, documented
 from mingpt.datasets import pad_and_mask
 from mingpt.evaluation import Samples
 from mingpt.model import GPT
@@ -38,30 +38,33 @@ logger = logging.getLogger("mingpt.happy_gpt")
 MARGIN = 0.5
 
 
-def get_default_configs() -> tuple[CN, CN]:
-    """The options of the trunk's pre-training and of the reward models.
+@documented
+def get_trunk_config() -> CN:
+    """The options of the trunk's pre-training. An item, of batch_size 1, is a group of texts."""
+    C = Trainer.get_default_config()
+    C.vocab_size = 1024              # byte pairs
+    C.group_size = 64                # texts in a batch
+    C.max_iters = 3000
+    C.batch_size = 1                 # groups
+    C.learning_rate = 4e-3
+    C.lr_schedule = "cosine"
+    C.warmup_iters = 100
+    C.eval_every = 500
+    return C
 
-    The Trainer's batch_size is 1: an item is a whole group of texts.
-    """
-    trunk = Trainer.get_default_config()
-    trunk.vocab_size = 1024          # byte pairs
-    trunk.group_size = 64            # texts in a batch
-    trunk.max_iters = 3000
-    trunk.batch_size = 1
-    trunk.learning_rate = 4e-3
-    trunk.lr_schedule = "cosine"
-    trunk.warmup_iters = 100
-    trunk.eval_every = 500
 
-    reward = Trainer.get_default_config()
-    reward.group_size = 64           # texts in a batch, all compared with each other
-    reward.epochs = 6
-    reward.batch_size = 1
-    reward.learning_rate = 5e-4
-    reward.lr_schedule = "linear"
-    reward.warmup_iters = 50
-    reward.eval_every = 100
-    return trunk, reward
+@documented
+def get_reward_config() -> CN:
+    """The options of the reward models, of the reward and of the judge."""
+    C = Trainer.get_default_config()
+    C.group_size = 64                # texts in a batch, all of a source compared with each other
+    C.epochs = 6
+    C.batch_size = 1                 # groups
+    C.learning_rate = 5e-4
+    C.lr_schedule = "linear"
+    C.warmup_iters = 50
+    C.eval_every = 100
+    return C
 
 
 # --------------------------------------------------------------------------------------------------

@@ -6,13 +6,14 @@ has. Both follow from tweets of the sft model, without training (mingpt/evaluati
 """
 
 import json
+import time
 from pathlib import Path
 
-import data
 import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
+import data
 from mingpt import evaluation
 from mingpt.checkpoint import to_json, write_text
 from mingpt.config import CfgNode as CN
@@ -118,12 +119,12 @@ def write(
     reward_fn,
     judges: dict,
     seed: int,
-    seconds: float,
+    started: float,
 ) -> None:
     """Write everything in work_dir that is for people, and print the most important of it.
 
     judges: {name: another reward function, which the policy never saw}. seed: of the tweets.
-    seconds: how long the run took.
+    started: the time at which the run began.
     """
     work_dir = Path(config.system.work_dir)
     models = {
@@ -143,12 +144,6 @@ def write(
     for name, judge in judges.items():
         for stage, samples in tweets.items():
             summary[f"{name}_{stage}"] = score(samples, judge).mean().item()
-    summary |= {
-        "seconds": round(seconds, 1),
-        "peak_rss_mb": peak_memory(work_dir / "summary.json"),
-        "seed": seed,
-    }
-
     metrics = {
         stage: read_metrics(stages.stage_folder(stage) / "metrics.jsonl") for stage in models
     }
@@ -156,6 +151,11 @@ def write(
     rows = [{"stage": stage, **row} for stage, stage_rows in metrics.items() for row in stage_rows]
     write_text(work_dir / "metrics.jsonl", "".join(to_json(row) + "\n" for row in rows))
     write_text(work_dir / "samples.md", side_by_side(tweets, min(20, config.report.samples)))
+    summary |= {
+        "seconds": round(time.time() - started, 1),
+        "peak_rss_mb": peak_memory(work_dir / "summary.json"),
+        "seed": seed,
+    }
     write_text(work_dir / "summary.json", to_json(summary, indent=2) + "\n")
     print(table(summary, tweets, work_dir))
     print(USAGE.format(folder=str(stages.model_folder(list(models)[-1]))))
@@ -306,6 +306,9 @@ def plot_rl(work_dir: Path, rows: list[dict], reference_rewards) -> None:
     path_of_run = means_of_five(rollouts)
     if not rollouts:
         path_of_run = ([row["eval/kl"] for row in looks], [row["eval/scores"] for row in looks])
+    # The run begins as the sft model: at a KL of 0, with its reward.
+    kls, rewards = path_of_run
+    path_of_run = ([0.0, *kls], [float(np.mean(reference_rewards)), *rewards])
     plot_metrics(
         work_dir / "frontier.png",
         {"reward against KL": {"this run": path_of_run, **yardsticks(reference_rewards)}},

@@ -98,7 +98,10 @@ def make(config: CN, folder: Path) -> None:
     else:
         logger.info("training a vocabulary of %d tokens", config.data.vocab_size)
         texts = [full_text(row) for row in rows["train"]]
-        tokenizer = BPETokenizer.train(texts, config.data.vocab_size)
+        try:
+            tokenizer = BPETokenizer.train(texts, config.data.vocab_size)
+        except ValueError as error:
+            raise ValueError(f"--data.vocab_size={config.data.vocab_size}: {error}") from None
         tokenizer.save_pretrained(folder)
     write_splits(folder, "rows", rows, tokenizer, config)
     write_splits(folder, "comparisons", comparisons, tokenizer, config)

@@ -36,7 +36,7 @@ def main(args: list[str]) -> None:
         trainer = make_trainer(config)
         trainer.run()
         print(
-            f"{stage:8}{trainer.iter_dt:10.2f} s{peak_memory(device):>14}"
+            f"{stage:8}{trainer.iter_dt:10.2f} s{peak_memory(device):>16}"
             f"   a step of {trainer.config.batch_size} on {device}",
             flush=True,
         )

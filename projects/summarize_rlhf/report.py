@@ -144,15 +144,18 @@ def seconds_of_stages(run: Run) -> dict[str, int]:
     return seconds
 
 
-def peak_memory(path: Path) -> int:
-    """The most MB that this process held, or an earlier one that wrote the summary at `path`."""
-    peaks = [0.0]
-    if path.exists():
-        peaks.append(json.loads(path.read_text(encoding="utf-8"))["peak_rss_mb"])
+def peak_memory(path: Path) -> int | None:
+    """The most MB that this process held, or an earlier one that wrote the summary at `path`.
+
+    None where the system does not count it.
+    """
     peak = peak_memory_mb()
-    if peak is not None:
-        peaks.append(peak)
-    return round(max(peaks))
+    if peak is None:
+        return None
+    before = 0
+    if path.exists():
+        before = json.loads(path.read_text(encoding="utf-8"))["peak_rss_mb"] or 0
+    return max(before, round(peak))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -197,11 +200,12 @@ def table(summary: dict, work_dir: Path) -> str:
             f"{summary[f'rouge_l_{stage}']:9.3f}{summary[f'ended_{stage}']:8.1%}"
             f"{summary[f'length_{stage}']:8.1f}{summary[f'distinct_{stage}']:10.1%}"
         )
+    memory = "" if summary["peak_rss_mb"] is None else f", {summary['peak_rss_mb']} MB"
     lines += [
         "",
         f"Of {summary['texts']} held-out texts the judge prefers PPO's summary for "
         f"{summary['judge_prefers_ppo']:.1%}, at a KL of {summary['kl_ppo']:.2f} nats.",
-        f"{sum(summary['seconds'].values())} s in the stages, {summary['peak_rss_mb']} MB; "
+        f"{sum(summary['seconds'].values())} s in the stages{memory}; "
         f"samples.md, summary.json, the plots and the model are in {work_dir}",
     ]
     return "\n".join(lines)

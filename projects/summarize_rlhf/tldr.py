@@ -36,7 +36,9 @@ def read_lines(name: str) -> list[dict]:
 
     ValueError for a damaged file, which is removed, so that the next run downloads it again.
     """
-    path = download(f"{BUCKET}/{name}", home() / "summarize-from-feedback" / name)
+    otherwise = "Or summarize texts of your own, with --data.path=FILE, or docstrings"
+    file = home() / "summarize-from-feedback" / name
+    path = download(f"{BUCKET}/{name}", file, otherwise=otherwise)
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
         return [json.loads(line) for line in lines if line.strip()]
