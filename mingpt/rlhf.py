@@ -29,6 +29,8 @@ whose prompt has 2 tokens and is padded on the left. The second <eot> only fills
     log_probs[t]       -     -     x     x     x     -             log π(idx[t+1] | idx[:t+1])
     values[t]          -     -     x     x     x     -             V(idx[:t+1]), before the action
     rewards[t]         0     0     kl    kl    kl+score  0
+
+x is a number, - one that nobody reads, kl the penalty -kl_coef · (log π_old - log π_ref).
 """
 
 import contextlib
@@ -97,7 +99,8 @@ def masked(x: Tensor, mask: Tensor) -> Tensor:
     """x with zeros off the mask.
 
     The zeros are exact: NaN or infinity off the mask reaches neither a value nor a gradient.
-    ValueError unless the mask has x's shape; it holds 1 (or True) and 0 (or False).
+    The mask must have x's shape and hold only 1 (True) and 0 (False): ValueError otherwise.
+    On a GPU its values are not checked, and all but 0 count as 1.
     """
     if mask.shape != x.shape:
         raise ValueError(
@@ -109,7 +112,7 @@ def masked(x: Tensor, mask: Tensor) -> Tensor:
 
 
 def masked_mean(x: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
-    """Mean of x over the masked entries, of all or along dim; 0 where there are none."""
+    """Mean of x over its entries on the mask, of all or along dim; 0 if there are none."""
     total = masked(x, mask)
     count = mask.bool().to(x.dtype)
     if dim is None:
@@ -127,6 +130,7 @@ def masked_whiten(x: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
     variance = masked_mean((x - mean) ** 2, mask)
     # Without the 1e-8, the rounding errors of a constant would be blown up to unit variance.
     whitened = (x - mean) * (variance + 1e-8).rsqrt()
+    # Shifting has put something other than 0 off the mask: mask once more.
     return masked(whitened if shift_mean else whitened + mean, mask)
 
 
@@ -145,6 +149,7 @@ def kl_estimate(log_probs: Tensor, ref_log_probs: Tensor, kind: str = "k1") -> T
     if kind == "k2":
         return log_ratio**2 / 2
     if kind == "k3":
+        # expm1(log r) is r - 1, without the rounding error that r near 1 would bring.
         return log_ratio.expm1() - log_ratio
     raise ValueError(f"kind={kind!r} must be k1, k2 or k3")
 
@@ -158,12 +163,12 @@ def gae(
         A_t = δ_t + γλ A_{t+1}              (Schulman et al. 2015, equation 16)
         returns_t = A_t + V_t
 
-    The episode ends with the last masked token. Behind it, V and A are 0.
+    The episode ends with the last token on the mask. Behind it, V and A are 0.
     """
     rewards = masked(rewards, mask)
     values = masked(values, mask)
     # Backwards in time: each advantage needs the one behind it. Behind the last token both are 0,
-    # and masked tokens pass a 0 on, so that padding on the right changes nothing.
+    # and tokens off the mask pass a 0 on, so that padding on the right changes nothing.
     next_value = torch.zeros_like(rewards[:, 0])
     next_advantage = torch.zeros_like(rewards[:, 0])
     backwards = []
@@ -187,7 +192,7 @@ def rloo_advantages(scores: Tensor, group_size: int) -> Tensor:
     """
     groups = grouped(scores, group_size)
     centred = groups - groups.mean(1, keepdim=True)
-    # s - mean(others) = (s - mean(all)) · k / (k - 1)
+    # s - mean(others) = (s - mean(all)) · k / (k - 1)    with k = group_size
     return (centred * group_size / (group_size - 1)).flatten()
 
 
@@ -244,9 +249,10 @@ def average(
         sequence    each completion's mean, then the mean over the completions
         constant    each completion's sum / max_new_tokens, then the mean over the completions
 
-    denominator: where x is a part of a minibatch only, what the whole minibatch's sum is divided
-    by (see `average_denominator`). Then the results of the parts add up to that of the minibatch.
+    denominator: needed if x is only a part of a minibatch. It is what `average_denominator`
+    gives for the whole minibatch. The results of the parts then add up to the minibatch's.
     """
+    # (B,) means for "sequence", else the (B, T) terms themselves.
     terms = masked_mean(x, mask, dim=1) if loss_mean == "sequence" else masked(x, mask)
     if denominator is None:
         denominator = max(average_denominator(mask, loss_mean, max_new_tokens), 1.0)
@@ -295,6 +301,7 @@ def ppo_policy_loss(
     # ρ, from log-probs: a difference and an exponential.
     log_ratio = masked(log_probs - old_log_probs, mask)
     if ratio == "sequence":
+        # The exponential of a mean of logs is a geometric mean. Each token gets it: (B, T).
         log_ratio = masked_mean(log_ratio, mask, dim=1)[:, None].expand_as(log_ratio)
     elif ratio != "token":
         raise ValueError(f"ratio={ratio!r} must be token or sequence")
@@ -337,7 +344,9 @@ def value_loss(
     clip_range: float = 0.2,
     denominator: float | None = None,
 ) -> Tensor:
-    """Squared error of the value function, clipped like the ratio (the PPO paper's `baselines`).
+    """Squared error of the value function, clipped like the ratio.
+
+    This clipping is not in the PPO paper but in its authors' code (OpenAI's `baselines`).
 
         L = 1/2 mean max((V - R)², (clip(V, V_old - ε, V_old + ε) - R)²)
 
@@ -471,7 +480,7 @@ def comparison_loss(
     dropout: use the model's dropout. It is off by default, because it draws the completions of a
     pair apart: even two equal texts would get different rewards, and a gradient.
     """
-    check_numbers(CN(centering=centering), "centering")
+    check_numbers(CN(centering=centering), "centering")  # it checks the options of a config
     with contextlib.nullcontext() if dropout else evaluation_mode(model):
         chosen, rejected = comparison_scores(model, batch)
     loss = reward_loss(chosen, rejected) + centering * (chosen + rejected).square().mean()
@@ -519,6 +528,7 @@ class DPOLoss:
         self.dropout = dropout
         self.reference: ActorCritic | None = None
         if ref_policy is not None:
+            # An ActorCritic without a value function. It reads each prompt only once.
             self.reference = ActorCritic(copy.deepcopy(ref_policy)).eval().requires_grad_(False)
 
     def __call__(self, model: nn.Module, batch: tuple[Tensor, ...]) -> tuple[Tensor, dict]:
@@ -526,7 +536,7 @@ class DPOLoss:
         with contextlib.nullcontext() if self.dropout else evaluation_mode(model):
             log_probs = completion_log_probs(model, batch)  # (B, K)
         chosen, rejected = log_probs[:, :1], log_probs[:, 1:]
-        if self.reference is None:
+        if self.reference is None:  # SimPO
             lengths = batch[2].sum(2)
             chosen_length, rejected_length = lengths[:, :1], lengths[:, 1:]
             loss = simpo_loss(
@@ -549,11 +559,13 @@ def completion_log_probs(model: nn.Module, batch: tuple[Tensor, ...]) -> Tensor:
     """
     B, K, _ = batch[0].shape
     idx, attention_mask, completion_mask = (x.flatten(0, 1) for x in batch)  # (B·K, T)
+    # The token in column c is action c - 1. So this many actions belong to the prompts.
+    prefix_length = first_column(completion_mask) - 1
     log_probs, _ = model(
         idx,
         attention_mask,
         temperature=1.0,
-        prefix_length=first_column(completion_mask) - 1,
+        prefix_length=prefix_length,
         rows_per_prompt=K,
     )
     return masked(log_probs, completion_mask[:, 1:]).sum(1).view(B, K)
@@ -657,10 +669,11 @@ def choose(config: CN) -> Algorithm:
     """
     if config.algorithm not in ALGORITHMS:
         raise ValueError(f"algorithm={config.algorithm!r} must be one of {', '.join(ALGORITHMS)}")
-    # Begin with the row, and put what the config says for itself in its place.
+    # Start from the row, and replace the choices that the config sets itself.
     own = {name: getattr(config, name) for name in CHOICES if getattr(config, name) is not None}
     choices = dataclasses.replace(ALGORITHMS[config.algorithm], **own)
-    # Who chooses no penalty need not also take back the row's weight of it.
+    # With kl_penalty=none the row's kl_coef has no use, so the config need not set it to 0.
+    # If the config does set one, check_combination refuses it.
     if choices.kl_penalty == "none" and config.kl_coef is None:
         choices = dataclasses.replace(choices, kl_coef=0.0)
     check_choices(choices)
@@ -740,17 +753,17 @@ class Rollout:
     old_log_probs: Tensor  # (B, T-1) log π_old, of the policy that sampled them
     ref_log_probs: Tensor  # (B, T-1) log π_ref
     old_values: Tensor  # (B, T-1) V before the update; zeros without a value function
-    kl: Tensor  # (B, T-1) log π_old - log π_ref on the mask, in nats
+    kl: Tensor  # (B, T-1) log π_old - log π_ref on the mask (k1), in nats
     # What it is worth.
     scores: Tensor  # (B,) rewards of the whole texts, less the penalty for a missing end
-    ended: Tensor  # (B,) whether the episode ended by itself
+    ended: Tensor  # (B,) whether a stop token ended it, not max_new_tokens
     prompt_index: Tensor  # (B,) which of the prompts each row continues
     # What the update learns from.
     advantages: Tensor  # (B, T-1) how much better than expected each action was
     returns: Tensor  # (B, T-1) what the value function should have said
-    counted: Tensor  # (B,) whether the episode has a part in the loss
+    counted: Tensor  # (B,) whether the loss counts the episode (see skip_equal_groups)
     # How it can be read faster: rows of one prompt share their first columns.
-    prefix_length: int  # columns before the state of the first action
+    prefix_length: int  # how many of the actions idx[:, 1:] belong to the prompts
     rows_per_prompt: int  # adjacent rows that share the prefix, so that it is read once
     metrics: dict[str, float]  # what the reward function reports of itself
 
@@ -763,7 +776,7 @@ class Rollout:
         return self.mask & self.counted[:, None]
 
     def select(self, rows: Tensor | slice) -> "Rollout":
-        """Some of the episodes."""
+        """Some of the episodes. Take rows that share a prefix together, and adjacent."""
         tensors = {
             field.name: getattr(self, field.name)[rows]
             for field in dataclasses.fields(self)
@@ -774,12 +787,14 @@ class Rollout:
 
 @dataclass
 class MicroBatch:
-    """Some episodes of a minibatch, and what the sums over the whole minibatch are divided by."""
+    """Some episodes of a minibatch, and what the loss must know of the whole minibatch."""
 
     episodes: Rollout
-    tokens: float  # tokens of the minibatch that have a part in the loss, in all processes
-    denominator: float  # ... or completions, or completions * max_new_tokens: by loss_mean
-    log_prob_errors: list[Tensor]  # largest |log π - log π_old|, noted by the loss
+    # What sums are divided by, counted over the whole minibatch, in all processes.
+    tokens: float  # tokens that have a part in the loss: for the value loss and the metrics
+    denominator: float  # by loss_mean (see `average_denominator`): for the policy's loss
+    # A list that all micro-batches of the minibatch share. The loss appends to it.
+    log_prob_errors: list[Tensor]  # the largest |log π - log π_old| of each micro-batch
 
 
 # --------------------------------------------------------------------------------------------------
@@ -799,8 +814,9 @@ class PPOTrainer(Trainer):
     ref_policy: by default a frozen copy of the policy.
 
     One iteration of the Trainer's loop is a rollout, its scores, advantages and the update, all
-    without dropout. If the reward function fails, a RewardError names the sample; with one process,
-    a checkpoint of the iteration's beginning is saved first.
+    without dropout. If the reward function fails, a RewardError names the sample. With one
+    process, a checkpoint of the iteration's beginning is saved first (not in the first
+    iteration, when nothing is learned yet).
     """
 
     model: ActorCritic
@@ -824,7 +840,7 @@ class PPOTrainer(Trainer):
         C.kl_estimator = None         # k1, k2 or k3
         C.kl_coef = None              # beta, reward per nat
         C.loss_mean = None            # over tokens (token), completions (sequence), or constant
-        C.ratio = None                # of each token, or of the whole sequence
+        C.ratio = None                # of each token (token), or of completions (sequence)
         C.clip_range = None           # epsilon, or a pair (below, above)
         C.skip_equal_groups = None    # leave out groups whose completions all earned the same
         C.ppo_epochs = None           # passes over a rollout
@@ -843,11 +859,11 @@ class PPOTrainer(Trainer):
         C.gae_lambda = 0.95           # gae: 0 trusts the value function, 1 the sampled rewards
         # The update.
         C.minibatch_size = None       # episodes per optimizer step; None: all of the rollout
-        C.approxkl_max = None         # no further pass once the policy has moved so far, nats/token
+        C.approxkl_max = None         # end the passes above this KL to pi_old, nats/token
         C.value_clip_range = 0.2      # how far a value may move in one update
         C.value_coef = 0.1            # the value function's weight in the loss
-        C.value_lr_ratio = 1.0        # its learning rate, as a multiple of the policy's
-        C.shared_trunk = False        # it is a head on the policy's trunk, not a model of its own
+        C.value_lr_ratio = 1.0        # the value function's learning rate / the policy's
+        C.shared_trunk = False        # the value function is a head on the policy's trunk
         return C
 
     def __init__(
@@ -885,6 +901,7 @@ class PPOTrainer(Trainer):
         )
 
         self.policy = policy
+        # Only then can the sampler's own log-probs be used (see `sample`).
         self.weights_are_fp32 = all(p.dtype == torch.float32 for p in policy.parameters())
         # The reward model and the reference are used as they are, without dropout.
         if isinstance(reward_fn, nn.Module):
@@ -941,6 +958,7 @@ class PPOTrainer(Trainer):
             raise
         # Learn from it, and describe both.
         self.last_rollout = rollout
+        # For tokens/s, as if all processes had written as much as this one.
         self.tokens += int(rollout.mask.sum()) * self.world_size
         metrics = distributed.mean(self.update(rollout) | self.describe(rollout))
         metrics |= mean_by_name(distributed.gather(rollout.metrics))
@@ -950,7 +968,8 @@ class PPOTrainer(Trainer):
     def adapt_kl_coef(self, kl: float) -> None:
         """Move kl_coef towards what holds the KL at kl_target (Ziegler et al. 2019, section 2.2).
 
-        The relative error is clipped at 0.2, and works over kl_horizon episodes.
+        The relative error is clipped to ±0.2. If it lasts for kl_horizon episodes, kl_coef
+        changes by about that fraction.
         """
         if self.config.kl_target is None:
             return
@@ -964,19 +983,20 @@ class PPOTrainer(Trainer):
 
         prompts, prompt_mask: (B, P), left-padded. prompt_index: (B,), their rows in the dataset.
         """
-        # The first action is taken in the state behind the prompt's last token. The columns before
-        # it are a prefix, which the rows of a group share. A prompt of one token has none.
+        # The policy's first token is in column P: action P-1. The P-1 actions before it are
+        # the prompt's, and nobody needs their log-probs. Their columns are the prefix. The
+        # rows of a group share it, so it is read once. A prompt of one token has none.
         prefix_length = prompts.size(1) - 1
         rows_per_prompt = self.choices.group_size if prefix_length > 0 else 1
-        sharing = (prefix_length, rows_per_prompt)
+        prefix = (prefix_length, rows_per_prompt)
 
         # Sample the completions, and read them with the reference and the value function.
         with self.autocast():
             idx, attention_mask, completion_mask, old_log_probs = self.sample(
-                prompts, prompt_mask, *sharing
+                prompts, prompt_mask, *prefix
             )
-            ref_log_probs = self.log_probs(self.ref_policy, idx, attention_mask, *sharing)
-            values = self.values(idx, attention_mask, *sharing)
+            ref_log_probs = self.log_probs(self.ref_policy, idx, attention_mask, *prefix)
+            values = self.values(idx, attention_mask, *prefix)
         mask = completion_mask[:, 1:]  # (B, T-1): from columns to actions
         values = masked(values, mask)
 
@@ -1014,7 +1034,7 @@ class PPOTrainer(Trainer):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Continue the prompts (B, P): idx, attention_mask, completion_mask (B, T), and log π_old.
 
-        From the whole softmax: with top-k or top-p the ratio would not start at 1.
+        Samples from the whole softmax: with top-k or top-p the ratio would not start at 1.
         """
         idx, log_probs = self.policy.generate(  # type: ignore[operator]  # need not be a GPT
             prompts,
@@ -1028,9 +1048,9 @@ class PPOTrainer(Trainer):
         prompt_length = prompts.size(1)
         completion_mask = written_mask(idx, prompt_length, self.stop_token)
         attention_mask = torch.cat([prompt_mask, completion_mask[:, prompt_length:]], dim=1)
-        # The sampler knows log π of what it drew. But in half precision, sampling token by token
-        # rounds differently from one pass over the whole row, as the update does it. There the
-        # log-probs are computed anew, so that the ratio starts at 1.
+        # The sampler knows log π of what it drew. But it reads token by token, and the
+        # update the row in one pass. In half precision the two round differently: there
+        # the log-probs are computed anew in one pass, so that the ratio starts at 1.
         if self.precision == "fp32" and self.weights_are_fp32:
             old_log_probs = F.pad(log_probs, (prefix_length, 0))  # (B, n) -> (B, T-1)
         else:
@@ -1048,7 +1068,7 @@ class PPOTrainer(Trainer):
         rows_per_prompt: int,
     ) -> Tensor:
         """log π of all actions behind the prefix, (B, T-1), a micro-batch at a time."""
-        model = ActorCritic(policy)
+        model = ActorCritic(policy)  # reads a prefix once; no value function here
         parts = []
         for part, part_mask in self.in_micro_batches(idx, attention_mask):
             log_probs, _ = model(
@@ -1067,7 +1087,10 @@ class PPOTrainer(Trainer):
         return torch.cat(parts)
 
     def in_micro_batches(self, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-        """The rows of some tensors, micro_batch_size at a time, as in the update."""
+        """The rows of some tensors, micro_batch_size at a time, as in the update.
+
+        `check_group_sizes` has made sure that this cuts no group in two.
+        """
         size = self.config.micro_batch_size or len(tensors[0])
         return zip(*(x.split(size) for x in tensors), strict=True)
 
@@ -1082,6 +1105,7 @@ class PPOTrainer(Trainer):
         """The rewards of the whole texts."""
         reward_fn = self.reward_fn
         if isinstance(reward_fn, RewardModel):
+            # It too can read a prompt once for the whole group.
             reward_fn = functools.partial(reward_fn, rows_per_prompt=rows_per_prompt)
         return score(
             reward_fn,
@@ -1116,7 +1140,7 @@ class PPOTrainer(Trainer):
             # The whole completion is one action: all its tokens get the same advantage.
             estimate = GROUP_ADVANTAGES[choices.advantage]
             advantages = estimate(rewards.sum(1), choices.group_size)[:, None].expand_as(rewards)
-            returns = values
+            returns = values  # zeros: there is no value function to learn from returns
         else:
             # Without a value function V is 0, and λ = 1 makes the advantage the return itself.
             lam = self.config.gae_lambda if choices.advantage == "gae" else 1.0
@@ -1134,7 +1158,7 @@ class PPOTrainer(Trainer):
 
     def whiten(self, x: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
         """`masked_whiten` over the episodes of all processes."""
-        # Gather the masked entries of all processes, whiten them together, take back our own.
+        # Gather all processes' entries on the mask, whiten them together, keep our own.
         of_each_process = distributed.gather(x[mask].cpu())
         joined = torch.cat(of_each_process)
         whitened = masked_whiten(joined, torch.ones_like(joined), shift_mean)
@@ -1159,25 +1183,26 @@ class PPOTrainer(Trainer):
                     steps.append(metrics)
             if self.went_too_far(steps):
                 break
-        # No group differs from another (see skip_equal_groups): nothing was learned this time.
+        # In every group all completions earned the same (see skip_equal_groups), so all
+        # minibatches were skipped: nothing was learned this time.
         if not steps:
             self.loss = torch.tensor(0.0)
             steps = [{"loss": 0.0, "lr": self.learning_rate(), "grad_norm": 0.0}]
         metrics = {name: sum(step[name] for step in steps) / len(steps) for name in steps[0]}
-        # Policy and sampler must agree before the first step; later the policy has moved.
+        # Not a mean but the first step's: before it, policy and sampler must agree. Later
+        # the policy has moved.
         metrics["log_prob_error"] = steps[0].get("log_prob_error", 0.0)
         if self.choices.skip_equal_groups:
             metrics["skipped_steps"] = float(skipped)
         return metrics
 
     def shuffled(self, rollout: Rollout) -> Tensor:
-        """The rows of the rollout in a random order, (B,); rows that share a prefix stay together.
-        """
+        """The rows in a random order, (B,). Rows that share a prefix stay together."""
         groups = torch.arange(len(rollout)).view(-1, rollout.rows_per_prompt)
         return groups[torch.randperm(len(groups))].flatten()
 
     def went_too_far(self, steps: list[dict[str, float]]) -> bool:
-        """Whether the last step has found the policy further from the rollout's than allowed."""
+        """Whether the last step found the policy further from π_old than approxkl_max."""
         if self.config.approxkl_max is None or not steps:
             return False
         return steps[-1]["policy/approxkl"] > self.config.approxkl_max
@@ -1185,17 +1210,19 @@ class PPOTrainer(Trainer):
     def minibatch_step(self, minibatch: Rollout) -> dict[str, float] | None:
         """One optimizer step; its metrics, or None where no episode has a part in the loss."""
         parts = self.micro_batches(minibatch)
-        if parts[0][1].tokens == 0:
+        # tokens and log_prob_errors are the same in all micro-batches: ask the first.
+        _, first = parts[0]
+        if first.tokens == 0:
             return None
-        metrics = self.optimizer_step(parts)
-        errors = torch.stack(parts[0][1].log_prob_errors)
+        metrics = self.optimizer_step(parts)  # the loss appends to first.log_prob_errors
+        errors = torch.stack(first.log_prob_errors)
         return metrics | {"log_prob_error": errors.max().item()}
 
     def micro_batches(self, batch: Rollout) -> list[tuple[float, Any]]:
-        """Split a minibatch into micro-batches; the losses of all of them add up to its loss.
+        """Split a minibatch: (share, MicroBatch) pairs for the Trainer's `optimizer_step`.
 
-        Each term of the loss is a sum over the micro-batch divided by the whole minibatch's
-        denominator, so the shares are all 1.
+        It multiplies each micro-batch's loss by its share and adds them up. Here each loss
+        is already divided by the whole minibatch's denominator, so all shares are 1.
         """
         mask = batch.loss_mask
         # What the sums are divided by, counted over the minibatches of all processes.
@@ -1276,6 +1303,8 @@ class PPOTrainer(Trainer):
     def kl_loss(self, log_probs: Tensor, batch: MicroBatch) -> Tensor:
         """The estimated KL to the reference policy, averaged as the surrogate is."""
         mask = batch.episodes.loss_mask
+        # Masked before, not after: off the mask k3's exponential may overflow, and infinity
+        # would become NaN in the gradient.
         kl = kl_estimate(
             masked(log_probs, mask),
             masked(batch.episodes.ref_log_probs, mask),
@@ -1296,6 +1325,7 @@ class PPOTrainer(Trainer):
         mask = rollout.mask
         kl = rollout.kl.sum(1).mean()
         score = rollout.scores.mean()
+        # The entropy is estimated from the sampled tokens: the mean of -log π_old.
         metrics = {
             "objective/kl": kl,
             "objective/scores": score,
@@ -1312,7 +1342,8 @@ class PPOTrainer(Trainer):
             variance = masked_mean((returns - masked_mean(returns, mask)) ** 2, mask)
             metrics["val/explained_variance"] = 1 - residual / variance.clamp(min=1e-8)
         if self.choices.group_size > 1:
-            # From groups of equal scores a group's advantages learn nothing.
+            # Where advantages compare within a group, equal scores teach nothing. (These
+            # are scores; skip_equal_groups compares rewards, which may hold a KL penalty.)
             groups = grouped(rollout.scores, self.choices.group_size)
             metrics["equal_groups"] = equal_groups(groups).float().mean()
         return {name: value.item() for name, value in metrics.items()}
@@ -1359,7 +1390,7 @@ class PPOTrainer(Trainer):
         return self.tokenizer.decode(ids[~is_stop(ids, self.stop_token)].tolist())
 
     def after_step(self) -> None:
-        """The Trainer's, and some of what was written goes into work_dir/samples.jsonl."""
+        """As in the Trainer. Before that, put some episodes into work_dir/samples.jsonl."""
         if self.is_due(self.config.log_every) and self.config.log_samples:
             rows = [{"iter": self.iter_num, **row} for row in self.samples(self.config.log_samples)]
             self.folder.log_samples(rows)
@@ -1368,7 +1399,7 @@ class PPOTrainer(Trainer):
     # -- batches, checkpoints and checks -----------------------------------------------------------
 
     def batch_indices(self) -> Iterator[list[int]]:
-        """The Trainer's batches, of prompts; each prompt group_size times."""
+        """The Trainer's batches of prompts, with each prompt repeated group_size times."""
         for prompts in super().batch_indices():
             yield [i for i in prompts for _ in range(self.choices.group_size)]
 
@@ -1378,7 +1409,7 @@ class PPOTrainer(Trainer):
         return self.config.batch_size // self.choices.group_size
 
     def state_dict(self) -> dict[str, Any]:
-        """The Trainer's state, and the penalty's."""
+        """The Trainer's state, with kl_coef and the reference's checksum."""
         own = {"kl_coef": self.kl_coef, "ref_checksum": self.ref_checksum}
         return super().state_dict() | own
 
@@ -1399,7 +1430,7 @@ class PPOTrainer(Trainer):
     @classmethod
     def effective_options(cls, options: dict[str, Any]) -> dict[str, Any]:
         """The options, with defaults for missing ones and the row's choices in place of None."""
-        if "baseline" in options:
+        if "baseline" in options:  # only old checkpoints have it
             options = options_before_the_table(options)
         options = super().effective_options(options)
         row = ALGORITHMS[options["algorithm"]]
@@ -1418,6 +1449,7 @@ class PPOTrainer(Trainer):
         check_booleans(config, "whiten_rewards", "shared_trunk")
         check_numbers(config, "gamma", "gae_lambda", high=1)
         check_numbers(config, "kl_target", "approxkl_max", low=1e-6, optional=True)
+        # From batch_size on, one iteration changes kl_coef by 20 % at most.
         check_numbers(config, "kl_horizon", low=config.batch_size)
         highest = config.batch_size
         check_numbers(
@@ -1528,6 +1560,7 @@ def check_kl_target(config: CN, choices: Algorithm) -> None:
 
 def check_group_sizes(config: CN, choices: Algorithm, world_size: int) -> None:
     """ValueError unless whole groups fit into every batch, minibatch and micro-batch."""
+    # Batches and minibatches are split over the processes, micro-batches are not.
     processes = {"batch_size": world_size, "minibatch_size": world_size, "micro_batch_size": 1}
     for name, count in processes.items():
         size = getattr(config, name)
@@ -1568,7 +1601,7 @@ def mean_by_name(rows: list[dict[str, float]]) -> dict[str, float]:
     for row in rows:
         for name, value in row.items():
             values[name].append(value)
-    return {name: sum(numbers) / len(numbers) for name, numbers in values.items()}
+    return {name: sum(entries) / len(entries) for name, entries in values.items()}
 
 
 def checksum(module: nn.Module) -> int:
