@@ -1,8 +1,8 @@
 """
 Reinforcement learning from human feedback: estimators, losses, the table of algorithms, PPOTrainer.
 
-A language model, the policy, writes completions. A reward function scores them. The policy learns to
-earn more, without moving far from where it started, the reference policy. One iteration is:
+A language model, the policy, writes completions, and a reward function scores them. The policy
+learns to earn more without moving far from where it started, the reference policy. One iteration:
 
     rollout       sample completions, and keep log π_old of each token
     score         score each whole text, and put a price on leaving the reference policy:
@@ -10,22 +10,9 @@ earn more, without moving far from where it started, the reference policy. One i
     advantages    how much better than expected each token was
     update        some epochs of minibatches on the clipped objective
 
-How to read this file. It leads from single equations to the whole:
-
-    masks and means          which tokens the policy wrote, and means over them
-    estimators               the KL, and where advantages come from
-    PPO's losses             the clipped objective, the value function's loss
-    losses on comparisons    reward models and DPO; PPO needs none of it
-    the family               ALGORITHMS: which choices make PPO, GRPO, ...
-    Rollout, PPOTrainer      the functions above, put together: begin with `train_step`
-
-Sources: Schulman et al. 2015 (GAE, arXiv:1506.02438), Schulman et al. 2017 (PPO, arXiv:1707.06347),
-Ziegler et al. 2019 (RL on language models, arXiv:1909.08593), Stiennon et al. 2020
-(arXiv:2009.01325), Huang et al. 2024 (arXiv:2403.17031). Each function names its own.
-
-The words of reinforcement learning, for language models: the *state* is the text so far, an *action*
-is the next token, and an *episode* is one completion of a prompt. A *score* is the reward function's
-number for the whole episode; a *reward* is what a single action gets.
+In the words of reinforcement learning, the *state* is the text so far, an *action* is the next
+token, and an *episode* is one completion of a prompt. A *score* is the reward function's number
+for the whole episode; a *reward* is what a single action gets.
 
 Most mistakes in RLHF code are about which token a number belongs to. Here all (B, T-1) tensors are
 indexed by t and speak of the action idx[:, t+1], taken in the state idx[:, :t+1]. Take one row
@@ -42,6 +29,19 @@ whose prompt has 2 tokens and is padded on the left. The second <eot> only fills
     log_probs[t]       -     -     x     x     x     -             log π(idx[t+1] | idx[:t+1])
     values[t]          -     -     x     x     x     -             V(idx[:t+1]), before the action
     rewards[t]         0     0     kl    kl    kl+score  0
+
+How to read this file. It leads from single equations to the whole:
+
+    masks and means          which tokens the policy wrote, and means over them
+    estimators               the KL, and where advantages come from
+    PPO's losses             the clipped objective, the value function's loss
+    losses on comparisons    reward models and DPO; PPO needs none of it
+    the family               ALGORITHMS: which choices make PPO, GRPO, ...
+    Rollout, PPOTrainer      the functions above, put together: begin with `train_step`
+
+Sources: Schulman et al. 2015 (GAE, arXiv:1506.02438), Schulman et al. 2017 (PPO, arXiv:1707.06347),
+Ziegler et al. 2019 (RL on language models, arXiv:1909.08593), Stiennon et al. 2020
+(arXiv:2009.01325), Huang et al. 2024 (arXiv:2403.17031). Each function names its own.
 """
 
 import contextlib
@@ -107,7 +107,9 @@ __all__ = [
 
 
 def written_mask(
-    idx: Tensor, prompt_length: int, stop_token: int | list[int] | tuple[int, ...] | None = None
+    idx: Tensor,
+    prompt_length: int,
+    stop_token: int | list[int] | tuple[int, ...] | None = None,
 ) -> Tensor:
     """True on what was generated after the prompt, up to its first stop token: (B, T) -> (B, T).
 
@@ -125,7 +127,8 @@ def written_mask(
 
 def is_stop(idx: Tensor, stop_token: int | list[int] | tuple[int, ...] | None) -> Tensor:
     """Where idx holds a stop token: a mask of idx's shape."""
-    return torch.isin(idx, torch.tensor(stop_ids(stop_token), dtype=idx.dtype, device=idx.device))
+    stops = torch.tensor(stop_ids(stop_token), dtype=idx.dtype, device=idx.device)
+    return torch.isin(idx, stops)
 
 
 def masked(x: Tensor, mask: Tensor) -> Tensor:
@@ -212,8 +215,8 @@ def gae(
     """
     rewards = masked(rewards, mask)
     values = masked(values, mask)
-    # Backwards in time, since each advantage needs the next one. Nothing follows the last token: the
-    # padding after it passes zeros on.
+    # Backwards in time, since each advantage needs the next one. The padding after the last token
+    # passes zeros on.
     next_value = torch.zeros_like(rewards[:, 0])
     next_advantage = torch.zeros_like(rewards[:, 0])
     backwards = []
@@ -253,8 +256,8 @@ def group_mean_advantages(scores: Tensor, group_size: int) -> Tensor:
 def grpo_advantages(scores: Tensor, group_size: int) -> Tensor:
     """Group-relative advantages (Shao et al. 2024): (B,) -> (B,).
 
-    Each score less the mean of its group, in units of its group's standard deviation. That is the
-    one of a sample, with n - 1.
+    Each score less the mean of its group, divided by the standard deviation of its group (that of
+    a sample, with n - 1).
     """
     groups = grouped(scores, group_size)
     centred = groups - groups.mean(1, keepdim=True)
@@ -303,21 +306,21 @@ def average(
         minibatch, from `average_denominator`. Then the micro-batches' results add up to the
         minibatch's. By default, x's own.
     """
-    if loss_mean == "sequence":
-        terms = masked_mean(x, mask, dim=1)  # (B,), one for each completion
-    else:
-        terms = masked(x, mask)  # (B, T), one for each token
+    # One term for each completion, (B,), or one for each token, (B, T).
+    terms = masked_mean(x, mask, dim=1) if loss_mean == "sequence" else masked(x, mask)
     if denominator is None:
         # At least 1, so that the mean over an empty mask is 0.
         denominator = max(average_denominator(mask, loss_mean, max_new_tokens), 1.0)
     return terms.sum() / denominator
 
 
-def average_denominator(mask: Tensor, loss_mean: str, max_new_tokens: int | None = None) -> float:
+def average_denominator(
+    mask: Tensor, loss_mean: str, max_new_tokens: int | None = None
+) -> float:
     """What `average` divides its sum by: tokens, completions, or completions · max_new_tokens."""
     if loss_mean == "token":
         return float(mask.bool().sum())
-    completions = float(mask.any(1).sum())  # a row without any token is left out, and not counted
+    completions = float(mask.any(1).sum())  # rows that count in the loss: with a token or more
     if loss_mean == "sequence":
         return completions
     if loss_mean == "constant" and max_new_tokens is not None:
@@ -405,7 +408,8 @@ def clip_bounds(clip_range: float | Sequence[float]) -> tuple[float, float]:
 
     ValueError for anything else than one or two numbers from 0 on.
     """
-    bounds = tuple(clip_range) if isinstance(clip_range, Sequence) else (clip_range, clip_range)
+    pair = clip_range if isinstance(clip_range, Sequence) else (clip_range, clip_range)
+    bounds = tuple(pair)
     if len(bounds) != 2 or not all(is_bound(bound) for bound in bounds):
         raise ValueError(
             f"clip_range={clip_range!r} must be a number from 0 on, or two: (below, above)"
@@ -645,9 +649,9 @@ def completion_log_probs(model: nn.Module, batch: tuple[Tensor, ...]) -> Tensor:
 
 
 # --------------------------------------------------------------------------------------------------
-# The family. PPO, RLOO, GRPO and the others differ in a few independent choices, and an algorithm is
-# a row of them. PPOTrainer asks for a choice, never for an algorithm's name, and each choice is also
-# an option of the same name that can be set by itself. RLHF.md shows the rows side by side.
+# The family. PPO, RLOO, GRPO and the others differ in a few independent choices, and an algorithm
+# is a row of them. PPOTrainer asks for a choice, never for an algorithm's name. Each choice is also
+# an option of the same name, so it can be set by itself. RLHF.md shows the rows side by side.
 
 GROUP_ADVANTAGES: dict[str, Callable[[Tensor, int], Tensor]] = {
     "leave_one_out": rloo_advantages,
@@ -767,7 +771,8 @@ def choose(config: CN) -> Algorithm:
     if config.algorithm not in ALGORITHMS:
         raise ValueError(f"algorithm={config.algorithm!r} must be one of {', '.join(ALGORITHMS)}")
     # Begin with the row, and replace what the config sets itself. None means the row's value.
-    own = {name: getattr(config, name) for name in CHOICES if getattr(config, name) is not None}
+    options = {name: getattr(config, name) for name in CHOICES}
+    own = {name: value for name, value in options.items() if value is not None}
     choices = dataclasses.replace(ALGORITHMS[config.algorithm], **own)
     # With kl_penalty=none set by itself, the row's kl_coef would have no effect: it becomes 0.
     if choices.kl_penalty == "none" and config.kl_coef is None:
@@ -800,8 +805,8 @@ def check_choices(choices: Algorithm) -> None:
 
 def check_combination(choices: Algorithm) -> None:
     """ValueError for choices that do not go together."""
-    compares = choices.advantage in GROUP_ADVANTAGES
-    if compares and choices.group_size == 1:
+    compares_completions = choices.advantage in GROUP_ADVANTAGES
+    if compares_completions and choices.group_size == 1:
         raise ValueError(
             f"advantage={choices.advantage} compares completions of one prompt, and group_size=1 "
             "samples only one: set group_size to 2 or more"
@@ -811,7 +816,7 @@ def check_combination(choices: Algorithm) -> None:
             "skip_equal_groups=True with group_size=1 would skip every episode: set group_size to "
             "2 or more"
         )
-    if choices.ratio == "sequence" and not compares:
+    if choices.ratio == "sequence" and not compares_completions:
         raise ValueError(
             f"ratio=sequence needs one advantage for the whole completion, and "
             f"advantage={choices.advantage} gives one for each token: use "
@@ -857,15 +862,15 @@ class Rollout:
     # What the update learns from.
     advantages: Tensor  # (B, T-1) how much better than expected each action was
     returns: Tensor  # (B, T-1) what the value function should have said
-    counted: Tensor  # (B,) True where the episode counts in the loss: see `skip_equal_groups`
-    # How it can be read faster. Adjacent rows continue the same prompt, so that their first columns
-    # are equal. The models read this prefix once for all of them. Two prompts, two rows each:
+    counted: Tensor  # (B,) True where the episode counts in the loss (see skip_equal_groups)
+    # How it can be read faster. Adjacent rows continue the same prompt, so their first columns are
+    # equal, and the models read this prefix once for all of them. The prompt's last token is not in
+    # the prefix: the first action is taken there, in each row. Two prompts with two rows each:
     #
-    #     prefix_length = 2    rows_per_prompt = 2
     #     p p | p a b <eot>
-    #         | p c <eot>      the prompt's last token is not in the prefix: it is read with each
-    #     q q | q d e f        completion, because the first action is taken there
-    #         | q <eot>
+    #     p p | p c <eot>          prefix_length = 2
+    #     q q | q d e f            rows_per_prompt = 2
+    #     q q | q <eot>
     prefix_length: int  # columns that adjacent rows share
     rows_per_prompt: int  # how many adjacent rows share them
     # For the log.
@@ -936,7 +941,7 @@ class PPOTrainer(Trainer):
     @documented
     def get_default_config() -> CN:
         """The Trainer's options, some with other defaults, and PPO's own."""
-        C = Trainer.get_default_config()  # PPO's defaults differ from the Trainer's in these:
+        C = Trainer.get_default_config()  # PPO's defaults are others for these:
         C.batch_size = 64             # episodes in a rollout, of all processes together
         C.learning_rate = 1e-4
         C.eps = 1e-5                  # as in the PPO papers' code (Huang et al. 2024)
@@ -989,9 +994,9 @@ class PPOTrainer(Trainer):
     ):
         check_policy(policy, ref_policy)
         # The algorithm's choices, once and for all: no method below asks for its name.
-        self.check_config(config)  # as super().__init__ does, but before anything is made of it
+        self.check_config(config)
         self.choices = choose(config)
-        self.kl_coef: float = self.choices.kl_coef  # today's β: a kl_target moves it
+        self.kl_coef: float = self.choices.kl_coef  # the current β: a kl_target moves it
         # Where rewards come from, and what ends an episode.
         self.reward_fn = reward_fn
         self.tokenizer = tokenizer
@@ -1019,14 +1024,15 @@ class PPOTrainer(Trainer):
             reward_fn.to(self.device).eval()
         self.ref_policy = self.make_reference(ref_policy)
         check_vocabularies(policy, self.ref_policy, value_model, reward_fn)
-        # It tells a resumed run whether its reference is still the same one.
+        # A resumed run compares this, to be sure that its reference is still the same one.
         self.ref_checksum = checksum(self.ref_policy)
         self.last_rollout: Rollout | None = None
 
     def make_reference(self, ref_policy: nn.Module | None) -> nn.Module:
-        """The frozen policy π_ref that the KL is measured against: by default, today's policy."""
+        """The frozen policy π_ref that the KL is measured against: by default, a copy of ours."""
         reference = copy.deepcopy(self.policy) if ref_policy is None else ref_policy
-        return reference.to(self.device).eval().requires_grad_(False)
+        reference.to(self.device).eval().requires_grad_(False)
+        return reference
 
     def make_value_model(
         self, config: CN, policy: nn.Module, value_model: nn.Module | None
@@ -1090,6 +1096,7 @@ class PPOTrainer(Trainer):
 
         prompts, prompt_mask: (B, P), left-padded. prompt_index: (B,), their rows in the dataset.
         """
+        # What needs to be read only once for all completions of a prompt.
         prefix_length, rows_per_prompt = self.shared_prefix(prompts)
         prefix = (prefix_length, rows_per_prompt)
 
@@ -1218,7 +1225,7 @@ class PPOTrainer(Trainer):
         reward_fn = self.reward_fn
         if isinstance(reward_fn, RewardModel):
             reward_fn = functools.partial(reward_fn, rows_per_prompt=rows_per_prompt)
-        return score(
+        return score(  # the function of rewards.py
             reward_fn,
             idx,
             attention_mask,
@@ -1238,13 +1245,15 @@ class PPOTrainer(Trainer):
         if self.choices.kl_penalty == "reward":
             penalty = kl_estimate(log_probs, ref_log_probs, self.choices.kl_estimator)
             rewards = masked(-self.kl_coef * penalty, mask)
-        # ... and the text is judged when it is complete: the score is added to the last action's.
+        # ... and the text is judged when it is complete, which is at its last action.
         rewards[torch.arange(len(scores)), last_real(mask)] += scores
         if self.config.whiten_rewards:
             rewards = self.whiten(rewards, mask, shift_mean=False)
         return rewards
 
-    def advantages(self, rewards: Tensor, values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    def advantages(
+        self, rewards: Tensor, values: Tensor, mask: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """(advantages, returns), both (B, T-1), from the rewards and values of each action."""
         choices = self.choices
         if choices.advantage in GROUP_ADVANTAGES:
@@ -1265,8 +1274,8 @@ class PPOTrainer(Trainer):
     def counted(self, episode_rewards: Tensor) -> Tensor:
         """True for episodes that count in the loss, (B,): those of equal groups may be skipped.
 
-        In a group whose completions all earned the same, every advantage is 0. Without it, the loss
-        is a mean over the others only (Yu et al. 2025, DAPO's dynamic sampling).
+        In a group whose completions all earned the same, every advantage is 0: it teaches nothing,
+        but would still count in the mean (Yu et al. 2025, DAPO's dynamic sampling).
         """
         if not self.choices.skip_equal_groups:
             return torch.ones_like(episode_rewards, dtype=torch.bool)
@@ -1275,7 +1284,7 @@ class PPOTrainer(Trainer):
 
     def whiten(self, x: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
         """`masked_whiten` over the episodes of all processes."""
-        # Gather the masked entries of all processes, whiten them together, take back our own.
+        # Gather what is on the masks of all processes, whiten it together, take back our own.
         of_each_process = distributed.gather(x[mask].cpu())
         joined = torch.cat(of_each_process)
         whitened = masked_whiten(joined, torch.ones_like(joined), shift_mean)
@@ -1300,7 +1309,7 @@ class PPOTrainer(Trainer):
                     steps.append(metrics)
             if self.went_too_far(steps):
                 break
-        # In every group, all earned the same (see skip_equal_groups): nothing was learned this time.
+        # No episode counts (see skip_equal_groups), so nothing was learned this time.
         if not steps:
             self.loss = torch.tensor(0.0)
             steps = [{"loss": 0.0, "lr": self.learning_rate(), "grad_norm": 0.0}]
@@ -1313,8 +1322,7 @@ class PPOTrainer(Trainer):
         return metrics
 
     def shuffled(self, rollout: Rollout) -> Tensor:
-        """The rows of the rollout in a random order, (B,); rows that share a prefix stay together.
-        """
+        """The rows of the rollout in a random order, (B,). Those of one prefix stay adjacent."""
         groups = torch.arange(len(rollout)).view(-1, rollout.rows_per_prompt)
         return groups[torch.randperm(len(groups))].flatten()
 
@@ -1402,11 +1410,11 @@ class PPOTrainer(Trainer):
             episodes.old_log_probs,
             episodes.advantages,
             mask,
-            self.choices.clip_range,
-            self.choices.ratio,
-            self.choices.loss_mean,
-            self.config.max_new_tokens,
-            batch.denominator,
+            clip_range=self.choices.clip_range,
+            ratio=self.choices.ratio,
+            loss_mean=self.choices.loss_mean,
+            max_new_tokens=self.config.max_new_tokens,
+            denominator=batch.denominator,
         )
 
         # How far the policy has moved from the one that sampled. In the first minibatch it has not
@@ -1438,15 +1446,18 @@ class PPOTrainer(Trainer):
         return average(
             kl,
             mask,
-            self.choices.loss_mean,
-            self.config.max_new_tokens,
-            batch.denominator,
+            loss_mean=self.choices.loss_mean,
+            max_new_tokens=self.config.max_new_tokens,
+            denominator=batch.denominator,
         )
 
     def adapt_kl_coef(self, kl: float) -> None:
-        """Move kl_coef towards what holds the KL at kl_target (Ziegler et al. 2019, section 2.2).
+        """Move kl_coef (β) so that the KL comes to kl_target (Ziegler et al. 2019, section 2.2).
 
-        kl: nats per episode. Their K_β is 1 / kl_horizon, and their e_t the clipped relative error.
+            e = clip(kl / kl_target - 1, -0.2, 0.2)
+            β ← β (1 + K_β e),    K_β = batch_size / kl_horizon
+
+        kl: of this iteration's rollout, in nats per episode.
         """
         if self.config.kl_target is None:
             return
@@ -1543,7 +1554,7 @@ class PPOTrainer(Trainer):
         return self.config.batch_size // self.choices.group_size
 
     def state_dict(self) -> dict[str, Any]:
-        """The Trainer's state, with today's kl_coef and which reference it is."""
+        """The Trainer's state, with the current kl_coef and which reference it is."""
         own = {"kl_coef": self.kl_coef, "ref_checksum": self.ref_checksum}
         return super().state_dict() | own
 
@@ -1561,7 +1572,8 @@ class PPOTrainer(Trainer):
     def effective_options(cls, options: dict[str, Any]) -> dict[str, Any]:
         """The options, with defaults for missing ones and the row's choices in place of None.
 
-        A resumed run compares these with its own. To name a row's choice is no change.
+        A resumed run compares the checkpoint's with its own. So it is no change to spell out what
+        the row says anyway.
         """
         if "baseline" in options:
             options = options_before_the_table(options)
@@ -1690,6 +1702,7 @@ def check_kl_target(config: CN, choices: Algorithm) -> None:
 
 def check_group_sizes(config: CN, choices: Algorithm, world_size: int) -> None:
     """ValueError unless whole groups fit into every batch, minibatch and micro-batch."""
+    # The processes share batches and minibatches. Micro-batches are each process's own.
     processes = {"batch_size": world_size, "minibatch_size": world_size, "micro_batch_size": 1}
     for name, count in processes.items():
         size = getattr(config, name)
@@ -1720,16 +1733,17 @@ def options_before_the_table(options: dict[str, Any]) -> dict[str, Any]:
 
 def mean_by_name(rows: list[dict[str, float]]) -> dict[str, float]:
     """The mean of each metric over the rows that have it."""
-    values: dict[str, list[float]] = defaultdict(list)
+    by_name: dict[str, list[float]] = defaultdict(list)
     for row in rows:
         for name, value in row.items():
-            values[name].append(value)
-    return {name: sum(numbers) / len(numbers) for name, numbers in values.items()}
+            by_name[name].append(value)
+    return {name: sum(values) / len(values) for name, values in by_name.items()}
 
 
 def checksum(module: nn.Module) -> int:
     """CRC-32 of a module's weights and buffers, to tell one reference policy from another."""
     crc = 0
     for x in module.state_dict().values():
-        crc = zlib.crc32(x.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy(), crc)
+        bytes_of_x = x.detach().cpu().reshape(-1).contiguous().view(torch.uint8)
+        crc = zlib.crc32(bytes_of_x.numpy(), crc)
     return crc
