@@ -17,8 +17,9 @@ For example, a reward model learns from comparisons like this:
         config, reward_model, data, loss_fn=comparison_loss, collate_fn=data.collate
     )
 
-The file follows a row on its way to the model: read it from disk, check its fields, encode it as
-token ids (the three datasets), and pad it to the length of its batch (their `collate`).
+The file follows a row on its way to the model: read it from disk, check its fields, encode
+it as token ids (the three datasets), and pad it to the length of its batch (their
+`collate`).
 """
 
 import hashlib
@@ -52,7 +53,8 @@ RESERVED_COLUMNS = (
 def read_text(path: str | Path) -> str:
     """The whole of a UTF-8 text file, without a byte-order mark and with all line ends as "\\n".
 
-    Raises ValueError, with the path, for a missing file, a folder, or text that is not UTF-8.
+    Raises ValueError, with the path, for a missing file, a folder, or text that is not
+    UTF-8.
     """
     # In text mode, Python itself turns all line ends into "\n".
     path = Path(path)
@@ -221,16 +223,17 @@ class Completions(Dataset):
 
         Trainer(config, model, data, collate_fn=data.collate, weight_fn=data.weight)
 
-    rows: dicts with `prompt` and `completion`, or with `text`, which is a completion of the end
-    token. Each completion ends with the end token. An item is (x, y), (T,) each: y[t] is the token
-    to predict after x[t], or -1 where that belongs to the prompt. With p for the prompt's tokens:
+    rows: dicts with `prompt` and `completion`, or with `text`, which is a completion of the
+    end token. Each completion ends with the end token. An item is (x, y), (T,) each: y[t]
+    is the token to predict after x[t], or -1 where that belongs to the prompt. With p for
+    the prompt's tokens:
 
         ids    p    p    a    b    <eot>
         x      p    p    a    b              ids[:-1]
         y      -1   a    b    <eot>          ids[1:], without the prompt's
 
-    Raises ValueError, with the row's number, for a missing or wrong field and for a row that is
-    too long.
+    Raises ValueError, with the row's number, for a missing or wrong field and for a row
+    that is too long.
     """
 
     def __init__(self, rows: Iterable[dict], tokenizer: Tokenizer, block_size: int):
@@ -256,7 +259,8 @@ class Completions(Dataset):
     def collate(items: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         """(idx, targets), (B, T) each.
 
-        The padding is on the right, where causal attention never looks, so no mask is needed.
+        The padding is on the right, where causal attention never looks, so no mask is
+        needed.
         """
         return pad([x for x, _ in items]), pad([y for _, y in items], value=IGNORED)
 
@@ -275,16 +279,16 @@ class Comparisons(Dataset):
       chosen     the completion that people preferred
       rejected   the other one, or a list of others, of the same length in every row
       ended      optional: a list of bools, the chosen one's first. True (the default): the
-                 completion ends with the end token. False: the sampler was cut off before that.
-                 PPO samples such texts, and a reward model judges them well only if it has
-                 learned from some.
+                 completion ends with the end token. False: the sampler was cut off before
+                 that. PPO samples such texts, and a reward model judges them well only if
+                 it has learned from some.
 
-    A row is one item, (prompt (T,), list of K completions), the chosen one first. It stays together
-    because a model that meets the chosen one in several items, once against each rejected one,
-    learns it by heart (Ouyang et al. 2022, section 3.5).
+    A row is one item, (prompt (T,), list of K completions), the chosen one first. It stays
+    together because a model that meets the chosen one in several items, once against each
+    rejected one, learns it by heart (Ouyang et al. 2022, section 3.5).
 
-    Raises ValueError, with the row's number, for a missing or wrong field and for a row that is
-    too long.
+    Raises ValueError, with the row's number, for a missing or wrong field and for a row
+    that is too long.
     """
 
     def __init__(self, rows: Iterable[dict], tokenizer: Tokenizer, block_size: int):
@@ -323,8 +327,8 @@ class Comparisons(Dataset):
     def collate(items: list[tuple[Tensor, list[Tensor]]]) -> tuple[Tensor, Tensor, Tensor]:
         """(idx, attention_mask, completion_mask), (B, K, T) each, the chosen completion first.
 
-        Prompts are padded on the left and completions on the right, so all completions begin in
-        the same column:
+        Prompts are padded on the left and completions on the right, so all completions
+        begin in the same column:
 
             pad p   p   | a   b   <eot>
             pad p   p   | c   <eot> pad
@@ -376,15 +380,16 @@ def ended_field(i: int, row: dict, n_completions: int) -> list[bool]:
 class Prompts(Dataset):
     """Prompts to sample completions of, with what a reward function may want to know about each.
 
-    prompts: texts, or lists of token ids, or an (N, T) LongTensor, or dicts with the field `prompt`
-    (text or ids) and any further ones, such as a gold answer. tokenizer: what encodes text.
+    prompts: texts, or lists of token ids, or an (N, T) LongTensor, or dicts with the field
+    `prompt` (text or ids) and any further ones, such as a gold answer. tokenizer: what
+    encodes text.
 
-    ids: the N prompts as 1-D LongTensors. columns: the further fields, {name: list of N values}.
-    An item is (ids, i). The number i goes with the prompt through the trainer, and finds its values
-    in the columns when a reward function asks for them.
+    ids: the N prompts as 1-D LongTensors. columns: the further fields, {name: list of N
+    values}. An item is (ids, i). The number i goes with the prompt through the trainer, and
+    finds its values in the columns when a reward function asks for them.
 
-    Raises ValueError, with the prompt's number, for an empty prompt, one of another type, and rows
-    whose columns are not the same as the first one's.
+    Raises ValueError, with the prompt's number, for an empty prompt, one of another type,
+    and rows whose columns are not the same as the first one's.
     """
 
     def __init__(self, prompts: Iterable, tokenizer: Tokenizer | None = None):
@@ -441,8 +446,8 @@ def further_columns(rows: Sequence[Mapping]) -> dict[str, list]:
 def encode_prompts(prompts: Iterable, tokenizer: Tokenizer | None = None) -> list[Tensor]:
     """Prompts as a list of 1-D LongTensors. They may be text, lists of ids, or an (N, T) tensor.
 
-    Raises ValueError, with the prompt's number, for an empty one, for text without a tokenizer,
-    and for anything else.
+    Raises ValueError, with the prompt's number, for an empty one, for text without a
+    tokenizer, and for anything else.
     """
     encoded = []
     for i, prompt in enumerate(prompts):

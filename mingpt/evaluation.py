@@ -40,7 +40,7 @@ from mingpt.rlhf import is_stop, written_mask
 from mingpt.utils import evaluation_mode
 
 # --------------------------------------------------------------------------------------------------
-# samples of a policy
+# Samples of a policy
 
 
 @dataclass
@@ -204,8 +204,9 @@ def generate_batch(
     prompt_length = prompt_idx.size(1)
     completion_mask = written_mask(idx, prompt_length, stop_token)
     attention_mask = torch.cat([prompt_mask, completion_mask[:, prompt_length:]], dim=1)
-    # Then it is padded: on the left for its shorter prompts, and on the right because generate stops
-    # early when all rows have ended.
+
+    # Then it is padded: on the left where its prompts are shorter than those of other batches, on
+    # the right where generate has stopped early because all rows had ended.
     left = longest - prompt_length
     right = max_new_tokens - log_probs.size(1)
     stops = stop_ids(stop_token)
@@ -228,7 +229,7 @@ def cut_at_stop_strings(
     texts = list(samples.texts)
     ended = samples.ended.clone()
     width = samples.idx.size(1)
-    ends = torch.full((len(texts),), width)  # the column after each cut; without a cut, the last
+    ends = torch.full((len(texts),), width)  # the column after each cut; without one, the width
     for row, text in enumerate(samples.texts):
         if any(string in text for string in stop_strings):
             # Which of the completion's tokens completes the string, and in which column is it?
@@ -252,7 +253,7 @@ def cut_at_stop_strings(
 def before_stop_string(
     ids: list[int], stop_strings: Sequence[str], tokenizer: Any, left_out: set[int | None]
 ) -> tuple[str, int]:
-    """(the text before its first stop string, how many of the ids it takes to complete that one)."""
+    """(the text before its first stop string, how many of the ids complete that string)."""
     # Add token by token until a string is there. It may begin and end within a token, so that it
     # cannot be looked for among the ids.
     length = 0

@@ -63,7 +63,7 @@ class Scores:
 
 
 # --------------------------------------------------------------------------------------------------
-# calling any reward function, with errors that name the sample
+# Calling any reward function, with errors that name the sample
 
 
 def score(
@@ -200,7 +200,7 @@ def check_shape(rewards: Any, n_rows: int) -> None:
 
 
 # --------------------------------------------------------------------------------------------------
-# rewards of text
+# Rewards of text
 
 
 class TextReward:
@@ -401,7 +401,7 @@ class CallbackLog:
 
 
 # --------------------------------------------------------------------------------------------------
-# what a function on text takes, and what it returns
+# What a function on text takes, and what it returns
 
 # The kinds of parameters that can be given by name. (**kwargs is another: `takes_any_keyword`.)
 KEYWORD_KINDS = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
@@ -523,7 +523,7 @@ def name_of(function: Any) -> str:
 
 
 def unique_names(functions: list[Callable]) -> list[str]:
-    """The functions' names, with _2, _3, ... behind those that came before."""
+    """The functions' names, with _2, _3, ... after a name that came before."""
     # They tell the functions apart in the log, and two lambdas have the same name.
     names: list[str] = []
     for function in functions:

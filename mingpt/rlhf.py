@@ -103,7 +103,7 @@ __all__ = [
 
 # --------------------------------------------------------------------------------------------------
 # Masks, and means over them. Tensors are (B, T), and the mask is 1 on the tokens of the completion.
-# What stands off the mask (prompt and padding) never matters.
+# Whatever is off the mask, prompt and padding, never matters.
 
 
 def written_mask(
@@ -670,8 +670,8 @@ class Algorithm:
     advantage: str
     # Whether advantages are then shifted and scaled to mean 0 and variance 1 over the rollout.
     whiten_advantages: bool = False
-    # Where the penalty for leaving the reference policy stands: in the reward of each token, as a
-    # term of the loss, or none.
+    # Where the penalty for leaving the reference policy goes: into the reward of each token, into
+    # the loss as a term of its own, or nowhere (none).
     kl_penalty: str = "reward"
     # How that penalty is estimated on the sampled tokens: k1, k2 or k3 (see `kl_estimate`).
     kl_estimator: str = "k1"
@@ -747,8 +747,8 @@ ALGORITHMS = {
         skip_equal_groups=True,
         group_size=4,
     ),
-    # Zheng et al. 2025. The score is of the whole sequence, so the ratio is, too. Being a mean, it
-    # moves far less than a token's, and so does its clip.
+    # Zheng et al. 2025. The score is of the whole sequence, so the ratio is, too. Being a mean over
+    # tokens, it moves far less than the ratio of one token, so it is clipped far sooner.
     "gspo": Algorithm(
         advantage="group_standardized",
         kl_penalty="none",

@@ -1,15 +1,16 @@
 """
-A run of several stages in one folder, for example pre-training, fine-tuning, and PPO. A stage is
-the run of one Trainer. It begins with the model that an earlier stage has left.
+A run of several stages in one folder, for example pre-training, fine-tuning, and PPO. A
+stage is the run of one Trainer. It begins with the model that an earlier stage has left.
 
     stages = Stages(config, "out/run", {"pretrain": Trainer, "sft": Trainer, "rl": PPOTrainer})
     stages.run("pretrain", make_pretrain)      # make_pretrain() returns the stage's Trainer
     stages.run("sft", make_sft)                # make_sft() begins with stages.load("pretrain")
     stages.run("rl", make_rl)
 
-The script's config has one section for each stage (config.pretrain, ...), and sections that all
-stages share (config.data, config.model, ...). So a stage depends on the options of its own section,
-of the stages before it, and on the shared ones. Three rules keep people from losing hours of work:
+The script's config has one section for each stage (config.pretrain, ...), and sections that
+all stages share (config.data, config.model, ...). So a stage depends on the options of its
+own section, of the stages before it, and on the shared ones. Three rules keep people from
+losing hours of work:
 
 1. The options of all stages are checked before the first one begins, so that a typo in the last
    one is found at once.
@@ -193,11 +194,12 @@ class Stages:
     def options_of(self, name: str) -> dict[str, Any]:
         """{dotted name: value} of every option that a stage depends on, apart from the free ones.
 
-        Its own, those of the stages before it, and those in sections that belong to no stage.
+        Its own, those of the stages before it, and those in sections that belong to no
+        stage.
         """
         # The sections that this stage and those before it read ...
-        position = list(self.order).index
-        before = [other for other in self.names if position(other) < position(name)]
+        order = list(self.order)
+        before = [other for other in self.names if order.index(other) < order.index(name)]
         read = {section for stage in [*before, name] for section in self.sections[stage]}
         # ... and the shared ones: that is all but the sections of other stages.
         unread = self.owned_sections() - read
@@ -222,7 +224,8 @@ class Stages:
     def changes(self, name: str, folder: Path, may_be_longer: bool = False) -> list[str]:
         """In words, each option of a stage that is not what it was when the stage ran in folder.
 
-        may_be_longer: leave out what only makes the stage longer, where its Trainer allows that.
+        may_be_longer: leave out what only makes the stage longer, where its Trainer allows
+        that.
         """
         stored = stored_options(folder, name)
         if stored is None:
@@ -243,8 +246,8 @@ class Stages:
     def in_effect(self, options: dict[str, Any]) -> dict[str, Any]:
         """{dotted name: value} of options as the Trainers understand them.
 
-        Options that are written differently may mean the same. One that did not exist yet counts as
-        its default, because that is how the old run behaved.
+        Options that are written differently may mean the same. One that did not exist yet
+        counts as its default, because that is how the old run behaved.
         """
         options = dict(options)
         for name in self.names:
@@ -350,7 +353,7 @@ class Stages:
 
 
 def model_to_save(trainer: Trainer) -> Any:
-    """What a stage leaves for the next one: its model. PPO and DPO leave the policy alone."""
+    """What a stage leaves for the next one: its model; after PPO or DPO, only the policy."""
     model: Any = trainer.model
     if isinstance(model, ActorCritic):
         model = model.policy
