@@ -28,7 +28,7 @@ whose prompt has 2 tokens and is padded on the left. The second <eot> only fills
     mask               0     0     1     1     1     0             completion_mask[:, 1:]
     log_probs[t]       -     -     x     x     x     -             log π(idx[t+1] | idx[:t+1])
     values[t]          -     -     x     x     x     -             V(idx[:t+1]), before the action
-    rewards[t]         0     0     kl    kl    kl+score  0
+    rewards[t]         0     0     -kl   -kl   s-kl  0             s: score, kl: the penalty
 
 How to read this file. It leads from single equations to the whole:
 
