@@ -1,11 +1,10 @@
 """
 Files from the network: fetched once, checked, kept, and resumed where a download broke off.
 
-`download` is the loop: it tries until the file is there. `fetch` is one try, and reads as the
-story of an HTTP request: what to ask for, what the answer promises, writing it, checking it.
-What arrives is collected in a file named `....part`, which takes its real name only when it is
-complete and correct. So a file that exists is a file to trust, and a program that was killed
-loses nothing.
+`download` tries until the file is there. `complete` is one try, and reads as the story of an HTTP
+request: what to ask for, what the answer promises, writing it, checking it. What arrives is
+collected in a file named `....part`, which takes its real name only when it is complete and
+correct. So a file that exists is a file to trust, and a program that was killed loses nothing.
 
 Servers differ in what they answer, and not all mean well. Each function below says which case
 it takes care of, and tests/test_download.py has a server that misbehaves in each of these ways.
@@ -14,13 +13,20 @@ it takes care of, and tests/test_download.py has a server that misbehaves in eac
 import contextlib
 import hashlib
 import logging
+import math
 import os
+import queue
 import re
+import socket
+import threading
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
+from http import HTTPStatus
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
-from urllib.parse import urljoin, urlsplit
+from types import TracebackType
+from typing import TYPE_CHECKING, BinaryIO, Self
+from urllib.parse import urljoin
 
 from tqdm import tqdm
 
@@ -29,6 +35,7 @@ from mingpt.config import CfgNode, check_numbers
 if TYPE_CHECKING:
     # At run time the functions that need requests import it themselves: importing it takes as long
     # as all the rest of this library, and few programs download anything.
+    import filelock
     import requests
 
 logger = logging.getLogger("mingpt")
@@ -36,6 +43,9 @@ logger = logging.getLogger("mingpt")
 REDIRECTS = 10  # as many as a browser follows, at most
 SLOWEST = 1024  # bytes per second; a server that sends less for a whole `timeout` is given up
 LARGEST_UNANNOUNCED = 10 * 2**30  # bytes; where nobody says how large a file is, it ends here
+# The default deadline of a download: ten minutes, and one second for every 10 kB that arrives.
+DEADLINE_SECONDS = 600
+DEADLINE_BYTES_PER_SECOND = 10_000
 
 
 def home() -> Path:
@@ -52,6 +62,28 @@ class TryAgain(Exception):
     """A try has failed in a way that another one may mend. The message is for people."""
 
 
+class StartAgain(TryAgain):
+    """What arrived in an earlier try cannot be used, and has been removed."""
+
+
+@dataclass
+class Job:
+    """What `download` was asked for; its docstring explains the fields."""
+
+    url: str
+    path: Path
+    sha256: str | None
+    size: int | None
+    headers: dict[str, str]
+    timeout: float
+    clock: "Clock"
+
+    @property
+    def shown_url(self) -> str:
+        """The url for messages: without a user's name and password, which end with an @."""
+        return re.sub("//[^/@]*@", "//", self.url)
+
+
 def download(
     url: str,
     path: str | Path,
@@ -61,105 +93,134 @@ def download(
     tries: int = 5,
     timeout: float = 30.0,
     otherwise: str = "",
+    deadline: float | None = None,
 ) -> Path:
     """Download url to the file `path`, unless that exists. Returns the path.
 
     An earlier download that broke off is continued. The file takes its name only when its size
     (in bytes) and SHA-256 are right: the given ones, or else those that the server announces.
-    headers are added to the request. timeout is how many seconds the server may stay silent, or
-    send less than 1 kB a second. If several processes want the same file, one downloads it and
-    the others wait. otherwise: a sentence for the error, on what a person can do instead.
+    Where nobody knows the size, the file may have 10 GiB.
+
+    headers are added to the request, and are sent to no other server than the url's. timeout is
+    how many seconds the server may stay silent, or send less than 1 kB a second. deadline is how
+    many seconds all of it may take, with all tries and pauses; by default ten minutes, and one
+    second more for every 10 kB that arrives. If several processes want the same file, one
+    downloads it and the others wait. otherwise: a sentence for the errors, on what a person can
+    do instead.
 
     Network errors and overloaded servers are worth another try, after 1, 2, 4, ... seconds. Raises
     ConnectionError when all tries failed; a later call continues with what has arrived. Raises
-    ValueError at once where the server refuses (NotFound for a 404) or sends the wrong file.
+    ValueError at once where an argument is wrong, and where the server refuses (NotFound for a
+    404) or sends the wrong file. Raises OSError where the file cannot be written, or its lock in
+    the folder `locks` of $MINGPT_HOME.
     """
     path = Path(path)
-    check_arguments(tries, timeout, size, sha256)
+    check_arguments(url, path, tries, timeout, size, sha256, deadline)
+    job = Job(url, path, sha256, size, check_headers(headers), timeout, Clock(deadline))
     if path.exists():
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
-    with one_at_a_time(path):
-        for failures in range(1, tries + 1):
-            if path.exists():
-                break  # another process has downloaded it while this one waited
-            try:
-                fetch(url, path, sha256, size, headers, timeout)
-            except TryAgain as error:
-                if failures == tries:
-                    message = f"{url} failed {tries} times, the last time because {error}"
-                    raise ConnectionError(f"{message}. {otherwise}".strip()) from error
-                wait = 2 ** (failures - 1)
-                logger.info(
-                    "retrying in %d s (%d of %d): %s", wait, failures + 1, tries, error
-                )
-                time.sleep(wait)
+    try:
+        with one_at_a_time(path, job.clock):
+            if not path.exists():  # else another process downloaded it while this one waited
+                fetch_patiently(job, tries)
+    except (ConnectionError, ValueError) as error:
+        if otherwise:
+            error.args = (f"{error}. {otherwise}",)  # its message
+        raise
     return path
 
 
-def check_arguments(tries: int, timeout: float, size: int | None, sha256: str | None) -> None:
+def fetch_patiently(job: Job, tries: int) -> None:
+    """Fetch the file in so many tries. ConnectionError when all failed, or no time is left."""
+    for failures in range(1, tries + 1):
+        try:
+            fetch(job)
+            return
+        except TryAgain as error:
+            wait = 2 ** (failures - 1)
+            if failures == tries or job.clock.left() < wait:
+                times = "once" if failures == 1 else f"{failures} times, the last time"
+                raise ConnectionError(f"{job.shown_url} failed {times} because {error}") from error
+            # A warning, since a program that has not set up any logging shows it, too.
+            logger.warning("retrying in %d s (%d of %d): %s", wait, failures + 1, tries, error)
+            time.sleep(wait)
+
+
+def check_arguments(
+    url: str,
+    path: Path,
+    tries: int,
+    timeout: float,
+    size: int | None,
+    sha256: str | None,
+    deadline: float | None,
+) -> None:
     """ValueError for arguments of `download` that are out of range."""
+    if not re.match(r"https?://[^/]", str(url), re.IGNORECASE):
+        raise ValueError(f"url={url!r} must begin with http:// or https:// and a server's name")
+    if path.is_dir():
+        raise ValueError(f"path={str(path)!r} is a folder; expected the name of a file in it")
     check_numbers(CfgNode(tries=tries), "tries", low=1, whole=True)
     check_numbers(CfgNode(timeout=timeout), "timeout", low=0.001)
     check_numbers(CfgNode(size=size), "size", whole=True, optional=True)
-    if sha256 is not None and not re.fullmatch("[0-9a-f]{64}", sha256):
+    check_numbers(CfgNode(deadline=deadline), "deadline", low=0.001, optional=True)
+    if sha256 is not None and not re.fullmatch("[0-9a-f]{64}", str(sha256)):
         raise ValueError(f"sha256={sha256!r} must be 64 hexadecimal digits in lower case")
 
 
-@contextlib.contextmanager
-def one_at_a_time(path: Path) -> Iterator[None]:
-    """Within, no other process downloads to this path. A process that is killed lets go of it."""
-    from filelock import FileLock, Timeout
+def check_headers(headers: dict[str, str] | None) -> dict[str, str]:
+    """The headers without the blanks at their ends, which files with tokens in them often have.
 
-    # The lock's own file stands in a folder of locks, for it cannot be removed safely.
-    name = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16]
-    locks = home() / "locks"
-    locks.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(locks / f"{name}.lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        logger.info("%s: waiting for another process, which downloads it", path.name)
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
+    Raises ValueError for a header that cannot be sent. It does not show it: it may be secret.
+    """
+    stripped = {}
+    for name, value in (headers or {}).items():
+        text = value.strip() if isinstance(value, str) else "\n"
+        if not (text.isascii() and text.isprintable()):
+            raise ValueError(f"the header {name!r} must be one line of printable ASCII characters")
+        stripped[name] = text
+    return stripped
 
 
-def fetch(
-    url: str,
-    path: Path,
-    sha256: str | None,
-    size: int | None,
-    headers: dict[str, str] | None,
-    timeout: float,
-) -> None:
-    """One try of `download`: complete the part, check it, and give it its name.
+def fetch(job: Job) -> None:
+    """One try of `download`: the rest of the file, or all of it where the rest does not help.
 
     Raises TryAgain where another try may help, and ValueError where it will not.
     """
-    part = Part(path)
+    try:
+        complete(job)
+    except StartAgain as reason:
+        logger.info("%s: starting from the beginning, since %s", job.path.name, reason)
+        complete(job)  # now there is nothing that could be of another file
+
+
+def complete(job: Job) -> None:
+    """Fetch what is missing in the part, check it, and give it its name."""
+    part = Part(job.path)
+    size, sha256 = job.size, job.sha256
+    if size is not None and part.length() > size:
+        part.remove()
     done = part.length()
-    with request(url, part.headers(headers), timeout) as answer:
-        if answer.status_code not in (200, 206, 416):
-            refuse(url, answer)
-        if part.is_of_another_file(answer, done):
+    with request(job, part.ask_for_rest()) as answer:
+        refuse_failure(job, answer)
+        refuse_compression(job, answer)
+        if size is None:
+            size = announced_size(answer)
+        if sha256 is None:
+            sha256 = announced_sha256(answer)
+        reason = part.why_not_continued(answer, done, size, sha256)
+        if reason:
             part.remove()
-            raise TryAgain("what has arrived so far is of another version of the file")
-        refuse_compression(url, answer)
+            raise (StartAgain if done else TryAgain)(reason)
 
         # 206 sends the rest, as asked. 200 sends the whole file even where we asked for the rest:
         # many simple servers ignore the Range header, Python's own http.server among them. And it
         # is the answer to If-Range where the file has changed.
         start = done if answer.status_code == 206 else 0
         if start == 0:
-            part.remember_version(answer)
-        if size is None:
-            size = announced_size(answer)
-        if sha256 is None:
-            sha256 = announced_sha256(answer)
-        length = write_body(answer, part.path, start, size, timeout)
+            part.begin(answer)
+        length = write_body(job, answer, part.path, start, size)
 
     if size is not None and length < size:
         raise TryAgain(f"the connection ended after {length} of {size} bytes")
@@ -168,12 +229,89 @@ def fetch(
         part.remove()
         # Bytes of an earlier try may be to blame, and then a fresh start can help. But a server
         # that sent all of a wrong file would only send it again.
-        raise (TryAgain if start else ValueError)(f"{url} sends {problem}")
-    part.complete()
+        raise (StartAgain if start else ValueError)(f"{job.shown_url} sends {problem}")
+    part.take_name()
+
+
+# --------------------------------------------------------------------------------------------------
+# waiting: for other processes, and for how long
+
+
+@contextlib.contextmanager
+def one_at_a_time(path: Path, clock: "Clock | None" = None) -> Iterator[None]:
+    """Within, no other process downloads to this path. A process that is killed lets go of it.
+
+    Raises ConnectionError when the clock's deadline passes while others hold the lock. A
+    clock without a deadline starts when the waiting ends. Raises OSError where nothing can
+    be locked.
+    """
+    from filelock import FileLock
+
+    clock = clock or Clock()
+    # The lock's own file stands in a folder of locks, for it cannot be removed safely.
+    name = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16]
+    locks = home() / "locks"
+    locks.mkdir(parents=True, exist_ok=True)
+    # Whoever may write into that folder may use the lock: a group can share a cache.
+    lock = FileLock(locks / f"{name}.lock", mode=0o666)
+    wait_for(lock, path, clock)
+    try:
+        clock.begin()
+        yield
+    finally:
+        lock.release()
+
+
+def wait_for(lock: "filelock.BaseFileLock", path: Path, clock: "Clock") -> None:
+    """Acquire the lock, and say every minute that others hold it."""
+    from filelock import Timeout
+
+    seconds = 0.0
+    while True:
+        try:
+            lock.acquire(timeout=seconds)
+            return
+        except Timeout:
+            if clock.left() <= 0:
+                problem = f"another process still downloads {path}, after {clock.deadline} s"
+                raise ConnectionError(problem) from None
+            logger.info("%s: waiting for another process, which downloads it", path.name)
+            seconds = max(0.0, min(60.0, clock.left()))
+
+
+class Clock:
+    """How long a download may still take: `deadline` seconds in all, from now on.
+
+    Without a deadline it is ten minutes, and longer the more arrives. So a server that
+    sends hardly anything is given up, and a large file over a slow line is not.
+    """
+
+    def __init__(self, deadline: float | None = None):
+        self.deadline = deadline
+        self.bytes = 0  # how many have arrived
+        # Waiting for another process counts only against a deadline of the caller's.
+        self.start = math.inf if deadline is None else time.monotonic()
+
+    def begin(self) -> None:
+        """Start the clock, unless it runs already."""
+        self.start = min(self.start, time.monotonic())
+
+    def allowed(self) -> float:
+        """How many seconds the download may take in all."""
+        if self.deadline is not None:
+            return self.deadline
+        return DEADLINE_SECONDS + self.bytes / DEADLINE_BYTES_PER_SECOND
+
+    def left(self) -> float:
+        """How many seconds are left. Infinity before the start, negative behind the end."""
+        return self.start + self.allowed() - time.monotonic()
 
 
 # --------------------------------------------------------------------------------------------------
 # what has arrived so far
+
+# An ETag or a date, as far as it can stand in a file and in a header.
+VERSION = re.compile("[ -~]{1,1000}")
 
 
 class Part:
@@ -192,51 +330,60 @@ class Part:
         return self.path.stat().st_size if self.path.exists() else 0
 
     def version(self) -> str:
-        """What the server called the version that has begun to arrive; "" if it said nothing."""
+        """What the server called the version that has begun to arrive; "" where that is unknown."""
         if not self.version_path.exists():
             return ""
-        return self.version_path.read_text(encoding="utf-8")
+        version = self.version_path.read_text(encoding="utf-8", errors="replace")
+        return version if VERSION.fullmatch(version) else ""
 
-    def headers(self, headers: dict[str, str] | None) -> dict[str, str]:
+    def ask_for_rest(self) -> dict[str, str]:
         """The headers that ask for what is missing."""
-        # "identity" asks for the file as it is. Compressed on the way, as web servers like to do
-        # with text, its bytes could be neither counted nor continued from the middle.
-        ask_for = {"Accept-Encoding": "identity", **(headers or {})}
-        if self.length():
-            ask_for["Range"] = f"bytes={self.length()}-"
-            # The rest only if it is still the same file, else all of the new one.
-            if self.version():
-                ask_for["If-Range"] = self.version()
-        return ask_for
+        if not self.length():
+            return {}
+        rest = {"Range": f"bytes={self.length()}-"}
+        # The rest only if it is still the same file, else all of the new one.
+        if self.version():
+            rest["If-Range"] = self.version()
+        return rest
 
-    def is_of_another_file(self, answer: "requests.Response", done: int) -> bool:
-        """Whether our first `done` bytes are no beginning of what the server has, or sends.
+    def why_not_continued(
+        self, answer: "requests.Response", done: int, size: int | None, sha256: str | None
+    ) -> str | None:
+        """Why our first `done` bytes cannot be joined to what the server sends; None if they can.
 
         416 says that the file ends before byte `done`: our part is of another file or version,
         or was already complete when a program was killed. And a 206 must begin where we asked it
         to, and be of our version; a cache between us and the server may send another range.
         """
+        if answer.status_code == 200:  # all of the file: there is nothing to join
+            return None
         if answer.status_code == 416:
-            return True
-        if answer.status_code != 206:
-            return False
-        begins_elsewhere = not answer.headers.get("Content-Range", "").startswith(f"bytes {done}-")
+            return "the file on the server ends before what has arrived so far"
+        content_range = answer.headers.get("Content-Range", "")
+        if not content_range.startswith(f"bytes {done}-"):
+            return "the server sends another piece of the file than what is missing"
         version = version_of(answer)
-        has_changed = bool(version and self.version() and version != self.version())
-        return begins_elsewhere or has_changed
+        if version and self.version() and version != self.version():
+            return "what has arrived so far is of another version of the file"
+        # Without a version and a checksum nobody would notice that the file has changed, and
+        # without a size and a checksum nobody would notice that more of it is missing.
+        if not sha256 and ((done and not self.version()) or size is None):
+            return "the server does not say enough to continue what has arrived so far"
+        return None
 
-    def remember_version(self, answer: "requests.Response") -> None:
-        """Keep what the server calls the version that begins to arrive."""
-        self.version_path.unlink(missing_ok=True)
-        if version_of(answer):
-            self.version_path.write_text(version_of(answer), encoding="utf-8")
+    def begin(self, answer: "requests.Response") -> None:
+        """Forget what has arrived, and keep what the server calls the version that comes now."""
+        self.remove()  # first, so that no part is ever taken for another version
+        version = version_of(answer)
+        if version:
+            self.version_path.write_text(version, encoding="utf-8")
 
     def remove(self) -> None:
         """Forget what has arrived."""
         self.path.unlink(missing_ok=True)
         self.version_path.unlink(missing_ok=True)
 
-    def complete(self) -> None:
+    def take_name(self) -> None:
         """Give the file its name."""
         self.path.replace(self.final_path)
         self.version_path.unlink(missing_ok=True)
@@ -246,7 +393,8 @@ def version_of(answer: "requests.Response") -> str:
     """A text that changes when the file does: a strong ETag, or else the date of its change."""
     etag = answer.headers.get("ETag", "")
     # A weak ETag, W/"...", stands for files of the same meaning, which may differ in their bytes.
-    return etag if etag.startswith('"') else answer.headers.get("Last-Modified", "")
+    version = etag if etag.startswith('"') else answer.headers.get("Last-Modified", "")
+    return version if VERSION.fullmatch(version) else ""
 
 
 # --------------------------------------------------------------------------------------------------
@@ -254,65 +402,154 @@ def version_of(answer: "requests.Response") -> str:
 
 
 @contextlib.contextmanager
-def request(url: str, headers: dict[str, str], timeout: float) -> Iterator["requests.Response"]:
+def request(job: Job, rest: dict[str, str]) -> Iterator["requests.Response"]:
     """The answer to a GET, whose body is still to be read. TryAgain if there is none.
 
-    Redirects are followed here, and not by requests, which would read their bodies, however
-    large. The answers on the way are kept as answer.history.
+    rest: the headers of Part.ask_for_rest.
+    """
+    import requests
+    from urllib3.exceptions import HTTPError
+
+    with new_session() as session:
+        try:
+            answer = follow(session, job, rest)
+        except (requests.RequestException, HTTPError) as error:
+            if isinstance(error, ValueError):  # no address, of the caller's or of a redirect
+                problem = f"{job.shown_url} leads to no web address ({type(error).__name__})"
+                raise ValueError(problem) from error
+            raise TryAgain(in_words(error)) from error
+        with answer:
+            yield answer
+
+
+def new_session() -> "requests.Session":
+    """A session that follows no redirects, and does not read their bodies, however large.
+
+    Even with allow_redirects=False, requests reads the body of a redirect to prepare the next
+    request. This session tells it that nothing is a redirect.
     """
     import requests
 
+    class Session(requests.Session):
+        def get_redirect_target(self, resp: requests.Response) -> None:
+            return None
+
+    return Session()
+
+
+def follow(session: "requests.Session", job: Job, rest: dict[str, str]) -> "requests.Response":
+    """The answer at the end of all redirects; the ones on the way are its `history`."""
+    # "identity" asks for the file as it is. Compressed on the way, as web servers like to do
+    # with text, its bytes could be neither counted nor continued from the middle.
+    headers = {"Accept-Encoding": "identity", **rest, **job.headers}
     history: list[requests.Response] = []
-    try:
-        with requests.Session() as session:
-            while True:
-                answer = session.get(
-                    url, headers=headers, timeout=timeout, stream=True, allow_redirects=False
-                )
-                if not answer.is_redirect:
-                    break
-                answer.close()
-                history.append(answer)
-                if len(history) > REDIRECTS:
-                    raise ValueError(f"{url} redirects more than {REDIRECTS} times")
-                target = urljoin(url, answer.headers["Location"])
-                # What is secret is for the server that we asked, and not for where it sends us.
-                if urlsplit(target).netloc != urlsplit(url).netloc:
-                    headers = {k: v for k, v in headers.items() if k != "Authorization"}
-                url = target
+    url = job.url
+    while True:
+        answer = get(session, url, headers, job)
+        if not answer.is_redirect:
             answer.history = history
-            with answer:
-                yield answer
-    except requests.RequestException as error:
-        raise TryAgain(in_words(error)) from error
+            return answer
+        answer.close()
+        history.append(answer)
+        if len(history) > REDIRECTS:
+            raise ValueError(f"{job.shown_url} redirects more than {REDIRECTS} times")
+        try:
+            # Headers come as Latin-1, but where an address is not ASCII it is UTF-8.
+            target = answer.headers["Location"].encode("latin-1").decode("utf-8")
+            url = urljoin(url, target)
+            leaves = not same_server(job.url, url)
+        except ValueError as error:
+            raise ValueError(f"{job.shown_url} redirects to what is no address") from error
+        # What may be secret is for the server that we asked, and not for where it sends us.
+        if leaves:
+            headers = {"Accept-Encoding": "identity", **rest}
 
 
-def in_words(error: "requests.RequestException") -> str:
+def get(
+    session: "requests.Session", url: str, headers: dict[str, str], job: Job
+) -> "requests.Response":
+    """The answer of one server, without its body. TryAgain if it takes too long.
+
+    The timeout of requests is for each read: headers that come byte by byte never end. And it
+    begins anew with each address that a server has. So a thread of its own waits for the answer,
+    and is left to itself when its time is over: after five timeouts, or at the deadline.
+    """
+    outcomes: queue.SimpleQueue[requests.Response | Exception] = queue.SimpleQueue()
+
+    def ask() -> None:
+        try:
+            answer = session.get(
+                url,
+                headers=headers,
+                timeout=job.timeout,
+                stream=True,
+                allow_redirects=False,
+            )
+            outcomes.put(answer)
+        except Exception as error:  # it is raised below, in the thread that waits
+            outcomes.put(error)
+
+    threading.Thread(target=ask, daemon=True).start()
+    try:
+        outcome = outcomes.get(timeout=max(0.0, min(5 * job.timeout, job.clock.left())))
+    except queue.Empty:
+        raise TryAgain("the server does not answer") from None
+    if isinstance(outcome, Exception):
+        raise outcome
+    return outcome
+
+
+def same_server(asked: str, url: str) -> bool:
+    """Whether url is on the server that we asked, and no easier to listen to."""
+    from requests.sessions import SessionRedirectMixin
+
+    return not SessionRedirectMixin().should_strip_auth(asked, url)
+
+
+def in_words(error: Exception) -> str:
     """What has gone wrong with a connection, for people."""
     import requests
+    from urllib3.exceptions import ProtocolError
 
-    if isinstance(error, (requests.ReadTimeout, requests.ConnectTimeout)):
+    if isinstance(error, requests.Timeout):
         return "the server does not answer"
+    if isinstance(error, requests.exceptions.SSLError):
+        return "the server's certificate is not accepted"
+    if isinstance(error, requests.exceptions.ProxyError):
+        return "the proxy does not let us through"
+    cause = error.args[0] if error.args else None
+    if isinstance(error, ProtocolError) or isinstance(cause, ProtocolError):
+        return "the connection ended before there was an answer"
     if isinstance(error, requests.ConnectionError):
         return "the server cannot be reached, or there is no network"
-    return f"the request failed ({type(error).__name__}: {error})"
+    return f"the request failed ({type(error).__name__})"
 
 
-def refuse(url: str, answer: "requests.Response") -> NoReturn:
+def refuse_failure(job: Job, answer: "requests.Response") -> None:
     """Raise for an answer that brings no file: ValueError if it will be the same the next time."""
     status = answer.status_code
+    if status in (200, 206, 416):
+        return
+    # The name of the status is ours and not the server's, which may put anything in its place.
+    names = {known.value: f"{known.phrase} ({known.value})" for known in HTTPStatus}
+    name = names.get(status, str(status))
     # The server is in trouble, has timed out (408), or gets too many requests (429).
     if status >= 500 or status in (408, 429):
-        raise TryAgain(f"the server answers {answer.reason} ({status})")
+        raise TryAgain(f"the server answers {name}")
     kind = NotFound if status == 404 else ValueError
-    raise kind(f"{url} answers {answer.reason} ({status}): is the name right, and may you read it?")
+    raise kind(f"{job.shown_url} answers {name}: is the name right, and may you read it?")
 
 
-def refuse_compression(url: str, answer: "requests.Response") -> None:
+def refuse_compression(job: Job, answer: "requests.Response") -> None:
     """ValueError for a compressed body, which could be cut, or unpack to any size."""
-    encoding = answer.headers.get("Content-Encoding", "identity")
-    if encoding != "identity":
-        raise ValueError(f"{url} sends the file compressed ({encoding}), which we did not ask for")
+    for header, plain in (
+        ("Content-Encoding", ("", "identity")),
+        ("Transfer-Encoding", ("", "identity", "chunked")),
+    ):
+        encoding = answer.headers.get(header, "").strip().lower()
+        if encoding not in plain:
+            problem = f"sends the file compressed ({encoding[:40]}), which we did not ask for"
+            raise ValueError(f"{job.shown_url} {problem}")
 
 
 def announced_size(answer: "requests.Response") -> int | None:
@@ -323,10 +560,10 @@ def announced_size(answer: "requests.Response") -> int | None:
     length = answer.headers.get("Content-Length", "")
     total = answer.headers.get("Content-Range", length).rpartition("/")[2]
     # The Hugging Face hub gives the size of a large file in a header of its own.
-    linked_size = hub_header(answer, "X-Linked-Size")
-    if linked_size.isdecimal():
-        return int(linked_size)
-    return int(total) if total.isdecimal() else None
+    for number in (hub_header(answer, "X-Linked-Size"), total):
+        if re.fullmatch("[0-9]{1,18}", number):
+            return int(number)
+    return None
 
 
 def announced_sha256(answer: "requests.Response") -> str | None:
@@ -340,10 +577,16 @@ def hub_header(answer: "requests.Response", name: str) -> str:
     """A header of the server that we asked, "" if it has none.
 
     The Hugging Face hub describes a file in its own answer, which redirects us to another server.
-    What that one says of itself does not count: a mirror must not choose its own checksum.
+    What that one says of itself does not count: a mirror must not choose its own checksum. (The
+    hub's own answers may be several, since a model that was renamed is redirected on the hub.)
     """
-    asked = answer.history[0] if answer.history else answer
-    return asked.headers.get(name, "")
+    answers = [*answer.history, answer]
+    for each in answers:
+        if not same_server(answers[0].url, each.url):
+            break
+        if name in each.headers:
+            return each.headers[name]
+    return ""
 
 
 # --------------------------------------------------------------------------------------------------
@@ -351,43 +594,61 @@ def hub_header(answer: "requests.Response", name: str) -> str:
 
 
 def write_body(
-    answer: "requests.Response", part: Path, start: int, size: int | None, timeout: float
+    job: Job,
+    answer: "requests.Response",
+    part: Path,
+    start: int,
+    size: int | None,
 ) -> int:
     """Write the answer's body into `part`, from byte `start` on. Returns where it ended.
 
-    Never more than `size` bytes are written, or LARGEST_UNANNOUNCED where it is not known. Raises
-    TryAgain for a server that sends hardly anything, and ValueError for one that sends too much.
+    Never more than `size` bytes are written, or LARGEST_UNANNOUNCED where the size is not known:
+    if the server sends more, the number that is returned is larger. Raises TryAgain if the
+    connection breaks or hardly anything comes, and OSError if the file cannot be written.
     """
+    try:
+        with part.open("r+b" if part.exists() else "wb") as f:
+            f.seek(start)
+            try:
+                return copy_body(job, answer, f, start, size)
+            finally:
+                f.flush()
+                os.fsync(f.fileno())
+    except OSError as error:
+        error.filename = str(part)  # a full disk does not say which file it is about
+        raise
+
+
+def copy_body(
+    job: Job,
+    answer: "requests.Response",
+    f: BinaryIO,
+    start: int,
+    size: int | None,
+) -> int:
+    """The loop of `write_body`, with a bar that shows how far it is."""
     largest = LARGEST_UNANNOUNCED if size is None else size
     end = start
-    watch = Watch(timeout)
     with (
-        part.open("r+b" if part.exists() else "wb") as f,
         tqdm(
-            desc=part.stem,
+            desc=job.path.name,
             total=size,
             initial=start,
             unit="B",
             unit_scale=True,
             disable=None,  # no bar where the output is not a terminal
         ) as bar,
+        Watch(answer, job.timeout, job.clock) as watch,
     ):
-        f.seek(start)
-        f.truncate()  # what lies behind is of an older version
-        try:
-            for chunk in chunks(answer):
-                end += len(chunk)
-                if end > largest:
-                    break
-                f.write(chunk)
-                bar.update(len(chunk))
-                watch.saw(len(chunk))
-        finally:
-            f.flush()
-            os.fsync(f.fileno())
-    if end > largest:
-        part.unlink()
-        raise ValueError(f"{answer.url} sends more than {largest} bytes, which is all there may be")
+        for chunk in chunks(answer):
+            end += len(chunk)
+            if end > largest:
+                break
+            watch.is_reading = False
+            f.write(chunk)
+            watch.is_reading = True
+            bar.update(len(chunk))
+            job.clock.bytes += len(chunk)
     return end
 
 
@@ -409,32 +670,72 @@ def chunks(answer: "requests.Response") -> Iterator[bytes]:
 
 
 class Watch:
-    """Gives up a server that sends less than SLOWEST bytes a second for `timeout` seconds."""
+    """`with Watch(...)`: gives up a body of which too little arrives, or which takes too long.
 
-    def __init__(self, timeout: float):
+    Too little is less than SLOWEST bytes a second during a whole timeout. A thread looks at what
+    has arrived, because the one that reads may wait for ever inside of one read: for a line that
+    comes byte by byte, or that never ends. Hanging up wakes it. Raises TryAgain at the end.
+    """
+
+    def __init__(self, answer: "requests.Response", timeout: float, clock: Clock):
+        self.answer = answer
         self.timeout = timeout
-        self.since = time.monotonic()
-        self.bytes = 0
+        self.clock = clock
+        self.verdict = ""
+        self.is_reading = True  # else it waits for the disk, which is not the server's fault
+        self.has_ended = threading.Event()
+        self.thread = threading.Thread(target=self.run, daemon=True)
 
-    def saw(self, n: int) -> None:
-        """n bytes more have arrived. TryAgain if they are too few for the time that they took."""
-        self.bytes += n
-        seconds = time.monotonic() - self.since
-        if seconds < self.timeout:
-            return
-        if self.bytes < SLOWEST * seconds:
-            raise TryAgain(f"only {self.bytes} bytes came in the last {seconds:.0f} s")
-        self.since = time.monotonic()
-        self.bytes = 0
+    def __enter__(self) -> Self:
+        if not self.answer.raw.closed:  # as it is where there is no body
+            # A second handle on the connection, which stays ours when the reader closes its own.
+            fileno = self.answer.raw.fileno()
+            self.connection = socket.fromfd(fileno, socket.AF_INET, socket.SOCK_STREAM)
+            self.thread.start()
+        return self
+
+    def run(self) -> None:
+        """Wait until it takes too long, and then hang up."""
+        while not self.verdict:
+            before = self.clock.bytes
+            seconds = max(0.01, min(self.timeout, self.clock.left()))
+            if self.has_ended.wait(seconds):
+                return
+            arrived = self.clock.bytes - before
+            if self.clock.left() <= 0:
+                seconds = self.clock.allowed()
+                self.verdict = f"it is not complete after {seconds:.0f} s, its deadline"
+            elif seconds < self.timeout or not self.is_reading:
+                continue
+            elif arrived == 0:
+                self.verdict = "the server has fallen silent"
+            elif arrived < SLOWEST * seconds:
+                self.verdict = f"only {arrived} bytes came in the last {seconds:.1f} s"
+        with contextlib.suppress(OSError):  # it may have ended by itself
+            self.connection.shutdown(socket.SHUT_RDWR)
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.has_ended.set()
+        if self.thread.ident is not None:
+            self.thread.join()
+            self.connection.close()
+        if self.verdict and (error is None or isinstance(error, TryAgain)):
+            raise TryAgain(self.verdict) from error
 
 
 def find_problem(part: Path, length: int, size: int | None, sha256: str | None) -> str | None:
     """What is wrong with a file that has arrived as a whole, in words; None where nothing is."""
+    largest = LARGEST_UNANNOUNCED if size is None else size
+    if length > largest:
+        return f"more than {largest} bytes, which is all there may be"
     if sha256:
         with part.open("rb") as f:
             actual = hashlib.file_digest(f, "sha256").hexdigest()
         if actual != sha256:
             return f"a file of SHA-256 {actual}, not {sha256}"
-    if size is not None and length > size:
-        return f"{length} bytes, not {size}"
     return None

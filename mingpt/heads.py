@@ -2,13 +2,19 @@
 Models that give a number instead of a token, and the policy joined with one of them.
 
     RewardModel    judges a whole text                          (B, T) -> (B,)
-    ValueModel     foresees the return from every prefix        (B, T) -> (B, T)
+    ValueModel     predicts the return from every position      (B, T) -> (B, T)
     ValueHead      the same, read off the policy's own trunk    (B, T, C) -> (B, T)
     ActorCritic    policy and value function as one module, which is what PPO trains
 
-Each is GPT's trunk with a linear head to one number. Sources: Ziegler et al. 2019
-(arXiv:1909.08593), Stiennon et al. 2020 (arXiv:2009.01325), Huang et al. 2024
-(arXiv:2403.17031).
+RewardModel and ValueModel are GPT's trunk, a Transformer that gives a vector of C channels
+for each token, and a linear head from that vector to one number. They differ in where the
+number is read.
+
+Shapes: B rows, T tokens, C channels (n_embd). Several rows may continue the same prompt; then
+it is a prefix that is read once for all of them (see prefix.py).
+
+Sources: Ziegler et al. 2019 (arXiv:1909.08593), Stiennon et al. 2020 (arXiv:2009.01325),
+Huang et al. 2024 (arXiv:2403.17031).
 """
 
 from typing import Self
@@ -27,8 +33,8 @@ from mingpt.weights import Pretrained
 def one_number(head: nn.Linear, hidden: Tensor) -> Tensor:
     """The head's number for each hidden state, (B, T, C) -> (B, T), in fp32.
 
-    Half precision has too few digits for it: of two rewards around 8 that are 0.03 apart,
-    bf16 makes the same number.
+    Half precision has too few digits for it: bf16 rounds two rewards around 8 that are 0.03
+    apart to the same number.
     """
     with torch.autocast(hidden.device.type, enabled=False):
         number = F.linear(hidden.float(), head.weight.float(), head.bias.float())
@@ -36,15 +42,18 @@ def one_number(head: nn.Linear, hidden: Tensor) -> Tensor:
 
 
 class ScalarModel(Pretrained, nn.Module):
-    """GPT's trunk and a linear head to one number per position. The base of the two below."""
+    """GPT's trunk and a linear head to one number per position.
 
-    presets = GPT.presets  # for from_pretrained
-    head_scale = 0.0  # standard deviation of the head's first weights, times sqrt(C + 1)
+    The base of ValueModel and RewardModel.
+    """
+
+    presets = GPT.presets  # the names that from_pretrained knows
+    head_scale = 0.0  # the head's weights start as N(0, head_scale² / (C + 1))
 
     def __init__(self, config: CN):
         super().__init__()
         self.config = resolve_config(config)
-        # The trunk reads the text, (B, T) -> (B, T, C); the head makes one number of each state.
+        # The trunk reads the text, (B, T) -> (B, T, C). The head turns each vector into a number.
         self.transformer = Transformer(self.config)
         self.head = nn.Linear(self.config.n_embd, 1)
         nn.init.normal_(self.head.weight, std=self.head_scale * (self.config.n_embd + 1) ** -0.5)
@@ -57,11 +66,11 @@ class ScalarModel(Pretrained, nn.Module):
 
     @classmethod
     def from_gpt(cls, model: "GPT | ScalarModel") -> Self:
-        """A new model whose trunk starts as a copy of model's.
+        """A new model whose trunk starts as a copy of the trunk of `model`.
 
-        The head starts as model's if model is a reward or value model itself; else it is fresh.
+        What the trunk has learned about language helps to judge texts, too. If `model` is
+        itself a reward or value model, the head is copied as well. Otherwise the head is new.
         """
-        # What the trunk has learned about language is useful to judge texts, too.
         new = cls(model.config)
         new.transformer.load_state_dict(model.transformer.state_dict())
         if isinstance(model, ScalarModel):
@@ -75,10 +84,10 @@ class ScalarModel(Pretrained, nn.Module):
         prefix_length: int = 0,
         rows_per_prompt: int = 1,
     ) -> Tensor:
-        """The head's number at every position behind the prefix: (B, T) -> (B, T - prefix_length).
+        """The head's number at each position after the prefix: (B, T) -> (B, T - prefix_length).
 
-        Rows may share a prefix, as in `prefix.hidden_states`. ValueError if a row has more
-        tokens than block_size.
+        prefix_length, rows_per_prompt: see `prefix.hidden_states`. By default there is no
+        prefix. Raises ValueError if a row has more tokens than block_size.
         """
         hidden = hidden_states(
             self.transformer, idx, attention_mask, prefix_length, rows_per_prompt
@@ -87,11 +96,11 @@ class ScalarModel(Pretrained, nn.Module):
 
 
 class ValueModel(ScalarModel):
-    """V(s), the return that the policy can expect from each prefix: (B, T) -> (B, T).
+    """V(s), the return that the policy can expect after each token: (B, T) -> (B, T).
 
-    Made from a policy, its head starts at zero: an untrained value function says nothing
-    rather than something wrong (Ziegler et al.'s code). Made from a reward model, it starts
-    as that one (Stiennon et al. 2020).
+    `from_gpt(policy)` starts with a head of zeros, so an untrained value function predicts 0
+    and not noise (Ziegler et al.'s code). `from_gpt(reward_model)` starts as the reward model
+    (Stiennon et al. 2020).
     """
 
     def forward(self, idx: Tensor, attention_mask: Tensor | None = None) -> Tensor:
@@ -100,7 +109,7 @@ class ValueModel(ScalarModel):
 
 
 class ValueHead(nn.Linear):
-    """V(s) read off the policy's own trunk, which then serves both (Ziegler et al. 2019)."""
+    """V(s), read off the policy's own trunk: one trunk for both (Ziegler et al. 2019)."""
 
     def __init__(self, n_embd: int):
         super().__init__(n_embd, 1)
@@ -115,7 +124,8 @@ class ValueHead(nn.Linear):
 class RewardModel(ScalarModel):
     """One number for a whole text, read at its last real token: (B, T) -> (B,).
 
-    It is a reward_fn as it stands. The head starts as N(0, 1/(C+1)) (Stiennon et al. 2020).
+    PPOTrainer takes it as a reward_fn. The head starts as N(0, 1/(C+1)) (Stiennon et al.
+    2020).
     """
 
     head_scale = 1.0
@@ -129,11 +139,10 @@ class RewardModel(ScalarModel):
     ) -> Tensor:
         """idx, attention_mask, completion_mask, all (B, T) -> rewards (B,).
 
-        With rows_per_prompt, so many adjacent rows continue the same prompt, which is read
-        once. The completion_mask then says where the completions begin, in the same column
-        for all.
+        If each rows_per_prompt adjacent rows continue the same prompt, that prompt is read
+        once. The completion_mask then says where the prompts end: in the same column for all
+        rows. It is needed for nothing else.
         """
-        # Where the rows share a prompt, only what follows it is read row by row.
         prefix_length = 0
         if rows_per_prompt > 1:
             if completion_mask is None:
@@ -143,25 +152,28 @@ class RewardModel(ScalarModel):
                 )
             prefix_length = first_column(completion_mask)
         scores = self.scores(idx, attention_mask, prefix_length, rows_per_prompt)
+
         # By causality only the last real token has seen the whole text: its number counts.
         if attention_mask is None:
             return scores[:, -1]
-        last_column = last_real(attention_mask) - prefix_length
+        last_column = last_real(attention_mask) - prefix_length  # (B,), in scores
         return scores.gather(1, last_column[:, None])[:, 0]
 
     @torch.no_grad()
     def normalize(self, scores: Tensor, unit_variance: bool = False) -> None:
         """Shift (and optionally rescale) the head so that these scores get mean 0 (and variance 1).
 
-        scores (N,): this model's own, of reference texts: samples of the policy to be
-        trained (Ziegler et al. 2019) or texts by people (Stiennon et al. 2020).
-        Bradley-Terry leaves the mean free, and kl_coef is in units of the reward, so both
-        should be fixed before PPO.
+        scores (N,): what this model gives to some reference texts. Ziegler et al. 2019 take
+        samples of the policy that is to be trained, Stiennon et al. 2020 texts by people. Do it
+        before PPO: a Bradley-Terry loss leaves the mean open, and kl_coef is measured in units
+        of the reward.
+
+        Raises ValueError for unit_variance if all scores are equal.
         """
         # The score is w·h + b. So (w·h + b - mean) / std has the weights w / std and the bias
         # (b - mean) / std.
         std = scores.std(unbiased=False) if unit_variance else torch.tensor(1.0)
-        if not std > 0:
+        if not std > 0:  # and so also where it is NaN
             raise ValueError(
                 f"{len(scores)} equal scores cannot be scaled to variance 1: pass the scores of "
                 "different texts"
@@ -171,16 +183,16 @@ class RewardModel(ScalarModel):
 
 
 def first_column(completion_mask: Tensor) -> int:
-    """The column in which the completions begin: (B, T) mask -> column."""
+    """The first column in which any row has a completion token: (B, T) mask -> column."""
     return int(completion_mask.any(dim=0).long().argmax())
 
 
 class ActorCritic(nn.Module):
     """Policy and value function as one module.
 
-    policy: a GPT, or any module with its `log_probs`.
-    value_model: a ValueModel, any module with its forward, a ValueHead that reads the policy's own
-        trunk, or None for no value function.
+    policy: a GPT, or any module with the same `log_probs` method.
+    value_model: a ValueModel, or any module with the same `forward`; a ValueHead, which reads
+        the policy's own trunk; or None for no value function.
     """
 
     def __init__(self, policy: nn.Module, value_model: nn.Module | None = None):
@@ -198,22 +210,24 @@ class ActorCritic(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """(log_probs, values), both (B, T-1): of the actions idx[:, 1:] and the states before them.
 
-        The first prefix_length actions belong to the prompt, and nobody asks for their
-        log-probs. For a GPT they are left out, and zeros stand in their place, since a
-        prompt need not go through the large matrix of the vocabulary. Where rows_per_prompt
-        adjacent rows continue the same prompt, it is read once for all of them.
+        The first prefix_length actions belong to the prompt, and their log-probs are never
+        used. A GPT does not compute them: zeros take their place, which saves the prompt's
+        product with the large vocabulary matrix. If each rows_per_prompt adjacent rows continue
+        the same prompt, it is read once for all of them.
         """
-        # A policy that is no GPT does everything itself, the prompts' log-probs included.
+        # A policy of another kind reads every row from its beginning. (mypy cannot know that it
+        # has log_probs.)
         if not isinstance(self.policy, GPT):
             mask = needed_mask(idx, attention_mask)
             log_probs = self.policy.log_probs(idx, mask, temperature)  # type: ignore[operator]
             return log_probs, self.values(idx, attention_mask)
 
-        # The last token is an action only, never a part of a state: it is not read.
+        # log π of each action after the prefix.
         hidden = self.policy_states(idx, attention_mask, prefix_length, rows_per_prompt)
-        logits = self.policy.lm_head(hidden)  # (B, T-1-prefix_length, V), the largest tensor of all
+        logits = self.policy.lm_head(hidden)  # (B, T-1-prefix_length, V): the largest tensor
         log_probs = token_log_probs(logits, idx[:, prefix_length + 1 :], temperature)
-        # A value head reads the same hidden states; a value model reads the text by itself.
+
+        # V of each state. A ValueHead reads the policy's hidden states, a ValueModel the text.
         if isinstance(self.value_model, ValueHead):
             values = F.pad(self.value_model(hidden), (prefix_length, 0))
         else:
@@ -229,7 +243,8 @@ class ActorCritic(nn.Module):
     ) -> Tensor:
         """V of each state, (B, T-1). Zeros in the prefix, and everywhere without a value function.
 
-        These are `value(idx)[:, :-1]`. By causality the last token need not even be read.
+        The last token is an action, but never part of a state, so it is not read: a causal
+        model gives the same as `value(idx)[:, :-1]`.
         """
         if self.value_model is None:
             return torch.zeros(idx[:, :-1].shape, device=idx.device)
@@ -241,6 +256,8 @@ class ActorCritic(nn.Module):
                 idx[:, :-1], attention_mask[:, :-1], prefix_length, rows_per_prompt
             )
             return F.pad(values, (prefix_length, 0))
+
+        # A value function of another kind reads every row from its beginning.
         values = self.value_model(idx[:, :-1], attention_mask[:, :-1])
         if values.shape != idx[:, :-1].shape:
             raise ValueError(
@@ -252,14 +269,22 @@ class ActorCritic(nn.Module):
     def policy_states(
         self, idx: Tensor, attention_mask: Tensor, prefix_length: int, rows_per_prompt: int
     ) -> Tensor:
-        """The policy's hidden states of all states behind the prefix: (B, T-1-prefix_length, C)."""
-        assert isinstance(self.policy, GPT)  # a ValueHead is only ever put on a GPT
-        states = idx[:, :-1], attention_mask[:, :-1]
-        return hidden_states(self.policy.transformer, *states, prefix_length, rows_per_prompt)
+        """The policy's hidden vector for each state after the prefix: (B, T-1-prefix_length, C)."""
+        assert isinstance(self.policy, GPT)  # PPOTrainer puts a ValueHead on a GPT only
+        return hidden_states(
+            self.policy.transformer,
+            idx[:, :-1],
+            attention_mask[:, :-1],
+            prefix_length,
+            rows_per_prompt,
+        )
 
     def configure_optimizers(self, train_config: CN) -> torch.optim.Optimizer:
-        """AdamW over both; the value function learns at value_lr_ratio times the policy's rate."""
-        # The Trainer sets each group's rate to the schedule's times its lr_ratio.
+        """AdamW over both.
+
+        The value function's learning rate is value_lr_ratio times the policy's: the Trainer
+        multiplies by each group's lr_ratio.
+        """
         optimizer = adamw(self.policy, train_config)
         if self.value_model is not None:
             for group in adamw(self.value_model, train_config).param_groups:

@@ -1,11 +1,11 @@
 """
-A prompt that several completions continue, read once.
+Read a prompt once, however many completions it has.
 
-Prompts are long and completions are short: 512 and 53 tokens in TL;DR. PPO samples several
-episodes of each prompt, and a comparison holds two or more completions of one prompt. The
-keys and values of such a prompt are computed once, and all its completions attend to them.
-Gradients flow through them, too, so training gives the same result as reading every row by
-itself.
+Prompts are long and completions are short: up to 512 and 53 tokens in TL;DR. PPO may sample
+several episodes of each prompt, and a comparison holds two or more completions of one prompt.
+So read each prompt once, keep its keys and values, and let all its completions attend to
+them. Gradients flow through the keys and values, too. So training gives the same result as
+reading every row in full.
 """
 
 import torch
@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 
 class Prefix:
-    """Keys and values of a batch of prompts, for the rows that continue them.
+    """The keys and values of a batch of prompts, for the completions to attend to.
 
-    It stands in for the trunk's KVCache. Two things are different: gradients flow through
+    A trunk takes it in place of its KVCache. Two things are different: gradients flow through
     it, and each prompt serves `rows_per_prompt` adjacent rows.
     """
 
@@ -25,15 +25,19 @@ class Prefix:
         self.length = 0  # columns of the prompts; the trunk sets it
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Called by each attention layer with its new keys and values; returns all it may look at.
+        """Take an attention layer's new keys and values, and return all that it may attend to.
 
-        First with the prompts' keys and values (prompts, nh, T, hs), which are kept; then
-        with those of the completions (prompts * rows_per_prompt, nh, T', hs), to which the
-        prompts' are joined: (prompts * rows_per_prompt, nh, T + T', hs).
+        Each layer calls it twice. The prompts come first, with k and v (N, nh, P, hs) each:
+        they are kept and returned. Then come the completions, with k and v
+        (N * rows_per_prompt, nh, T, hs) each: they are returned with the prompts' before them,
+        (N * rows_per_prompt, nh, P + T, hs).
         """
+        # The prompts.
         if layer == len(self.layers):
             self.layers.append((k, v))
             return k, v
+
+        # The completions. Repeat each prompt's keys and values for every row that continues it.
         prompt_k, prompt_v = self.layers[layer]
         prompt_k = prompt_k.repeat_interleave(self.rows_per_prompt, dim=0)
         prompt_v = prompt_v.repeat_interleave(self.rows_per_prompt, dim=0)
@@ -47,27 +51,30 @@ def hidden_states(
     prefix_length: int = 0,
     rows_per_prompt: int = 1,
 ) -> Tensor:
-    """The trunk's hidden states behind the prefix: (B, T) -> (B, T - prefix_length, C).
+    """The trunk's hidden states after the prefix: (B, T) -> (B, T - prefix_length, C).
 
-    Each rows_per_prompt adjacent rows must be equal in their first prefix_length columns,
-    padding included: only the first row of them is read there.
+    The prefix is the first prefix_length columns. Each rows_per_prompt adjacent rows must be
+    equal there, padding included, because only the first of them is read there.
     """
-    # Nothing is shared: one pass over everything.
+    # Nothing to save: read every row in full.
     if rows_per_prompt == 1 or prefix_length == 0:
         return trunk(idx, needed_mask(idx, attention_mask))[:, prefix_length:]
+
+    # Read each prompt once, (B / rows_per_prompt, prefix_length). Its keys and values are kept
+    # in the prefix. Its hidden states are not needed.
     if attention_mask is None:
         attention_mask = torch.ones_like(idx, dtype=torch.bool)
-    # First the prompts, once each, (B / rows_per_prompt, prefix_length). Their keys and values are
-    # kept, their hidden states are not needed. Then all rows continue from there.
     prefix = Prefix(rows_per_prompt)
     prompts = idx[::rows_per_prompt, :prefix_length]
     prompt_mask = attention_mask[::rows_per_prompt, :prefix_length]
-    trunk(prompts, prompt_mask, prefix)  # fills the prefix
+    trunk(prompts, prompt_mask, prefix)
+
+    # Then read what follows the prompt in each row, (B, T - prefix_length).
     return trunk(idx[:, prefix_length:], attention_mask, prefix)
 
 
 def needed_mask(idx: Tensor, attention_mask: Tensor | None) -> Tensor | None:
-    """The mask, or None if all padding is on the right.
+    """The mask if the trunk needs it; None if all padding is on the right.
 
     Causal attention never looks to the right, and it is faster without an explicit mask.
     Checking would force a GPU sync, so on a GPU the mask is kept.
@@ -77,6 +84,8 @@ def needed_mask(idx: Tensor, attention_mask: Tensor | None) -> Tensor | None:
     if attention_mask.shape != idx.shape:
         return attention_mask  # the trunk will say what is wrong with it
     mask = attention_mask.bool()
-    starts_real = mask[:, 0].all()
-    never_resumes = (mask[:, 1:] <= mask[:, :-1]).all()
-    return None if starts_real and never_resumes else attention_mask
+    no_padding_first = mask[:, 0].all()
+    no_token_after_padding = (mask[:, 1:] <= mask[:, :-1]).all()
+    if no_padding_first and no_token_after_padding:
+        return None
+    return attention_mask

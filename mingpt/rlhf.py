@@ -135,7 +135,8 @@ def masked(x: Tensor, mask: Tensor) -> Tensor:
     """x with zeros off the mask.
 
     The zeros are exact: NaN or infinity off the mask reaches neither a value nor a gradient.
-    ValueError unless the mask has x's shape; it holds 1 (or True) and 0 (or False).
+    The mask must have x's shape and hold only 1 (True) and 0 (False): ValueError otherwise.
+    On a GPU its values are not checked, and all but 0 count as 1.
     """
     if mask.shape != x.shape:
         raise ValueError(
@@ -551,7 +552,7 @@ def comparison_loss(
     dropout: whether to use the model's dropout. By default it is off. With it, even two equal texts
     would get different rewards, and a gradient that draws them apart.
     """
-    check_numbers(CN(centering=centering), "centering")
+    check_numbers(CN(centering=centering), "centering")  # it checks the options of a config
     with contextlib.nullcontext() if dropout else evaluation_mode(model):
         chosen, rejected = comparison_scores(model, batch)
     loss = reward_loss(chosen, rejected) + centering * (chosen + rejected).square().mean()
@@ -599,6 +600,7 @@ class DPOLoss:
         self.dropout = dropout
         self.reference: ActorCritic | None = None
         if ref_policy is not None:
+            # An ActorCritic without a value function. It reads each prompt only once.
             self.reference = ActorCritic(copy.deepcopy(ref_policy)).eval().requires_grad_(False)
 
     def __call__(self, model: nn.Module, batch: tuple[Tensor, ...]) -> tuple[Tensor, dict]:
@@ -641,7 +643,7 @@ def completion_log_probs(model: nn.Module, batch: tuple[Tensor, ...]) -> Tensor:
         idx,
         attention_mask,
         temperature=1.0,
-        prefix_length=first_column(completion_mask) - 1,
+        prefix_length=prefix_length,
         rows_per_prompt=K,
     )
     # log π(completion | prompt) = Σ_t log π(token t | everything before it)
@@ -854,7 +856,7 @@ class Rollout:
     old_log_probs: Tensor  # (B, T-1) log π_old, of the policy that sampled them
     ref_log_probs: Tensor  # (B, T-1) log π_ref
     old_values: Tensor  # (B, T-1) V before the update; zeros without a value function
-    kl: Tensor  # (B, T-1) log π_old - log π_ref on the mask, in nats
+    kl: Tensor  # (B, T-1) log π_old - log π_ref on the mask (k1), in nats
     # What it is worth.
     scores: Tensor  # (B,) of the whole texts, less the penalty for a missing end
     ended: Tensor  # (B,) True where the episode ended by itself, False where it was cut off
@@ -931,8 +933,9 @@ class PPOTrainer(Trainer):
     ref_policy: by default a frozen copy of the policy.
 
     One iteration of the Trainer's loop is a rollout, its scores, advantages and the update, all
-    without dropout. If the reward function fails, a RewardError names the sample; with one process,
-    a checkpoint of the iteration's beginning is saved first.
+    without dropout. If the reward function fails, a RewardError names the sample. With one
+    process, a checkpoint of the iteration's beginning is saved first (not in the first
+    iteration, when nothing is learned yet).
     """
 
     model: ActorCritic
@@ -956,7 +959,7 @@ class PPOTrainer(Trainer):
         C.kl_estimator = None         # k1, k2 or k3
         C.kl_coef = None              # beta, reward per nat
         C.loss_mean = None            # over tokens (token), completions (sequence), or constant
-        C.ratio = None                # of each token, or of the whole sequence
+        C.ratio = None                # of each token (token), or of completions (sequence)
         C.clip_range = None           # epsilon, or a pair (below, above)
         C.skip_equal_groups = None    # leave out groups whose completions all earned the same
         C.ppo_epochs = None           # passes over a rollout
@@ -975,11 +978,11 @@ class PPOTrainer(Trainer):
         C.gae_lambda = 0.95           # gae: 0 trusts the value function, 1 the sampled rewards
         # The update.
         C.minibatch_size = None       # episodes per optimizer step; None: all of the rollout
-        C.approxkl_max = None         # no further pass once the policy has moved so far, nats/token
+        C.approxkl_max = None         # end the passes above this KL to pi_old, nats/token
         C.value_clip_range = 0.2      # how far a value may move in one update
         C.value_coef = 0.1            # the value function's weight in the loss
-        C.value_lr_ratio = 1.0        # its learning rate, as a multiple of the policy's
-        C.shared_trunk = False        # it is a head on the policy's trunk, not a model of its own
+        C.value_lr_ratio = 1.0        # the value function's learning rate / the policy's
+        C.shared_trunk = False        # the value function is a head on the policy's trunk
         return C
 
     def __init__(
@@ -1018,6 +1021,7 @@ class PPOTrainer(Trainer):
         )
 
         self.policy = policy
+        # Only then can the sampler's own log-probs be used (see `sample`).
         self.weights_are_fp32 = all(p.dtype == torch.float32 for p in policy.parameters())
         # A reward model and the reference are used as they are, without dropout.
         if isinstance(reward_fn, nn.Module):
@@ -1153,7 +1157,7 @@ class PPOTrainer(Trainer):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Continue the prompts (B, P): idx, attention_mask, completion_mask (B, T), and log π_old.
 
-        From the whole softmax: with top-k or top-p the ratio would not start at 1.
+        Samples from the whole softmax: with top-k or top-p the ratio would not start at 1.
         """
         # The prompts, each with n new tokens: (B, P + n), and the log-probs of the n: (B, n).
         idx, log_probs = self.policy.generate(  # type: ignore[operator]  # need not be a GPT
@@ -1224,6 +1228,7 @@ class PPOTrainer(Trainer):
         # A reward model can read a shared prompt once; other reward functions know nothing of it.
         reward_fn = self.reward_fn
         if isinstance(reward_fn, RewardModel):
+            # It too can read a prompt once for the whole group.
             reward_fn = functools.partial(reward_fn, rows_per_prompt=rows_per_prompt)
         return score(  # the function of rewards.py
             reward_fn,
@@ -1438,6 +1443,8 @@ class PPOTrainer(Trainer):
         Which estimator has which gradient is explained in RLHF.md.
         """
         mask = batch.episodes.loss_mask
+        # Masked before, not after: off the mask k3's exponential may overflow, and infinity
+        # would become NaN in the gradient.
         kl = kl_estimate(
             masked(log_probs, mask),
             masked(batch.episodes.ref_log_probs, mask),
@@ -1472,6 +1479,7 @@ class PPOTrainer(Trainer):
         mask = rollout.mask
         kl = rollout.kl.sum(1).mean()  # per episode: the sum over its tokens
         score = rollout.scores.mean()
+        # The entropy is estimated from the sampled tokens: the mean of -log π_old.
         metrics = {
             "objective/kl": kl,
             "objective/scores": score,
@@ -1595,6 +1603,7 @@ class PPOTrainer(Trainer):
         check_booleans(config, "whiten_rewards", "shared_trunk")
         check_numbers(config, "gamma", "gae_lambda", high=1)
         check_numbers(config, "kl_target", "approxkl_max", low=1e-6, optional=True)
+        # From batch_size on, one iteration changes kl_coef by 20 % at most.
         check_numbers(config, "kl_horizon", low=config.batch_size)
         check_numbers(
             config,

@@ -4,17 +4,20 @@ The training loop. It knows nothing of language or of GPT: a model, a dataset an
     trainer = Trainer(config, model, train_dataset)
     trainer.run()
 
-One iteration fetches a batch, computes the loss, steps the optimizer and calls the callbacks. Now
-and then it also evaluates, logs a row of metrics and saves a checkpoint. Each of these is a method,
-so that a subclass can replace one and keep the others; PPOTrainer in rlhf.py is such a subclass.
+One iteration fetches a batch, computes the loss, steps the optimizer and calls the
+callbacks. Every so many iterations it also evaluates, logs a row of metrics and saves a
+checkpoint. Each of these is a method, so that a subclass can replace one and keep the others;
+PPOTrainer in rlhf.py is such a subclass. Read `run` and `iteration` first; the sections after
+them hold what they call.
 
-With a `work_dir`, a run can be killed at any moment and continued. A checkpoint holds the weights,
-the optimizer, the random states and the position in the data. Which examples form batch i depends
-on (seed, i) alone. So a continued run ends with the same weights, bit for bit on the CPU, as a run
-that was never interrupted.
+With a `work_dir`, a run can be killed at any moment and continued. A checkpoint holds the
+weights, the optimizer, the random states and the number of iterations done. That number is
+enough to find the place in the data, because (seed, i) alone decides which examples form
+batch i. So a continued run ends with the same weights, bit for bit on the CPU, as a run that
+was never interrupted.
 
-Under `torchrun`, several processes share each batch, and DistributedDataParallel averages their
-gradients.
+Under `torchrun`, each process takes a part of every batch, and DistributedDataParallel (DDP)
+combines their gradients.
 """
 
 import contextlib
@@ -48,9 +51,10 @@ from mingpt.utils import adamw, keep_freed_memory, pick_device, pick_precision, 
 
 logger = logging.getLogger("mingpt")
 
-# Metrics that the Trainer itself logs.
+# Metrics that the Trainer itself logs. A loss_fn cannot use these names.
 OWN_METRICS = {"iter", "loss", "lr", "grad_norm", "tokens/s", "seconds"}
 
+# What a callback can be called on.
 EVENTS = ("on_train_begin", "on_batch_end", "on_evaluate", "on_log", "on_train_end")
 
 # Options that a continued run may change. Any other change would make it a different run. (It may
@@ -72,21 +76,24 @@ class Trainer:
     train_dataset, valid_dataset: map-style datasets, with a length and items by index.
     loss_fn(model, batch): calls model(...) and returns the loss, or (loss, dict of metrics). By
         default the loss is `model(*batch)[-1]`, as GPT returns it.
-    collate_fn(items): makes a batch, a tuple of tensors, of a list of items (as for a DataLoader).
-    weight_fn(batch): how much a part of a batch counts. The loss is a mean; where it is a mean over
-        tokens and not over examples, weight_fn must count these tokens. By default, the targets
-        that are not ignored are counted where the loss is the default one, else examples.
+    collate_fn(items): makes a batch (a tuple of tensors) from a list of items, as in a
+        DataLoader.
+    weight_fn(batch): how many terms the loss of a batch is a mean over. These weights let the
+        losses of a batch's parts add up to the loss of the whole batch. If your loss_fn is a
+        mean over tokens, weight_fn must count those tokens. By default it counts examples, or
+        with the default loss the targets that are not ignored.
 
     Raises ValueError or TypeError for options or data that cannot be used, before training begins.
     """
 
-    # What a run knows of itself, for callbacks to read.
-    iter_num = 0                      # iterations done; a callback sees the current one's number
+    # What a run knows of itself, for callbacks to read. Iterations are counted from 0: during
+    # iteration i, iter_num is i.
+    iter_num = 0                      # iterations done
     iter_time = 0.0                   # when the last iteration ended
     iter_dt = 0.0                     # how long the last iteration took, in seconds
-    seconds = 0.0                     # of training in all
-    resumed_seconds = 0.0             # ... of which in the runs before this one
-    tokens = 0                        # elements of each batch's first tensor, in this run
+    seconds = 0.0                     # of training, in all
+    resumed_seconds = 0.0             # ... of them before this process started
+    tokens = 0                        # trained on since then, by all processes
     loss: Tensor | None = None        # of the last iteration, a detached scalar
     valid_loss: float | None = None   # of the last evaluation
     best_valid_loss = math.inf        # of all evaluations
@@ -114,7 +121,7 @@ class Trainer:
         C.betas = (0.9, 0.95)        # decay of the means of gradients and of their squares
         C.eps = 1e-8                 # keeps a division by the second mean from exploding
         C.weight_decay = 0.1         # on the weights of matrix products only
-        C.grad_norm_clip = 1.0       # largest norm of the gradient; None: no limit
+        C.grad_norm_clip = 1.0       # largest norm of the gradient; None or 0: no limit
         # What is kept, every so many iterations.
         C.work_dir = None            # folder for metrics.jsonl and checkpoints; None: keep nothing
         C.log_every = 10             # a row of metrics
@@ -148,11 +155,12 @@ class Trainer:
         self.check_config(config, self.world_size)
         self.check_data()
         self.folder = RunFolder(config.work_dir, config.tensorboard)
-        self.description = Path(config.work_dir).name if config.work_dir else "training"
+        self.run_name = Path(config.work_dir).name if config.work_dir else "training"
 
-        # The model, its optimizer, and the wrapper whose forward leads to every loss.
+        # The model and its optimizer. With several processes, every training loss goes through
+        # the forward of DDP's wrapper, which exchanges the gradients.
+        keep_freed_memory()  # trains faster on a CPU
         self.precision = pick_precision(config.precision, self.device)
-        keep_freed_memory()
         self.model = model.to(self.device)
         if config.compile:
             model.compile()
@@ -161,23 +169,23 @@ class Trainer:
         self.wrapped = DistributedDataParallel(model) if self.world_size > 1 else model
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
 
-        # The last `set_seed` fixes which examples form batch i, in all processes alike. Dropout and
-        # sampling are drawn by each process for itself.
+        # The seed that rank 0 has set last decides which examples form batch i, for all
+        # processes. For dropout and sampling each process needs random numbers of its own.
         self.seed = distributed.gather(torch.initial_seed())[0]
         if self.rank > 0:
             set_seed(self.seed + self.rank)
 
-        self.metrics: dict[str, float] = {}  # all that is known of the last iteration
+        self.metrics: dict[str, float] = {}  # the row of the last iteration
 
     # -- callbacks, as in minGPT -------------------------------------------------------------------
 
     def add_callback(self, onevent: str, callback: Callable) -> None:
-        """Have callback(trainer) called on an event, one of EVENTS."""
+        """Call callback(trainer) on an event, after the callbacks that it has already."""
         check_event(onevent)
         self.callbacks[onevent].append(callback)
 
     def set_callback(self, onevent: str, callback: Callable) -> None:
-        """Have callback(trainer) called on an event, instead of all earlier callbacks."""
+        """Call only callback(trainer) on an event, and no earlier callback."""
         check_event(onevent)
         self.callbacks[onevent] = [callback]
 
@@ -189,13 +197,12 @@ class Trainer:
     # -- the loop ----------------------------------------------------------------------------------
 
     def run(self) -> None:
-        """Train until max_iters or epochs is reached, from the last checkpoint if there is one.
+        """Train until max_iters or epochs is reached. Starts from the checkpoint, if any.
 
         Ctrl-C finishes the iteration, saves a checkpoint and raises KeyboardInterrupt. SIGTERM does
         the same and raises SystemExit(143).
         """
-        # One process speaks for all. It begins at the last checkpoint, if there is one.
-        is_silent = self.rank > 0
+        is_silent = self.rank > 0  # one process speaks for all
         with console(is_silent):
             self.model.train()
             self.resume()
@@ -203,7 +210,8 @@ class Trainer:
             batches = self.batches()
             self.trigger_callbacks("on_train_begin")
             self.iter_time = time.time()
-            progress = Progress(self.description, self.max_iters, self.iter_num, is_silent)
+            progress = Progress(self.run_name, self.max_iters, self.iter_num, is_silent)
+            # Signals wait until the iteration is finished.
             with progress, deferred_signals() as signals:
                 while self.max_iters is None or self.iter_num < self.max_iters:
                     self.iteration(next(batches))
@@ -214,40 +222,44 @@ class Trainer:
 
     def iteration(self, batch: tuple) -> None:
         """Everything that happens for one batch."""
-        # Set the learning rate. Some parameters may train at a multiple of it.
+        # Set the learning rate. A group of parameters may train at a multiple of it.
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate() * group.get("lr_ratio", 1.0)
 
         # Learn from the batch.
         self.metrics = self.train_step(batch)
 
-        # Keep time.
+        # Keep time. It includes what followed the last step: callbacks, evaluation, saving.
         now = time.time()
         self.iter_dt = now - self.iter_time
         self.iter_time = now
         self.seconds += self.iter_dt
-        self.metrics["tokens/s"] = self.tokens / max(self.seconds - self.resumed_seconds, 1e-9)
+        seconds_since_start = self.seconds - self.resumed_seconds
+        self.metrics["tokens/s"] = self.tokens / max(seconds_since_start, 1e-9)
 
+        # Callbacks still see the number of this iteration. After that, it counts as done.
         self.trigger_callbacks("on_batch_end")
         self.iter_num += 1
         self.after_step()
 
     def train_step(self, batch: tuple) -> dict:
-        """One iteration's learning: a batch in, an optimizer step, metrics out."""
+        """Learn from a batch, with one optimizer step. Returns the metrics."""
+        # The first tensor is the model's input: for a language model, its tokens.
         self.tokens += batch[0].numel() * self.world_size
         return self.optimizer_step(self.micro_batches(batch))
 
     def after_step(self) -> None:
-        """Evaluate, log and save, as far as each is due after this iteration."""
+        """Evaluate, log and save: each of them if it is due after this iteration."""
         if self.valid_dataset is not None and self.is_due(self.config.eval_every):
             self.evaluate()
             logger.info(
                 "%s: iteration %d, train loss %.4f, validation loss %.4f",
-                self.description,
+                self.run_name,
                 self.iter_num,
                 self.metrics["loss"],
                 self.valid_loss,
             )
+        # An iteration after which the model was evaluated is always logged.
         if self.is_due(self.config.log_every) or "valid_loss" in self.metrics:
             row = {"iter": self.iter_num, **self.metrics, "seconds": round(self.seconds, 3)}
             self.folder.log(row)
@@ -257,15 +269,19 @@ class Trainer:
             self.save_checkpoint()
 
     def is_due(self, every: int | None) -> bool:
-        """Whether something that happens every so many iterations, and at the end, is due now."""
+        """Whether something is due that happens every so many iterations, and at the end.
+
+        None: it never happens.
+        """
         if not every:
             return False
         return self.iter_num % every == 0 or self.iter_num == self.max_iters
 
     def stop_if_asked(self, signals: list[int]) -> None:
         """End the run after this iteration if any process has received Ctrl-C or SIGTERM."""
-        received = [float(signals.count(signal.SIGTERM)), float(len(signals))]
-        terminations, all_signals = distributed.total(received)
+        # Add up over the processes, so that all of them stop after the same iteration.
+        received = [float(len(signals)), float(signals.count(signal.SIGTERM))]
+        all_signals, terminations = distributed.total(received)
         if all_signals:
             self.save_checkpoint()
             raise_signal(signal.SIGTERM if terminations else signal.SIGINT)
@@ -274,7 +290,7 @@ class Trainer:
         """Say how long the run is, and where its files go."""
         length = "until interrupted" if self.max_iters is None else f"{self.max_iters} iterations"
         place = f"kept in {self.folder.path}" if self.folder.path else "not kept: no work_dir"
-        logger.info("%s: %s on %s, %s", self.description, length, self.device, place)
+        logger.info("%s: %s on %s, %s", self.run_name, length, self.device, place)
 
     def watched(self) -> dict[str, float]:
         """The few metrics that are shown to a person while the run goes on."""
@@ -285,8 +301,10 @@ class Trainer:
 
     @property
     def max_iters(self) -> int | None:
-        """Iterations in all, None for no end. A last, partial pass over the data is a pass."""
-        # Whichever end comes first counts.
+        """Iterations in all: to max_iters or epochs, whichever comes first. None: no end.
+
+        If the last epoch ends inside a batch, the whole of that batch is trained on.
+        """
         ends = []
         if self.config.max_iters is not None:
             ends.append(self.config.max_iters)
@@ -303,12 +321,12 @@ class Trainer:
     # -- batches -----------------------------------------------------------------------------------
 
     def batches(self) -> Iterator[tuple]:
-        """This process's part of every batch from number iter_num on, on the device. Endless."""
-        # Of each batch, this process takes its own part.
+        """This process's part of each batch from iter_num on, on the device. Never ends."""
         part_size = self.config.batch_size // self.world_size
         first = self.rank * part_size
         indices = (batch[first : first + part_size] for batch in self.batch_indices())
-        # Loading workers get a seed of their own for each start, so that none repeats another's.
+        # Loading workers may draw random numbers (to augment the data, say). Their seed is
+        # another one in each process and after each resume, so that no numbers are repeated.
         worker_seed = (self.seed + self.rank + 10**6 * self.iter_num) % 2**63
         loader = DataLoader(
             self.train_dataset,
@@ -319,93 +337,103 @@ class Trainer:
             pin_memory=self.device.type == "cuda",
             worker_init_fn=leave_ctrl_c_to_the_parent,
         )
-        return (self.to_device(batch) for batch in iter(loader))
+        return map(self.to_device, loader)
 
     def batch_indices(self) -> Iterator[list[int]]:
-        """Lists of dataset indices, one list a batch, for all processes together. Endless.
+        """The dataset indices of each batch, of all processes together. Never ends.
 
-        The examples come in pass after pass over the data, each pass in a new random order.
+        The batches come from pass after pass over the data, each pass in a new random order.
         """
-        # Begin where the iterations so far have left the stream of examples: so many whole passes,
-        # and so many examples of the next one.
+        # Begin where the iterations so far have ended: after so many passes over the data, and
+        # so many examples of the next one.
         examples_seen = self.iter_num * self.examples_per_batch
-        examples = self.shuffled_examples(*divmod(examples_seen, len(self.train_dataset)))
+        epoch, examples_done = divmod(examples_seen, len(self.train_dataset))
+        examples = self.shuffled_examples(epoch, examples_done)
         while True:
             yield list(itertools.islice(examples, self.examples_per_batch))
 
-    def shuffled_examples(self, epoch: int, done: int) -> Iterator[int]:
-        """Dataset indices from the done-th of an epoch on. An epoch's order is that of its seed."""
+    def shuffled_examples(self, epoch: int, skip: int) -> Iterator[int]:
+        """Dataset indices: an epoch without its first `skip` ones, then all later epochs."""
         while True:
+            # The order of an epoch depends on the seed and the epoch's number alone.
             generator = torch.Generator().manual_seed((self.seed + epoch) % 2**63)
             order = torch.randperm(len(self.train_dataset), generator=generator)
-            # As a list of Python numbers a large dataset's order could fill the memory.
-            for piece in order[done:].split(2**16):
+            # Piece by piece: as Python ints, a large dataset's order could fill the memory.
+            for piece in order[skip:].split(2**16):
                 yield from piece.tolist()
             epoch += 1
-            done = 0
+            skip = 0
 
     def to_device(self, batch: tuple) -> tuple:
         """The batch on the device. TypeError unless it is a tuple of equally long tensors."""
         check_batch(batch)
-        # Only a copy from pinned memory may go on while Python does: see `batches`.
+        # A copy may go on in the background if its source is pinned memory: see `batches`.
         is_pinned = self.device.type == "cuda"
         return tuple(x.to(self.device, non_blocking=is_pinned) for x in batch)
 
     def micro_batches(self, batch: Any) -> list[tuple[float, Any]]:
-        """Split a batch: pairs of a micro-batch's share of the whole batch, and the micro-batch.
+        """Split a batch into micro-batches. Returns (share, micro-batch) pairs.
 
-        The shares of all micro-batches in all processes add up to 1, and a micro-batch's mean loss
-        times its share is what it adds to the mean loss of the batch.
+        A micro-batch's share is its weight over the weight of the whole batch, in all
+        processes. So the loss of the batch is the sum of each micro-batch's loss times its
+        share.
         """
-        # Cut each tensor of the batch into pieces of that many examples.
         size = self.config.micro_batch_size or len(batch[0])
-        parts = list(zip(*(x.split(size) for x in batch), strict=True))
-        weights = [self.weight_fn(part) for part in parts]
+        splits = [x.split(size) for x in batch]  # of each tensor
+        micro_batches = list(zip(*splits, strict=True))
+        weights = [self.weight_fn(micro_batch) for micro_batch in micro_batches]
         [total_weight] = distributed.total([float(sum(weights))])
-        shares = [weight / (total_weight or 1.0) for weight in weights]
-        return list(zip(shares, parts, strict=True))
+        if total_weight == 0:
+            total_weight = 1.0  # nothing counts: all shares are 0, not 0 / 0
+        shares = [weight / total_weight for weight in weights]
+        return list(zip(shares, micro_batches, strict=True))
 
     # -- the optimizer step ------------------------------------------------------------------------
 
     def optimizer_step(self, micro_batches: Iterable[tuple[float, Any]]) -> dict[str, float]:
-        """One step of the optimizer on (share, micro-batch) pairs.
+        """One step of the optimizer on the (share, micro-batch) pairs of a batch.
 
-        Returns the batch's loss, lr, grad_norm, and the metrics of the loss_fn. Raises
-        FloatingPointError, before any weight has changed, if the loss or its gradient is not
-        finite.
+        Returns loss, lr, grad_norm, and the metrics of the loss_fn. Raises FloatingPointError
+        if the loss or the gradient is not finite, before any weight has changed.
         """
         # Add up the gradients of all micro-batches, and the loss and metrics with them.
         self.optimizer.zero_grad(set_to_none=True)
         sums: dict[str, Any] = defaultdict(float)
         pairs = list(micro_batches)
         for i, (share, micro_batch) in enumerate(pairs):
-            # The processes exchange their gradients once, behind the last micro-batch.
-            with self.gradient_exchange(is_last=i == len(pairs) - 1):
+            is_last = i == len(pairs) - 1
+            with self.gradient_exchange(is_last):
                 loss, extra = self.compute_loss(self.wrapped, micro_batch)
-                # DDP averages over the processes, and we want their sum: undo its division.
+                # DDP divides the sum over the processes by their number. We want the sum.
                 self.scaler.scale(loss * (share * self.world_size)).backward()
             for name, value in {"loss": loss.detach(), **extra}.items():
-                # A micro-batch without any weight adds nothing: a mean over nothing may be NaN.
-                sums[name] += share * value if share else 0.0
+                # Without any weight, a micro-batch's loss may be NaN, a mean over nothing.
+                contribution = share * value if share else 0.0
+                sums[name] += contribution
 
-        # Clip the gradient, in its true scale.
+        # Clip the gradient, after undoing the scaling that fp16 needs.
         self.scaler.unscale_(self.optimizer)
-        max_norm = self.config.grad_norm_clip or math.inf
+        max_norm = self.config.grad_norm_clip or math.inf  # None or 0: no limit
         grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), max_norm)
 
-        # Now the loss and the metrics of the whole batch are known, in all processes. Only a step
-        # that is finite is taken.
+        # Each process has summed up over its own part of the batch.
         totals = distributed.total([float(value) for value in sums.values()])
         metrics = dict(zip(sums, totals, strict=True))
         metrics |= {"lr": self.learning_rate(), "grad_norm": float(grad_norm)}
         self.loss = torch.tensor(metrics["loss"])
+
+        # Take the step, if it is finite.
         self.check_finite(metrics)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         return metrics
 
     def gradient_exchange(self, is_last: bool) -> contextlib.AbstractContextManager:
-        """The context for a backward pass: between processes, only the last one exchanges."""
+        """The context for a micro-batch's forward and backward pass.
+
+        With several processes, DDP exchanges the gradients in a backward pass. Once a batch is
+        enough: in the last one, when the gradients of all micro-batches have been added up.
+        """
         if isinstance(self.wrapped, DistributedDataParallel) and not is_last:
             return self.wrapped.no_sync()
         return contextlib.nullcontext()
@@ -415,10 +443,10 @@ class Trainer:
         with self.autocast():
             result = self.loss_fn(model, batch)
         loss, metrics = result if isinstance(result, tuple) else (result, {})
-        taken = sorted(OWN_METRICS & metrics.keys())
-        if taken:
+        reserved = sorted(OWN_METRICS & metrics.keys())
+        if reserved:
             raise ValueError(
-                f"loss_fn returned metrics called {taken}, which the Trainer logs itself: give "
+                f"loss_fn returned metrics called {reserved}, which the Trainer logs itself: give "
                 "them other names"
             )
         return loss, metrics
@@ -430,8 +458,9 @@ class Trainer:
 
     def check_finite(self, metrics: dict[str, float]) -> None:
         """FloatingPointError if the loss or the gradient's norm is NaN or infinite."""
-        # In fp16 a gradient may overflow: the scaler then skips the step and lowers its scale.
-        gradient_is_fine = math.isfinite(metrics["grad_norm"]) or self.scaler.is_enabled()
+        # In fp16 the gradient may overflow. Then the scaler skips the step and lowers its scale.
+        may_overflow = self.scaler.is_enabled()
+        gradient_is_fine = math.isfinite(metrics["grad_norm"]) or may_overflow
         if math.isfinite(metrics["loss"]) and gradient_is_fine:
             return
         raise FloatingPointError(
@@ -442,32 +471,39 @@ class Trainer:
         )
 
     def learning_rate(self) -> float:
-        """Linear warmup, then constant, or linear or cosine decay to lr_final_fraction."""
-        C = self.config
-        if self.iter_num < C.warmup_iters:
-            return C.learning_rate * (self.iter_num + 1) / C.warmup_iters
-        if C.lr_schedule == "constant":
-            return C.learning_rate
-        # From 0 behind the warmup to 1 at the end.
-        assert self.max_iters is not None  # check_config saw to it
-        progress = (self.iter_num - C.warmup_iters) / max(1, self.max_iters - C.warmup_iters)
-        if C.lr_schedule == "linear":
+        """The learning rate of the current iteration.
+
+        It rises linearly for warmup_iters iterations. Then it is constant, or decays linearly
+        or along half a cosine to lr_final_fraction of itself.
+        """
+        config = self.config
+        if self.iter_num < config.warmup_iters:
+            return config.learning_rate * (self.iter_num + 1) / config.warmup_iters
+        if config.lr_schedule == "constant":
+            return config.learning_rate
+
+        # How far the decay has come, from 0 to 1, and how much of it remains, from 1 to 0.
+        assert self.max_iters is not None  # check_config requires an end for a decay
+        iters_after_warmup = max(1, self.max_iters - config.warmup_iters)
+        progress = (self.iter_num - config.warmup_iters) / iters_after_warmup
+        if config.lr_schedule == "linear":
             remaining = 1 - progress
         else:
             remaining = (1 + math.cos(math.pi * progress)) / 2
-        return C.learning_rate * (C.lr_final_fraction + (1 - C.lr_final_fraction) * remaining)
+        final = config.lr_final_fraction
+        return config.learning_rate * (final + (1 - final) * remaining)
 
     # -- evaluation --------------------------------------------------------------------------------
 
     @torch.no_grad()
     def evaluate(self) -> float:
-        """The mean loss over valid_dataset, weighted as in training.
+        """The mean loss over valid_dataset, by the weights of weight_fn, as in training.
 
-        The metrics of the loss_fn are averaged in the same way. All of them go into the current
-        row of metrics, as `valid_loss` and `valid_<name>`. The best weights so far are kept in
-        work_dir as best.pt.
+        The metrics of the loss_fn are averaged in the same way. They go into the current row of
+        metrics as `valid_<name>`, the loss as `valid_loss`. If this is the lowest valid_loss so
+        far, the weights are saved as best.pt in work_dir.
         """
-        # Without dropout, and without the wrapper of DDP: each process evaluates by itself.
+        # Without dropout, and without DDP's wrapper: each process evaluates its own batches.
         was_training = self.model.training
         self.model.eval()
         sums: dict[str, float] = defaultdict(float)
@@ -475,21 +511,17 @@ class Trainer:
         for batch in self.validation_batches():
             weight = self.weight_fn(batch)
             if not weight:
-                continue  # a mean over nothing may be NaN
+                continue  # the loss may be NaN, a mean over nothing
             loss, extra = self.compute_loss(self.model, batch)
             for name, value in {**extra, "loss": loss}.items():
                 sums[name] += weight * float(value)
             total_weight += weight
         self.model.train(was_training)
 
-        # Each process has evaluated some of the batches. One may have had none.
-        [total_weight] = distributed.total([total_weight])
-        names = list(dict.fromkeys(itertools.chain(*distributed.gather(list(sums)))))
-        totals = distributed.total([sums[name] for name in names])
-        # The mean over all the data, and whether it is the best so far.
-        means = {name: x / total_weight for name, x in zip(names, totals, strict=True)}
+        # The means over all the data, and whether the loss is the best so far.
+        means = weighted_means(sums, total_weight)
         self.metrics |= {f"valid_{name}": mean for name, mean in means.items()}
-        self.valid_loss = means.get("loss", math.nan)
+        self.valid_loss = means.get("loss", math.nan)  # NaN where no batch had any weight
         if self.valid_loss < self.best_valid_loss:
             self.best_valid_loss = self.valid_loss
             self.folder.save_best(self.model.state_dict(), self.model_options())
@@ -498,16 +530,17 @@ class Trainer:
 
     def validation_batches(self) -> Iterator[tuple]:
         """This process's batches of valid_dataset, in order, on the device."""
-        # Pieces of as many examples as training has in memory at once, dealt out to the processes.
+        # As many examples at once as in training.
         size = self.config.micro_batch_size or self.config.batch_size // self.world_size
-        order = range(len(self.valid_dataset))
-        batches = [list(order[start : start + size]) for start in order[::size]]
+        indices = range(len(self.valid_dataset))
+        batches = [list(indices[start : start + size]) for start in indices[::size]]
         loader = DataLoader(
             self.valid_dataset,
+            # The processes take turns: rank 0 the first batch, rank 1 the second, and so on.
             batch_sampler=batches[self.rank :: self.world_size],
             collate_fn=self.collate_fn,
-            # A loader draws a number when it starts. From a generator of its own, so that an
-            # evaluation does not change the training that follows.
+            # A loader draws a random number when it starts. It gets a generator of its own, so
+            # that an evaluation does not change the training that follows.
             generator=torch.Generator(),
         )
         return map(self.to_device, loader)
@@ -515,7 +548,10 @@ class Trainer:
     # -- checkpoints and resume --------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that a continued run needs. With many processes, each must call it."""
+        """Everything that a continued run needs.
+
+        With several processes all must call it, because each has random states of its own.
+        """
         return {
             "iter_num": self.iter_num,
             "seed": self.seed,
@@ -532,7 +568,7 @@ class Trainer:
         }
 
     def model_options(self) -> dict[str, Any] | None:
-        """The options of the model (of the policy, for PPO), None for one that has no config.
+        """The options of the model (for PPO, of the policy); None if it has no config.
 
         They go into the checkpoint under nanoGPT's name, where `from_pretrained` looks for them.
         """
@@ -541,9 +577,9 @@ class Trainer:
         return config.to_dict() if isinstance(config, CN) else None
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what `state_dict` returned.
+        """Continue from what `state_dict` returned.
 
-        ValueError, before anything has changed, for another model or a dataset of another length.
+        ValueError for another model or a dataset of another length, before anything changes.
         """
         self.check_state(state)
         self.iter_num = state["iter_num"]
@@ -558,7 +594,7 @@ class Trainer:
 
     def check_state(self, state: dict[str, Any]) -> None:
         """ValueError unless the state is of a run with this model and as much data."""
-        # Checkpoints from before it was kept do not say how many examples they had.
+        # Older checkpoints do not say how many examples there were.
         examples = state.get("examples", len(self.train_dataset))
         if examples != len(self.train_dataset):
             raise ValueError(
@@ -595,36 +631,40 @@ class Trainer:
     def resume(self) -> None:
         """Continue from the checkpoint, if there is one.
 
-        ValueError if it is from a run with other options. A run may be made longer, unless its
-        learning rate decays towards the end.
+        ValueError if it is from a run with other options, apart from those that may change.
         """
-        free = set(FREE_TO_CHANGE)
+        may_change = set(FREE_TO_CHANGE)
         if self.config.lr_schedule == "constant":
-            free |= {"max_iters", "epochs"}
-        state = self.folder.load_checkpoint(self.config, free, self.effective_options)
-        if state:
-            self.load_state_dict(state)
-            logger.info(
-                "%s: continues from %s, after iteration %d",
-                self.description,
-                self.folder.checkpoint,
-                self.iter_num,
-            )
+            # The run may get another end. (A decay depends on the end from its beginning.)
+            may_change |= {"max_iters", "epochs"}
+        state = self.folder.load_checkpoint(self.config, may_change, self.effective_options)
+        if state is None:
+            return
+        self.load_state_dict(state)
+        logger.info(
+            "%s: continues from %s, after iteration %d",
+            self.run_name,
+            self.folder.checkpoint,
+            self.iter_num,
+        )
 
     # -- checks ------------------------------------------------------------------------------------
 
     @classmethod
     def effective_options(cls, options: dict[str, Any]) -> dict[str, Any]:
-        """The options, with the defaults of those that are missing.
+        """The options of a config or a checkpoint, completed with defaults.
 
-        A checkpoint may lack an option that was added after it was made.
+        A checkpoint lacks the options that were added to the Trainer after it was saved.
         """
         return cls.get_default_config().to_dict() | options
 
     @classmethod
     def check_config(cls, config: CN, world_size: int = 1) -> None:
-        """ValueError for options that are unknown, missing, out of range or contradictory."""
-        # A misspelt option would otherwise be ignored without a word.
+        """ValueError for options that are unknown, missing, out of range or contradictory.
+
+        It needs no trainer, so a script can check the options of a run long before the run.
+        """
+        # The names. A misspelt option would otherwise be ignored without a word.
         known = vars(cls.get_default_config())
         unknown = sorted(vars(config).keys() - known.keys())
         if unknown:
@@ -635,18 +675,21 @@ class Trainer:
                 f"the config lacks the options {missing} of {cls.__name__}: begin with "
                 f"{cls.__name__}.get_default_config()"
             )
-        check_numbers(config, "batch_size", low=1, whole=True)
+
+        # The values, each by itself.
+        limits = ("max_iters", "micro_batch_size")
         intervals = ("log_every", "eval_every", "checkpoint_every")
-        check_numbers(
-            config, "max_iters", "micro_batch_size", *intervals, low=1, whole=True, optional=True
-        )
+        check_numbers(config, *limits, *intervals, low=1, whole=True, optional=True)
+        check_numbers(config, "batch_size", low=1, whole=True)
         check_numbers(config, "num_workers", whole=True)
-        check_booleans(config, "compile", "tensorboard")
-        rates = ("learning_rate", "lr_final_fraction")
-        check_numbers(config, *rates, "warmup_iters", "eps", "weight_decay")
         check_numbers(config, "epochs", "grad_norm_clip", optional=True)
-        check_schedule(config)
+        check_numbers(config, "learning_rate", "lr_final_fraction", "warmup_iters")
+        check_numbers(config, "eps", "weight_decay")
         check_betas(config.betas)
+        check_booleans(config, "compile", "tensorboard")
+
+        # The values, as they go together.
+        check_schedule(config)
         if config.batch_size % world_size:
             raise ValueError(
                 f"batch_size={config.batch_size} cannot be divided equally among {world_size} "
@@ -655,13 +698,14 @@ class Trainer:
 
     def check_data(self) -> None:
         """ValueError for data that cannot be trained on."""
-        for dataset in (self.train_dataset, self.valid_dataset):
-            if dataset is None and dataset is not self.train_dataset:
-                continue  # no validation
+        datasets = {"train_dataset": self.train_dataset}
+        if self.valid_dataset is not None:
+            datasets["valid_dataset"] = self.valid_dataset
+        for name, dataset in datasets.items():
             if not hasattr(dataset, "__len__") or len(dataset) == 0:
                 raise ValueError(
-                    "a dataset is empty or has no length; it must be a map-style Dataset with "
-                    "examples"
+                    f"{name} is empty or has no length: pass a map-style Dataset with one example "
+                    "or more"
                 )
         examples = len(self.train_dataset)
         if examples < self.config.batch_size:
@@ -672,33 +716,47 @@ class Trainer:
 
 
 # --------------------------------------------------------------------------------------------------
-# defaults and checks
+# The default loss and weights, means over processes, and checks
 
 
 def default_loss(model: nn.Module, batch: tuple) -> Tensor:
-    """The loss that a model returns last, as GPT returns (logits, loss)."""
+    """The last thing that the model returns: a GPT returns (logits, loss)."""
     return model(*batch)[-1]
 
 
 def count_examples(batch: tuple) -> int:
-    """The weight of a part of a batch whose loss is a mean over examples."""
+    """The weight of a batch whose loss is a mean over its examples."""
     return len(batch[0])
 
 
 def count_targets(batch: tuple) -> int:
-    """The weight of a part of a batch (x, y) of token ids, where y = -1 is ignored.
+    """The weight of a batch (x, y) of token ids: its targets, without those that are -1.
 
-    Other batches count by examples.
+    A batch of another kind counts by its examples.
     """
     if len(batch) < 2 or batch[1].dtype != torch.long or batch[1].shape != batch[0].shape:
         return count_examples(batch)
     return int((batch[1] != -1).sum())
 
 
+def weighted_means(sums: dict[str, float], total_weight: float) -> dict[str, float]:
+    """The mean of each metric over all processes.
+
+    sums: for each metric, the sum of weight * value over this process's batches. total_weight:
+    the sum of their weights. A process that has evaluated no batch has no sums.
+    """
+    [total_weight] = distributed.total([total_weight])
+    names: list[str] = []
+    for names_of_a_process in distributed.gather(list(sums)):
+        names += [name for name in names_of_a_process if name not in names]
+    totals = distributed.total([sums.get(name, 0.0) for name in names])
+    return {name: total / total_weight for name, total in zip(names, totals, strict=True)}
+
+
 def check_event(onevent: str) -> None:
-    """ValueError for an event that never happens."""
+    """ValueError for an unknown event."""
     if onevent not in EVENTS:
-        raise ValueError(f"onevent={onevent!r} never happens; there are {', '.join(EVENTS)}")
+        raise ValueError(f"onevent={onevent!r} is no event: use one of {', '.join(EVENTS)}")
 
 
 def check_betas(betas: Any) -> None:
@@ -709,11 +767,9 @@ def check_betas(betas: Any) -> None:
 
 
 def check_schedule(config: CN) -> None:
-    """ValueError for an unknown schedule, or one that decays towards no end."""
+    """ValueError for an unknown schedule, or for a decay in a run without an end."""
     if config.lr_schedule not in ("constant", "linear", "cosine"):
-        raise ValueError(
-            f"lr_schedule={config.lr_schedule!r} must be constant, linear or cosine"
-        )
+        raise ValueError(f"lr_schedule={config.lr_schedule!r} must be constant, linear or cosine")
     if config.lr_schedule != "constant" and config.max_iters is None and config.epochs is None:
         raise ValueError(
             f"lr_schedule={config.lr_schedule!r} needs an end to decay to: set max_iters or epochs"
@@ -722,14 +778,13 @@ def check_schedule(config: CN) -> None:
 
 def check_batch(batch: Any) -> None:
     """TypeError unless the batch is a tuple or list of equally long tensors."""
-    if not isinstance(batch, (tuple, list)):
-        raise TypeError(
-            f"a batch must be a tuple of equally long tensors, not {type(batch).__name__}: pass a "
-            "collate_fn that makes one"
-        )
-    if not all(map(torch.is_tensor, batch)) or len({len(x) for x in batch}) != 1:
-        parts = [tuple(x.shape) if torch.is_tensor(x) else type(x).__name__ for x in batch]
-        raise TypeError(
-            f"a batch must be a tuple of equally long tensors, not of {parts}: pass a collate_fn "
-            "that makes one"
-        )
+    description = type(batch).__name__
+    if isinstance(batch, (tuple, list)):
+        if all(torch.is_tensor(x) for x in batch) and len({len(x) for x in batch}) == 1:
+            return
+        items = [tuple(x.shape) if torch.is_tensor(x) else type(x).__name__ for x in batch]
+        description += f" of {items}"
+    raise TypeError(
+        f"a batch must be a tuple of equally long tensors, not {description}: pass a "
+        "collate_fn that makes one"
+    )

@@ -221,7 +221,10 @@ def hub_folder(name: str, revision: str) -> Path:
     url = f"{endpoint.rstrip('/')}/{name}/resolve/{revision}"
     folder = home() / "hub" / name.replace("/", "--") / revision
     headers = hub_headers()
-    otherwise = "Or download the model's files elsewhere, and pass the folder that holds them"
+    otherwise = (
+        f"There is no file or folder {name!r} here. If you meant one, check its path; or download "
+        "the model's files elsewhere, and pass the folder that holds them"
+    )
 
     def fetch(file: str) -> Path:
         return download(f"{url}/{file}", folder / file, headers=headers, otherwise=otherwise)

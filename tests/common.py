@@ -94,13 +94,17 @@ class TempDirTestCase(unittest.TestCase):
 class Server:
     """`with Server(files) as server`: an HTTP server on 127.0.0.1 that can misbehave.
 
-    files: {path: bytes}. headers: {path: more headers of its answer}. It understands "Range".
+    files: {path: bytes}. headers: {path: more headers of its answer}. It understands "Range", and
+    "If-Range" with an ETag.
 
     moods: what to do wrong in the next answers, one mood each; None and an empty list mean nothing.
-    A mood is an HTTP status to answer with, or one of
+    A mood is an HTTP status to answer with, a float (wait so many seconds, and then answer as one
+    should), or one of
 
         "no range"     send the whole file, although only the rest was asked for
+        "old range"    send the rest, although the file is another one by now
         "wrong range"  say that the answer begins elsewhere
+        "size unknown" send a range, and not say of how many bytes it is
         "short range"  send half of what was asked for
         "corrupt"      change the last byte
         "cut"          hang up in the middle
@@ -108,9 +112,16 @@ class Server:
         "slow"         pause between the pieces
         "drip"         send a byte now and then
         "endless"      never stop sending
+        "chunked"      send it in chunks (Transfer-Encoding), and
+        "cut chunk"    hang up in the middle of one, or
+        "trailers"     never stop sending trailers, which are headers behind the body, or
+        "drip chunk"   send a byte of a chunk's length now and then
+        "drip headers" send a byte of the headers now and then
+        "not yet"      never stop saying "100 Continue"
         "redirect"     send elsewhere: a "Location" stands in `headers`
+        "endless redirect", "dripping redirect"   ... with such a body
 
-    seen: (path, headers) of all requests.
+    seen: (path, headers) of all requests. endless_bytes: how many an endless body has had.
     """
 
     def __init__(self, files):
@@ -118,6 +129,7 @@ class Server:
         self.headers = {}
         self.moods = []
         self.seen = []
+        self.endless_bytes = 0
         self.pause = threading.Event()  # never set: waits even where a test replaces time.sleep
 
     def __enter__(self):
@@ -146,42 +158,87 @@ class Server:
         if isinstance(mood, int):
             request.send_error(mood)
             return
+        if isinstance(mood, float):
+            self.pause.wait(mood)
         if request.path not in self.files:
             request.send_error(404)
             return
+        if mood in ("drip headers", "not yet"):
+            self.send_no_headers(request, mood)
         body = self.files[request.path]
-        start = 0
-        if mood != "no range":
-            asked = request.headers.get("Range", "bytes=0-")
-            start = int(asked.removeprefix("bytes=").removesuffix("-"))
-        if start >= len(body) and mood != "redirect":
+        start = self.first_byte(request, mood)
+        if start >= len(body) and "redirect" not in str(mood):
             request.send_error(416)
             return
         end = (start + len(body)) // 2 if mood == "short range" else len(body)
         self.send_headers(request, start, end, mood)
-        self.send_body(request, body[start:end], mood)
+        if mood in ("chunked", "cut chunk", "trailers", "drip chunk"):
+            self.send_chunks(request, body[start:end], mood)
+        else:
+            self.send_body(request, body[start:end], mood)
+
+    def first_byte(self, request, mood):
+        """Where the answer begins."""
+        version = self.headers.get(request.path, {}).get("ETag")
+        is_same = request.headers.get("If-Range", version) == version
+        if mood == "no range" or not (is_same or mood == "old range"):
+            return 0
+        asked = request.headers.get("Range", "bytes=0-")
+        return int(asked.removeprefix("bytes=").removesuffix("-"))
 
     def send_headers(self, request, start, end, mood):
         status = 206 if start else 200
-        request.send_response(302 if mood == "redirect" else status)
+        if mood in ("chunked", "cut chunk", "trailers", "drip chunk"):
+            request.protocol_version = "HTTP/1.1"  # 1.0 has no chunks
+            request.close_connection = True
+        request.send_response(302 if "redirect" in str(mood) else status)
         if start:
-            size = len(self.files[request.path])
+            size = "*" if mood == "size unknown" else len(self.files[request.path])
             first = start + 5 if mood == "wrong range" else start
-            request.send_header("Content-Range", f"bytes {first}-{size - 1}/{size}")
-        headers = {"Content-Length": str(end - start), **self.headers.get(request.path, {})}
+            request.send_header("Content-Range", f"bytes {first}-{end - 1}/{size}")
+        if request.protocol_version == "HTTP/1.1":
+            length = {"Transfer-Encoding": "chunked"}
+        else:
+            length = {"Content-Length": str(end - start)}
+        headers = {**length, **self.headers.get(request.path, {})}
         for name, value in headers.items():
             if value is not None:
                 request.send_header(name, value)
         request.end_headers()
+
+    def send_no_headers(self, request, mood):
+        """What looks like the beginning of an answer, for ever."""
+        request.wfile.write(b"HTTP/1.1 200 OK\r\nX: " if mood == "drip headers" else b"")
+        while True:
+            if mood == "not yet":
+                request.wfile.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+            else:
+                request.wfile.write(b"x")
+                self.pause.wait(0.05)
+
+    def send_chunks(self, request, body, mood):
+        for half in (body[: len(body) // 2], body[len(body) // 2 :]):
+            request.wfile.write(f"{len(half):x}\r\n".encode() + half[:-1])
+            if mood == "cut chunk":
+                return
+            request.wfile.write(half[-1:] + b"\r\n")
+            while mood == "drip chunk":
+                request.wfile.write(b"0")
+                self.pause.wait(0.05)
+        request.wfile.write(b"0\r\n")
+        while mood == "trailers":
+            request.wfile.write(b"X: y\r\n" * 1000)
+        request.wfile.write(b"\r\n")
 
     def send_body(self, request, body, mood):
         if mood == "corrupt":
             body = body[:-1] + bytes([body[-1] ^ 1])
         if mood in ("cut", "stall"):
             body = body[: len(body) // 2]
-        while mood == "endless":
+        while mood in ("endless", "endless redirect"):
             request.wfile.write(bytes(2**16))
-        for i in range(len(body) if mood == "drip" else 0):
+            self.endless_bytes += 2**16
+        for i in range(len(body) if mood in ("drip", "dripping redirect") else 0):
             request.wfile.write(body[i : i + 1])
             self.pause.wait(0.05)
         piece = 1 + len(body) // 4

