@@ -28,7 +28,9 @@ whose prompt has 2 tokens and is padded on the left. The second <eot> only fills
     mask               0     0     1     1     1     0             completion_mask[:, 1:]
     log_probs[t]       -     -     x     x     x     -             log π(idx[t+1] | idx[:t+1])
     values[t]          -     -     x     x     x     -             V(idx[:t+1]), before the action
-    rewards[t]         0     0     -kl   -kl   s-kl  0             s: score, kl: the penalty
+    rewards[t]         0     0     -kl   -kl   s-kl  0             s the score, kl the penalty
+
+Here x is a number, and - one that nobody reads.
 
 How to read this file. It leads from single equations to the whole:
 
@@ -643,7 +645,7 @@ def completion_log_probs(model: nn.Module, batch: tuple[Tensor, ...]) -> Tensor:
         idx,
         attention_mask,
         temperature=1.0,
-        prefix_length=prefix_length,
+        prefix_length=first_column(completion_mask) - 1,
         rows_per_prompt=K,
     )
     # log π(completion | prompt) = Σ_t log π(token t | everything before it)
@@ -776,7 +778,8 @@ def choose(config: CN) -> Algorithm:
     options = {name: getattr(config, name) for name in CHOICES}
     own = {name: value for name, value in options.items() if value is not None}
     choices = dataclasses.replace(ALGORITHMS[config.algorithm], **own)
-    # With kl_penalty=none set by itself, the row's kl_coef would have no effect: it becomes 0.
+    # With kl_penalty=none set by itself, the row's kl_coef has no use: it becomes 0. (If the config
+    # sets one, too, check_combination refuses it.)
     if choices.kl_penalty == "none" and config.kl_coef is None:
         choices = dataclasses.replace(choices, kl_coef=0.0)
     check_choices(choices)
@@ -859,7 +862,7 @@ class Rollout:
     kl: Tensor  # (B, T-1) log π_old - log π_ref on the mask (k1), in nats
     # What it is worth.
     scores: Tensor  # (B,) of the whole texts, less the penalty for a missing end
-    ended: Tensor  # (B,) True where the episode ended by itself, False where it was cut off
+    ended: Tensor  # (B,) True where a stop token ended it, False where max_new_tokens did
     prompt_index: Tensor  # (B,) which of the prompts each row continues
     # What the update learns from.
     advantages: Tensor  # (B, T-1) how much better than expected each action was
@@ -887,7 +890,7 @@ class Rollout:
         return self.mask & self.counted[:, None]
 
     def select(self, rows: Tensor | slice) -> "Rollout":
-        """The episodes in these rows."""
+        """The episodes in these rows. Rows that share a prefix must stay together."""
         # All tensors have one row for each episode.
         tensors = {
             field.name: getattr(self, field.name)[rows]
@@ -1028,8 +1031,7 @@ class PPOTrainer(Trainer):
             reward_fn.to(self.device).eval()
         self.ref_policy = self.make_reference(ref_policy)
         check_vocabularies(policy, self.ref_policy, value_model, reward_fn)
-        # A resumed run compares this, to be sure that its reference is still the same one.
-        self.ref_checksum = checksum(self.ref_policy)
+        self.ref_checksum = checksum(self.ref_policy)  # a resumed run must have the same one
         self.last_rollout: Rollout | None = None
 
     def make_reference(self, ref_policy: nn.Module | None) -> nn.Module:
@@ -1086,7 +1088,7 @@ class PPOTrainer(Trainer):
                 self.save_checkpoint()
             raise
         self.last_rollout = rollout  # for `samples`
-        self.tokens += int(rollout.mask.sum()) * self.world_size
+        self.tokens += int(rollout.mask.sum()) * self.world_size  # as if all had written as much
 
         # Learn from them, and describe both, over all processes.
         metrics = distributed.mean(self.update(rollout) | self.describe(rollout))
@@ -1212,7 +1214,10 @@ class PPOTrainer(Trainer):
         return torch.cat(parts)
 
     def in_micro_batches(self, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-        """The tensors' rows, micro_batch_size at a time: as in the update, to fit into memory."""
+        """The tensors' rows, micro_batch_size at a time: as in the update, to fit into memory.
+
+        `check_group_sizes` has made sure that this cuts no group in two.
+        """
         size = self.config.micro_batch_size or len(tensors[0])
         return zip(*(x.split(size) for x in tensors), strict=True)
 
@@ -1228,7 +1233,6 @@ class PPOTrainer(Trainer):
         # A reward model can read a shared prompt once; other reward functions know nothing of it.
         reward_fn = self.reward_fn
         if isinstance(reward_fn, RewardModel):
-            # It too can read a prompt once for the whole group.
             reward_fn = functools.partial(reward_fn, rows_per_prompt=rows_per_prompt)
         return score(  # the function of rewards.py
             reward_fn,
@@ -1320,7 +1324,8 @@ class PPOTrainer(Trainer):
             steps = [{"loss": 0.0, "lr": self.learning_rate(), "grad_norm": 0.0}]
 
         metrics = {name: sum(step[name] for step in steps) / len(steps) for name in steps[0]}
-        # The error of the log-probs shows in the first step only. Later, the policy has moved.
+        # Not a mean but the first step's: there, policy and sampler must agree. Later, the policy
+        # has moved.
         metrics["log_prob_error"] = steps[0].get("log_prob_error", 0.0)
         if self.choices.skip_equal_groups:
             metrics["skipped_steps"] = float(skipped)
@@ -1464,7 +1469,8 @@ class PPOTrainer(Trainer):
             e = clip(kl / kl_target - 1, -0.2, 0.2)
             β ← β (1 + K_β e),    K_β = batch_size / kl_horizon
 
-        kl: of this iteration's rollout, in nats per episode.
+        kl: of this iteration's rollout, in nats per episode. Where the error stays the same for
+        kl_horizon episodes, β changes by about that fraction.
         """
         if self.config.kl_target is None:
             return
@@ -1496,7 +1502,8 @@ class PPOTrainer(Trainer):
             variance = masked_mean((returns - masked_mean(returns, mask)) ** 2, mask)
             metrics["val/explained_variance"] = 1 - residual / variance.clamp(min=1e-8)
         if self.choices.group_size > 1:
-            # Nothing can be learned from a group whose scores are all equal.
+            # Where advantages compare within a group, equal scores teach nothing. (These are the
+            # scores; skip_equal_groups compares rewards, which may hold a KL penalty, too.)
             groups = grouped(rollout.scores, self.choices.group_size)
             metrics["equal_groups"] = equal_groups(groups).float().mean()
         return {name: value.item() for name, value in metrics.items()}
@@ -1583,7 +1590,7 @@ class PPOTrainer(Trainer):
         A resumed run compares the checkpoint's with its own. So it is no change to spell out what
         the row says anyway.
         """
-        if "baseline" in options:
+        if "baseline" in options:  # only old checkpoints have it
             options = options_before_the_table(options)
         options = super().effective_options(options)
         row = ALGORITHMS[options["algorithm"]]
