@@ -9,12 +9,17 @@ They come as rows, that is dicts, most often the lines of a JSON Lines file:
     {"prompt": ..., "answer": ...}                     prompts for RL, with further columns for the
                                                        reward function, here `answer`
 
-    rows = read_jsonl("comparisons.jsonl", "prompt", "chosen", "rejected") data =
-    Comparisons(rows, tokenizer, block_size) trainer = Trainer(config, reward_model, data,
-    loss_fn=comparison_loss, collate_fn=data.collate)
+For example, a reward model learns from comparisons like this:
+
+    rows = read_jsonl("comparisons.jsonl", "prompt", "chosen", "rejected")
+    data = Comparisons(rows, tokenizer, block_size)
+    trainer = Trainer(
+        config, reward_model, data, loss_fn=comparison_loss, collate_fn=data.collate
+    )
 
 The file follows a row on its way to the model: read it from disk, check its fields, encode
-it as token ids (the three datasets), and pad it to the length of its batch.
+it as token ids (the three datasets), and pad it to the length of its batch (their
+`collate`).
 """
 
 import hashlib
@@ -42,14 +47,16 @@ RESERVED_COLUMNS = (
 )
 
 # --------------------------------------------------------------------------------------------------
-# files
+# Files, and how they are split into training, validation and test data
 
 
 def read_text(path: str | Path) -> str:
     """The whole of a UTF-8 text file, without a byte-order mark and with all line ends as "\\n".
 
-    Raises ValueError, with the path, for a missing file, a folder, or text that is not UTF-8.
+    Raises ValueError, with the path, for a missing file, a folder, or text that is not
+    UTF-8.
     """
+    # In text mode, Python itself turns all line ends into "\n".
     path = Path(path)
     if path.is_dir():
         raise ValueError(f"{path} is a folder: give a text file")
@@ -71,7 +78,7 @@ def read_jsonl(path: str | Path, *fields: str) -> list[dict]:
     as text, and for what `read_text` refuses.
     """
     rows = []
-    # str.splitlines() would also split at U+2028, which may stand inside a JSON string
+    # Not str.splitlines(), which also splits at U+2028, and that may stand inside a JSON string.
     for number, line in enumerate(read_text(path).split("\n"), start=1):
         if not line.strip():
             continue
@@ -86,7 +93,7 @@ def read_jsonl(path: str | Path, *fields: str) -> list[dict]:
 
 
 def parse_line(line: str) -> dict | None:
-    """The JSON object on a line, or None where there is none."""
+    """The JSON object on a line, or None if it is anything else."""
     try:
         row = json.loads(line)
     except ValueError:
@@ -100,7 +107,9 @@ def split_of(text: str) -> str:
     It depends on the text alone, by way of its SHA-256. So a text never changes sides when
     others are added or reordered, and copies of it all land in the same split.
     """
-    bucket = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") % 20
+    # The hash deals the texts into 20 buckets of about the same size.
+    digest = hashlib.sha256(text.encode()).digest()
+    bucket = int.from_bytes(digest[:8], "big") % 20
     if bucket == 0:
         return "test"
     if bucket == 1:
@@ -117,7 +126,8 @@ def split_rows(rows: Iterable[dict], key: str) -> dict[str, list[dict]]:
 
 
 # --------------------------------------------------------------------------------------------------
-# the fields of a row, and their tokens
+# The fields of a row, and their tokens. Row number i is named in each error, so that people find
+# it among thousands.
 
 
 class Tokenizer(Protocol):
@@ -167,6 +177,7 @@ def text_field(i: int, row: dict, *names: str) -> str:
     or what it has is not text.
     """
     check_row(i, row)
+    # Which of the names does the row have? The first one counts.
     present = [name for name in names if name in row]
     if not present:
         wanted = " or ".join(repr(name) for name in names)
@@ -178,8 +189,10 @@ def text_field(i: int, row: dict, *names: str) -> str:
 
 
 def encode_prompt_field(i: int, row: dict, tokenizer: Tokenizer, end: int) -> list[int]:
-    """The ids of a row's prompt. Where it has none, the end of the text before stands for it."""
+    """The ids of a row's prompt. Without a prompt, they are the end token alone."""
     check_row(i, row)
+    # A model must read something before it can predict the first token. It has learned that a new
+    # text begins after the end of another.
     if row.get("prompt") in (None, ""):
         return [end]
     return list(tokenizer.encode(text_field(i, row, "prompt")))
@@ -201,7 +214,8 @@ def short(value: Any) -> str:
 
 
 # --------------------------------------------------------------------------------------------------
-# demonstrations and comparisons
+# Demonstrations and comparisons: both are encoded when the dataset is made, so that a wrong row is
+# found before training begins.
 
 
 class Completions(Dataset):
@@ -211,7 +225,12 @@ class Completions(Dataset):
 
     rows: dicts with `prompt` and `completion`, or with `text`, which is a completion of the
     end token. Each completion ends with the end token. An item is (x, y), (T,) each: y[t]
-    is the token to predict after x[t], or -1 where that belongs to the prompt.
+    is the token to predict after x[t], or -1 where that belongs to the prompt. With p for
+    the prompt's tokens:
+
+        ids    p    p    a    b    <eot>
+        x      p    p    a    b              ids[:-1]
+        y      -1   a    b    <eot>          ids[1:], without the prompt's
 
     Raises ValueError, with the row's number, for a missing or wrong field and for a row
     that is too long.
@@ -224,8 +243,9 @@ class Completions(Dataset):
             prompt = encode_prompt_field(i, row, tokenizer, end)
             completion = [*tokenizer.encode(text_field(i, row, "completion", "text")), end]
             ids = prompt + completion
-            check_length(i, ids, block_size + 1)  # the last token is only predicted, never read
-            # The last token of the prompt already predicts the first one of the completion.
+            # The last token is only predicted, never read, so one more than block_size fits.
+            check_length(i, ids, block_size + 1)
+            # The prompt's last token already predicts the first one of the completion.
             targets = [IGNORED] * (len(prompt) - 1) + completion
             self.items.append((torch.tensor(ids[:-1]), torch.tensor(targets)))
 
@@ -239,13 +259,14 @@ class Completions(Dataset):
     def collate(items: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         """(idx, targets), (B, T) each.
 
-        The padding is on the right, where causal attention never looks, so no mask is needed.
+        The padding is on the right, where causal attention never looks, so no mask is
+        needed.
         """
         return pad([x for x, _ in items]), pad([y for _, y in items], value=IGNORED)
 
     @staticmethod
     def weight(batch: tuple[Tensor, Tensor]) -> int:
-        """How many tokens the loss of a batch is a mean over."""
+        """How many tokens the loss of a batch is a mean over: the Trainer's weight_fn."""
         _, targets = batch
         return int((targets != IGNORED).sum())
 
@@ -257,9 +278,10 @@ class Comparisons(Dataset):
       prompt     text; may be empty or missing
       chosen     the completion that people preferred
       rejected   the other one, or a list of others, of the same length in every row
-      ended      optional: a list of bools, the chosen one's first. True, the default: the
-                 completion ends with the end token. False: its sampler was cut off before that.
-                 A reward model can judge such texts only if it has seen some.
+      ended      optional: a list of bools, the chosen one's first. True (the default): the
+                 completion ends with the end token. False: the sampler was cut off before
+                 that. PPO samples such texts, and a reward model judges them well only if
+                 it has learned from some.
 
     A row is one item, (prompt (T,), list of K completions), the chosen one first. It stays
     together because a model that meets the chosen one in several items, once against each
@@ -275,16 +297,20 @@ class Comparisons(Dataset):
         for i, row in enumerate(rows):
             prompt = encode_prompt_field(i, row, tokenizer, end)
             texts = compared_texts(i, row)
+            ended = ended_field(i, row, len(texts))
+            # The end token marks a completion that ended by itself.
             completions = []
-            for text, has_ended in zip(texts, ended_field(i, row, len(texts)), strict=True):
+            for text, has_ended in zip(texts, ended, strict=True):
                 ids = list(tokenizer.encode(text))
                 completions.append([*ids, end] if has_ended else ids)
             if not all(completions):
                 raise ValueError(
                     f"row {i} has a completion that is empty and has not ended: leave it out"
                 )
+            # A reward model reads every token, the last one included.
             check_length(i, [*prompt, *max(completions, key=len)], block_size)
             self.items.append((torch.tensor(prompt), [torch.tensor(ids) for ids in completions]))
+            # A batch is (B, K, T), so K must be the same in all rows.
             if len(completions) < 2 or len(completions) != len(self.items[0][1]):
                 raise ValueError(
                     f"row {i} has {len(completions) - 1} rejected completions; every row must have "
@@ -302,15 +328,20 @@ class Comparisons(Dataset):
         """(idx, attention_mask, completion_mask), (B, K, T) each, the chosen completion first.
 
         Prompts are padded on the left and completions on the right, so all completions
-        begin in the same column.
+        begin in the same column:
+
+            pad p   p   | a   b   <eot>
+            pad p   p   | c   <eot> pad
         """
         K = len(items[0][1])
+        # Prompts (B, T), and completions (B·K, T'). K adjacent ones belong to the same prompt.
         prompts, prompt_mask = left_pad([prompt for prompt, _ in items])
         completions, written = pad_and_mask([ids for _, group in items for ids in group])
-        # repeat each prompt for each of its completions: (B, T) -> (B·K, T)
+        # Repeat each prompt for each of its completions: (B, T) -> (B·K, T).
         prompts = prompts.repeat_interleave(K, dim=0)
         prompt_mask = prompt_mask.repeat_interleave(K, dim=0)
 
+        # Join them, and give each prompt a dimension of its own: (B·K, T + T') -> (B, K, T + T').
         idx = torch.cat([prompts, completions], dim=1)
         attention_mask = torch.cat([prompt_mask, written], dim=1)
         completion_mask = torch.cat([torch.zeros_like(prompt_mask), written], dim=1)
@@ -331,8 +362,9 @@ def compared_texts(i: int, row: dict) -> list[str]:
 
 
 def ended_field(i: int, row: dict, n_completions: int) -> list[bool]:
-    """For each completion of row number i whether it ended; all did where the row does not say."""
+    """Whether each completion of row number i ended. If the row does not say, all did."""
     ended = row.get("ended", [True] * n_completions)
+    # Not `bool(end)` of each: the text "False" would be true.
     if not isinstance(ended, list) or [type(end) for end in ended] != [bool] * n_completions:
         raise ValueError(
             f"row {i} has ended={ended} for {n_completions} completions: give a list of one bool "
@@ -342,18 +374,19 @@ def ended_field(i: int, row: dict, n_completions: int) -> list[bool]:
 
 
 # --------------------------------------------------------------------------------------------------
-# prompts
+# Prompts, for RL
 
 
 class Prompts(Dataset):
     """Prompts to sample completions of, with what a reward function may want to know about each.
 
-    prompts: text, or lists of token ids, or a (N, T) LongTensor, or dicts with the field
+    prompts: texts, or lists of token ids, or an (N, T) LongTensor, or dicts with the field
     `prompt` (text or ids) and any further ones, such as a gold answer. tokenizer: what
     encodes text.
 
     ids: the N prompts as 1-D LongTensors. columns: the further fields, {name: list of N
-    values}. An item is (ids, i): the number i finds a prompt's values again in the columns.
+    values}. An item is (ids, i). The number i goes with the prompt through the trainer, and
+    finds its values in the columns when a reward function asks for them.
 
     Raises ValueError, with the prompt's number, for an empty prompt, one of another type,
     and rows whose columns are not the same as the first one's.
@@ -364,6 +397,7 @@ class Prompts(Dataset):
             raise TypeError(
                 f"prompts is one {type(prompts).__name__}, {short(prompts)}; expected a list"
             )
+        # A bare prompt is a row without further columns.
         rows = [row if isinstance(row, Mapping) else {"prompt": row} for row in prompts]
         for i, row in enumerate(rows):
             if "prompt" not in row:
@@ -384,19 +418,21 @@ class Prompts(Dataset):
         return idx, attention_mask, torch.tensor([i for _, i in items])
 
     def columns_of(self, index: Tensor) -> dict[str, list]:
-        """The columns for a batch, {name: list of B values}. index (B,): as `collate` gives it."""
+        """The columns of a batch, {name: list of B values}. index (B,): as `collate` gives it."""
         numbers = index.tolist()
         return {name: [values[i] for i in numbers] for name, values in self.columns.items()}
 
 
 def further_columns(rows: Sequence[Mapping]) -> dict[str, list]:
     """The fields beside `prompt`, column by column: {name: list of len(rows)}."""
+    # The first row says which columns there are ...
     names = [name for name in rows[0] if name != "prompt"] if rows else []
     for name in names:
         if not isinstance(name, str):
             raise ValueError(f"row 0 has a column {name!r}; expected a name, as text")
         if name in RESERVED_COLUMNS:
             raise ValueError(f"column {name!r} of row 0 is a name that TextReward uses: rename it")
+    # ... and every other row has the same ones.
     for i, row in enumerate(rows):
         for name in names:
             if name not in row:
@@ -408,7 +444,7 @@ def further_columns(rows: Sequence[Mapping]) -> dict[str, list]:
 
 
 def encode_prompts(prompts: Iterable, tokenizer: Tokenizer | None = None) -> list[Tensor]:
-    """Prompts as a list of 1-D LongTensors. They may be text, lists of ids, or a (N, T) tensor.
+    """Prompts as a list of 1-D LongTensors. They may be text, lists of ids, or an (N, T) tensor.
 
     Raises ValueError, with the prompt's number, for an empty one, for text without a
     tokenizer, and for anything else.
@@ -427,6 +463,7 @@ def encode_prompts(prompts: Iterable, tokenizer: Tokenizer | None = None) -> lis
 
 def ids_of(i: int, prompt: Any) -> Tensor:
     """Prompt number i as a 1-D LongTensor."""
+    # PyTorch takes lists, tensors and numpy arrays. Then they must be a row of whole numbers.
     try:
         ids = torch.as_tensor(prompt)
     except (TypeError, ValueError, RuntimeError):
@@ -442,7 +479,7 @@ def ids_of(i: int, prompt: Any) -> Tensor:
 
 
 # --------------------------------------------------------------------------------------------------
-# padding
+# Padding: rows of different lengths become one tensor
 
 
 def pad(rows: list[Tensor], value: int = 0, left: bool = False) -> Tensor:
@@ -457,6 +494,7 @@ def pad(rows: list[Tensor], value: int = 0, left: bool = False) -> Tensor:
 
 def pad_and_mask(rows: list[Tensor], left: bool = False) -> tuple[Tensor, Tensor]:
     """(idx (B, T), attention_mask (B, T)) of rows of different lengths. The mask is bool."""
+    # Padded in the same way, rows of True become the mask: the padding is 0, that is False.
     real = [torch.ones_like(row, dtype=torch.bool) for row in rows]
     return pad(rows, left=left), pad(real, left=left)
 

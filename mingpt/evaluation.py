@@ -40,7 +40,7 @@ from mingpt.rlhf import is_stop, written_mask
 from mingpt.utils import evaluation_mode
 
 # --------------------------------------------------------------------------------------------------
-# samples of a policy
+# Samples of a policy
 
 
 @dataclass
@@ -51,13 +51,16 @@ class Samples:
     entry t speaks of the action idx[:, t+1].
     """
 
+    # For people.
     prompts: list[str]  # as the policy read them, without end-of-text tokens
     texts: list[str]  # the completions, decoded, without their end token and padding
+    # For models.
     idx: Tensor  # (N, T) token ids
     attention_mask: Tensor  # (N, T) True on real tokens: prompt and completion
-    completion_mask: Tensor  # (N, T) True on the tokens that the policy wrote, their end included
+    completion_mask: Tensor  # (N, T) True on what the policy wrote, its end token included
     log_probs: Tensor  # (N, T-1) of the actions, as they were sampled; 0 off the completion
-    ended: Tensor  # (N,) True where a completion ended by itself, False where it was cut off
+    # What became of them.
+    ended: Tensor  # (N,) True where it ended by itself, False where it was cut off
     rewards: Tensor | None = None  # (N,) float32 on the CPU; None without a reward function
 
     @property
@@ -67,8 +70,12 @@ class Samples:
 
     def select(self, index: Tensor | Sequence[int]) -> "Samples":
         """The rows with these numbers, in this order."""
+        # The rewards are on the CPU, while the other tensors may be on a GPU.
         rows = torch.as_tensor(index, dtype=torch.long)
         on_device = rows.to(self.idx.device)
+        rewards = self.rewards
+        if rewards is not None:
+            rewards = rewards[rows.to(rewards.device)]
         return Samples(
             prompts=[self.prompts[row] for row in rows.tolist()],
             texts=[self.texts[row] for row in rows.tolist()],
@@ -77,7 +84,7 @@ class Samples:
             completion_mask=self.completion_mask[on_device],
             log_probs=self.log_probs[on_device],
             ended=self.ended[on_device],
-            rewards=None if self.rewards is None else self.rewards[rows.to(self.rewards.device)],
+            rewards=rewards,
         )
 
 
@@ -104,11 +111,12 @@ def sample(
     """
     check_numbers(CfgNode(n=n, batch_size=batch_size), "n", "batch_size", low=1, whole=True)
     check_stop_strings(stop_strings)
-    prompts = [prompt for prompt in prompts for _ in range(n)]
-    end = end_token(tokenizer)
     if stop_token is None:
-        stop_token = end
-    idx, attention_mask, completion_mask, log_probs = generate_in_batches(
+        stop_token = end_token(tokenizer)
+
+    # n completions of a prompt are one completion of each of n equal prompts.
+    prompts = [prompt for prompt in prompts for _ in range(n)]
+    sampled = generate_in_batches(
         policy,
         encode_prompts(prompts, tokenizer),
         seed,
@@ -117,8 +125,27 @@ def sample(
         temperature=temperature,
         stop_token=stop_token,
     )
-    left_out = {end, *stop_ids(stop_token)}
-    samples = Samples(
+
+    # Decode them, cut them, judge them.
+    left_out = {end_token(tokenizer), *stop_ids(stop_token)}
+    samples = decoded(*sampled, tokenizer, stop_token, left_out)
+    samples = cut_at_stop_strings(samples, stop_strings, tokenizer, left_out)
+    if reward_fn is not None:
+        samples.rewards = score(samples, reward_fn, batch_size)
+    return samples
+
+
+def decoded(
+    idx: Tensor,
+    attention_mask: Tensor,
+    completion_mask: Tensor,
+    log_probs: Tensor,
+    tokenizer: Any,
+    stop_token: int | list[int] | tuple[int, ...] | None,
+    left_out: set[int | None],
+) -> Samples:
+    """The `Samples` of what was generated. left_out: ids that do not appear in the texts."""
+    return Samples(
         prompts=decode_rows(idx, attention_mask & ~completion_mask, tokenizer, left_out),
         texts=decode_rows(idx, completion_mask, tokenizer, left_out),
         idx=idx,
@@ -127,10 +154,6 @@ def sample(
         log_probs=log_probs,
         ended=(completion_mask & is_stop(idx, stop_token)).any(1),
     )
-    samples = cut_at_stop_strings(samples, stop_strings, tokenizer, left_out)
-    if reward_fn is not None:
-        samples.rewards = score(samples, reward_fn, batch_size)
-    return samples
 
 
 @torch.no_grad()
@@ -140,14 +163,18 @@ def generate_in_batches(
     """(idx, attention_mask, completion_mask, log_probs), as in `Samples`; options: generate's."""
     if not prompts:
         raise ValueError("prompts is empty: give one or more")
+    # A generator of its own: sampling takes no random numbers from a training that goes on.
     generator = torch.Generator(next(policy.parameters()).device).manual_seed(seed)
     longest = max(map(len, prompts))
     batches = []
     with evaluation_mode(policy):
-        for first in tqdm(range(0, len(prompts), batch_size), "samples", disable=None, leave=False):
+        starts = range(0, len(prompts), batch_size)
+        for first in tqdm(starts, "samples", disable=None, leave=False):
             batch = prompts[first : first + batch_size]
             batches.append(generate_batch(policy, batch, longest, generator, **options))
-    idx, attention_mask, completion_mask, log_probs = map(torch.cat, zip(*batches, strict=True))
+    # From a tuple of tensors for each batch to one tensor of each kind.
+    kinds = zip(*batches, strict=True)
+    idx, attention_mask, completion_mask, log_probs = map(torch.cat, kinds)
     return idx, attention_mask, completion_mask, log_probs
 
 
@@ -161,7 +188,7 @@ def generate_batch(
     temperature: float,
     stop_token: int | list[int] | tuple[int, ...] | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The same for one batch, in longest + max_new_tokens columns."""
+    """The same for one batch, in longest + max_new_tokens columns, as all batches have."""
     # While it is sampled, the batch is only as wide as its own longest prompt requires.
     prompt_idx, prompt_mask = (x.to(generator.device) for x in left_pad(prompts))
     idx, log_probs = policy.generate(
@@ -177,14 +204,17 @@ def generate_batch(
     prompt_length = prompt_idx.size(1)
     completion_mask = written_mask(idx, prompt_length, stop_token)
     attention_mask = torch.cat([prompt_mask, completion_mask[:, prompt_length:]], dim=1)
+
+    # Then it is padded: on the left where its prompts are shorter than those of other batches, on
+    # the right where generate has stopped early because all rows had ended.
     left = longest - prompt_length
-    right = max_new_tokens - log_probs.size(1)  # generate stops early where all rows have ended
+    right = max_new_tokens - log_probs.size(1)
     stops = stop_ids(stop_token)
     return (
         F.pad(idx, (left, right), value=stops[0] if stops else 0),
         F.pad(attention_mask, (left, right)),
         F.pad(completion_mask, (left, right)),
-        F.pad(log_probs, (longest - 1, right)),
+        F.pad(log_probs, (longest - 1, right)),  # (B, n) -> (B, T-1), as action t is idx[:, t+1]
     )
 
 
@@ -196,16 +226,19 @@ def cut_at_stop_strings(
     A text that contains one is cut before it and counts as ended. Its completion_mask ends
     with the token that completes the string, because the policy did write that.
     """
-    texts, ended = list(samples.texts), samples.ended.clone()
+    texts = list(samples.texts)
+    ended = samples.ended.clone()
     width = samples.idx.size(1)
-    ends = torch.full((len(texts),), width)  # the column behind each cut
+    ends = torch.full((len(texts),), width)  # the column after each cut; without one, the width
     for row, text in enumerate(samples.texts):
         if any(string in text for string in stop_strings):
+            # Which of the completion's tokens completes the string, and in which column is it?
             columns = samples.completion_mask[row].nonzero()[:, 0].tolist()
             ids = samples.idx[row, columns].tolist()
             texts[row], length = before_stop_string(ids, stop_strings, tokenizer, left_out)
             ends[row] = columns[length - 1] + 1
             ended[row] = True
+    # What follows the cut is padding from now on: (N, T).
     kept = (torch.arange(width) < ends[:, None]).to(samples.idx.device)
     return replace(
         samples,
@@ -220,8 +253,9 @@ def cut_at_stop_strings(
 def before_stop_string(
     ids: list[int], stop_strings: Sequence[str], tokenizer: Any, left_out: set[int | None]
 ) -> tuple[str, int]:
-    """(the text before the first stop string in it, how many of the ids complete that string)."""
-    # Token by token, because a stop string may begin and end within a token.
+    """(the text before its first stop string, how many of the ids complete that string)."""
+    # Add token by token until a string is there. It may begin and end within a token, so that it
+    # cannot be looked for among the ids.
     length = 0
     starts: list[int] = []
     while not starts:
@@ -254,7 +288,7 @@ def check_stop_strings(stop_strings: Sequence[str]) -> None:
 
 
 # --------------------------------------------------------------------------------------------------
-# what the samples are worth, and what they cost
+# What the samples are worth, and what they cost
 
 
 @torch.no_grad()
@@ -277,7 +311,9 @@ def score(samples: Samples, reward_fn: RewardFn, batch_size: int = 256) -> Tenso
 
 
 @torch.no_grad()
-def kl(samples: Samples, reference: Any, temperature: float = 1.0, batch_size: int = 256) -> float:
+def kl(
+    samples: Samples, reference: Any, temperature: float = 1.0, batch_size: int = 256
+) -> float:
     """KL(policy || reference), in nats per completion, estimated from what the policy sampled.
 
     The mean over samples of the sum over their tokens of log π - log π_ref: k1, which is
@@ -291,6 +327,7 @@ def kl(samples: Samples, reference: Any, temperature: float = 1.0, batch_size: i
             reference.log_probs(idx, needed_mask(idx, attention_mask), temperature)
             for idx, attention_mask in batches
         ])
+    # The prompts have log-probs under the reference, too: the mask takes them out.
     log_ratio = (samples.log_probs - reference_log_probs) * samples.completion_mask[:, 1:]
     return log_ratio.sum(1).mean().item()
 
@@ -302,12 +339,13 @@ def best_of_each(samples: Samples, n: int) -> Samples:
     check_numbers(CfgNode(n=n), "n", low=1, whole=True)
     if len(samples.texts) % n:
         raise ValueError(f"{len(samples.texts)} samples are no groups of n={n}: n must divide them")
+    # The winner's place within its group, plus the row in which the group begins.
     groups = samples.rewards.view(-1, n)
     return samples.select(groups.argmax(1) + torch.arange(0, len(samples.texts), n))
 
 
 # --------------------------------------------------------------------------------------------------
-# how good a policy could be, from the rewards of the reference's samples
+# How good a policy could be, from the rewards of the reference's samples: nothing is trained
 
 
 @dataclass
@@ -316,16 +354,21 @@ class Tilted:
 
     rewards: NDArray[np.float64]  # mean reward
     kls: NDArray[np.float64]  # KL to the reference, nats
-    effective_sample_sizes: NDArray[np.float64]  # how many samples of equal weight this is worth
+    effective_sample_sizes: NDArray[np.float64]  # as good as so many samples of equal weight
 
 
 def tilted(scores: ArrayLike, betas: ArrayLike) -> Tilted:
     """The best policies there are, π_ref(x) exp(r(x)/β), from scores of the reference's samples.
 
-    Self-normalised importance weights w_i ∝ exp(r_i/β) give the mean reward Σ w_i r_i and
-    the KL Σ w_i log(N w_i). The effective sample size 1 / Σ w_i² (Kong 1992) tells how far
-    to trust them: as β falls, fewer and fewer samples carry the weight, and log N bounds
-    the KL. scores: (N,); betas: one or more numbers above 0.
+    Self-normalised importance weights, of N samples with rewards r_i:
+
+        w_i ∝ exp(r_i / β),    Σ w_i = 1
+        reward = Σ w_i r_i
+        KL = Σ w_i log(N w_i)
+        effective sample size = 1 / Σ w_i²          (Kong 1992)
+
+    The last tells how far to trust the others: as β falls, fewer and fewer samples carry the
+    weight, and the KL cannot be more than log N. scores: (N,); betas: one or more numbers above 0.
     """
     scores = as_scores(scores)
     betas = np.atleast_1d(np.asarray(betas, dtype=np.float64))
@@ -333,6 +376,7 @@ def tilted(scores: ArrayLike, betas: ArrayLike) -> Tilted:
         raise ValueError(f"betas={betas.tolist()} must all be above 0")
     rows = []
     for beta in betas:
+        # In logarithms, because exp(r/β) may be too large for a float.
         log_weights = scores / beta
         log_weights -= np.logaddexp.reduce(log_weights)  # so that the weights add up to 1
         weights = np.exp(log_weights)
@@ -343,10 +387,10 @@ def tilted(scores: ArrayLike, betas: ArrayLike) -> Tilted:
 
 
 def kl_optimal(scores: ArrayLike, reward: float) -> float | None:
-    """The KL, in nats, of the best policy that has this mean reward.
+    """The smallest KL, in nats, that this mean reward can be had for.
 
-    scores: (N,) of the reference's samples. 0 where the reference earns as much itself;
-    None where none of its samples does.
+    scores: (N,) of the reference's samples. 0 if the reference earns as much itself; None if none
+    of its samples does.
     """
     scores = as_scores(scores)
     if reward <= np.mean(scores):
@@ -354,7 +398,8 @@ def kl_optimal(scores: ArrayLike, reward: float) -> float | None:
     if reward >= np.max(scores):
         return None
     # Bisection over log β: the reward of the tilted reference falls as β grows.
-    low, high = math.log(1e-3), math.log(1e3)
+    low = math.log(1e-3)
+    high = math.log(1e3)
     for _ in range(60):
         middle = (low + high) / 2
         if tilted(scores, math.exp(middle)).rewards[0] > reward:
@@ -373,7 +418,8 @@ def best_of_n(scores: ArrayLike, n: int) -> tuple[float, float]:
     """
     scores = as_scores(scores)
     check_numbers(CfgNode(n=n), "n", low=1, whole=True)
-    # P(the maximum is among the k lowest scores) = (k/N)^n
+    # P(the maximum is among the k lowest scores) = (k/N)^n. So the k-th lowest is the maximum with
+    # the probability (k/N)^n - ((k-1)/N)^n.
     ranks = np.arange(len(scores) + 1) / len(scores)
     reward = np.diff(ranks**n) @ np.sort(scores)
     return float(reward), math.log(n) - (n - 1) / n
@@ -388,7 +434,7 @@ def as_scores(scores: ArrayLike) -> NDArray[np.float64]:
 
 
 # --------------------------------------------------------------------------------------------------
-# one policy against another
+# One policy against another
 
 
 @dataclass
@@ -404,21 +450,24 @@ class WinRate:
 def win_rate(a: ArrayLike, b: ArrayLike, confidence: float = 0.95) -> WinRate:
     """The share of rows in which a scores higher than b, ties counted half, with its interval.
 
-    a, b: (N,) scores of two policies on the same prompts. The interval is Wilson's (1927,
-    "Probable inference"), which holds its confidence for few rows and for rates near 0 and
-    1, too. Ties vary less than wins and losses do, so with ties it is wider than it need
-    be.
+    a, b: (N,) scores of two policies on the same prompts. The interval is Wilson's (1927, "Probable
+    inference"), which holds its confidence for few rows and for rates near 0 and 1, too. Ties vary
+    less than wins and losses do, so with ties it is wider than it need be.
     """
-    a, b = as_scores(a), as_scores(b)
+    a = as_scores(a)
+    b = as_scores(b)
     if a.shape != b.shape:
         raise ValueError(f"a has {len(a)} scores and b {len(b)}: give both for the same prompts")
     if not 0 < confidence < 1:
         raise ValueError(f"confidence={confidence} must lie between 0 and 1")
     n = len(a)
+    # A win is 1, a tie 1/2, a loss 0.
     rate = float(((a > b) + 0.5 * (a == b)).mean())
+    # Wilson's interval: all rates from which the observed one is at most z standard errors away.
     z = NormalDist().inv_cdf((1 + confidence) / 2)
     center = (rate + z**2 / (2 * n)) / (1 + z**2 / n)
     radius = z * math.sqrt(rate * (1 - rate) / n + z**2 / (4 * n**2)) / (1 + z**2 / n)
-    # Wilson's interval always holds the rate; at 0 and 1, rounding must not take it out.
-    low, high = min(rate, center - radius), max(rate, center + radius)
+    # It always holds the observed rate; at 0 and 1, rounding must not take it out.
+    low = min(rate, center - radius)
+    high = max(rate, center + radius)
     return WinRate(rate, max(0.0, low), min(1.0, high), n)

@@ -1,10 +1,10 @@
 """
-Reward functions that people bring along, and what a batch of completions gets from them.
+Reward functions: how people write them, and how the trainer calls them.
 
-For the trainer, a reward function is reward_fn(idx, attention_mask, completion_mask) ->
-(B,): token ids in, one number for each completion out. A `RewardModel` is one. Most rewards
-are written on text, though, and `TextReward` turns those into a reward function. It calls
-them by keyword, as trl does:
+For the trainer, a reward function is reward_fn(idx, attention_mask, completion_mask) -> (B,):
+token ids in, one number for each completion out. A `RewardModel` is one. But most people write
+rewards on text, and `TextReward` makes a reward function of those. It calls them by keyword, as
+trl does:
 
     def brevity(completions, **kwargs):
         return [-len(completion) for completion in completions]
@@ -14,11 +14,12 @@ them by keyword, as trl does:
 
     reward_fn = TextReward([brevity, correct], tokenizer, weights=[0.01, 1.0])
 
-`score` is how the trainer calls any reward function. It checks what comes back, and where
-something goes wrong it says for which sample.
+`score` is how the trainer calls any reward function. It checks what comes back. Where something
+goes wrong, it says for which sample, because a reward function may fail after hours of training,
+on a text that nobody has thought of.
 
-The file reads from the outside in: `score` first, then `TextReward`, then how a function on
-text is called and its rewards are checked.
+The file reads from the outside in: `score` first, then `TextReward`, then how a function on text
+is called and how its rewards are checked.
 """
 
 import inspect
@@ -46,22 +47,23 @@ class RewardError(ValueError):
 class Scores:
     """What a batch of B completions got.
 
-    rewards (B,): what they are trained on, float32.
-    by_function: {name: (B,)}, what each function of a `TextReward` gave, before its weight; NaN
-        where it abstained.
-    metrics: {name: number}, for the log: the mean of each function's rewards as "reward/<name>",
-        where there are several functions, and what they gave to log_metric, averaged by name.
-    extra: {column: list of B values}, what they gave to log_extra.
+    Only the first field is trained on. The others are for people to look at.
     """
 
+    # The rewards, (B,) float32.
     rewards: Tensor
+    # {name: (B,)}: what each function of a `TextReward` gave, before its weight; NaN where it
+    # abstained.
     by_function: dict[str, Tensor] = field(default_factory=dict)
+    # {name: number}, for the log: the mean of each function's rewards as "reward/<name>", where
+    # there are several functions, and what they gave to log_metric, averaged by name.
     metrics: dict[str, float] = field(default_factory=dict)
+    # {column: list of B values}: what they gave to log_extra.
     extra: dict[str, list] = field(default_factory=dict)
 
 
 # --------------------------------------------------------------------------------------------------
-# calling any reward function, with errors that name the sample
+# Calling any reward function, with errors that name the sample
 
 
 def score(
@@ -76,23 +78,24 @@ def score(
 ) -> Scores:
     """Call a reward function on a batch, (B, T) each, and check its rewards: (B,), all finite.
 
-    reward_fn gets copies, so it may write into its arguments. columns, step and max_steps
-    are for a `TextReward`: see `TextReward.scores`. tokenizer: shows a sample as text in
-    error messages.
+    columns, step and max_steps are for a `TextReward`: see `TextReward.scores`. tokenizer: shows a
+    sample as text in error messages.
 
-    Raises RewardError, which names the sample, where reward_fn raises or returns anything
-    else, and what `check_reward_fn` raises for a reward_fn that could not even be called.
+    Raises RewardError, which names the sample, where reward_fn raises or returns anything else,
+    and what `check_reward_fn` raises for a reward_fn that could not even be called.
     """
     columns = {} if columns is None else columns
     check_reward_fn(reward_fn, columns)
 
     def judge(rows: slice) -> Scores:
+        # reward_fn gets copies, so it may write into its arguments.
         batch = (idx[rows].clone(), attention_mask[rows].clone(), completion_mask[rows].clone())
         if not isinstance(reward_fn, TextReward):
             return Scores(reward_fn(*batch))
         values = {name: column[rows] for name, column in columns.items()}
         return reward_fn.scores(*batch, columns=values, step=step, max_steps=max_steps)
 
+    # Judge the whole batch at once. If that fails, judge sample by sample to find the one at fault.
     try:
         scores = judge(slice(None))
     except Exception as error:
@@ -101,14 +104,8 @@ def score(
         message = f"reward_fn raised {type(error).__name__}: {error} -- for {sample}"
         raise RewardError(message) from error
 
-    rewards = scores.rewards
-    check_shape(rewards, len(idx))
-    unusable = ~torch.isfinite(rewards)
-    if unusable.any():
-        row = first_true(unusable)
-        sample = describe_sample(row, idx, attention_mask, tokenizer)
-        raise RewardError(f"reward_fn gave {rewards[row]} to {sample}")
-    return replace(scores, rewards=rewards.detach().float().to(idx.device))
+    check_rewards(scores.rewards, idx, attention_mask, tokenizer)
+    return replace(scores, rewards=scores.rewards.detach().float().to(idx.device))
 
 
 def check_reward_fn(reward_fn: Any, columns: Iterable[str] = ()) -> None:
@@ -116,6 +113,7 @@ def check_reward_fn(reward_fn: Any, columns: Iterable[str] = ()) -> None:
 
     columns: the names of the prompts' columns, which a `TextReward` is checked against.
     """
+    # A TextReward knows what its functions need.
     if isinstance(reward_fn, TextReward):
         reward_fn.check_columns(columns)
         return
@@ -124,6 +122,7 @@ def check_reward_fn(reward_fn: Any, columns: Iterable[str] = ()) -> None:
             f"reward_fn is a {type(reward_fn).__name__}; expected a function of (idx, "
             "attention_mask, completion_mask), a RewardModel or a TextReward"
         )
+    # A function on text that was not wrapped would be called with tensors: say so before that.
     try:
         parameters = inspect.signature(reward_fn).parameters
     except (ValueError, TypeError):  # some functions written in C do not tell
@@ -136,7 +135,7 @@ def check_reward_fn(reward_fn: Any, columns: Iterable[str] = ()) -> None:
 
 
 def first_to_raise(judge: Callable[[slice], Scores], n_rows: int) -> int | None:
-    """The first row of a batch that raises when it is judged by itself, or None."""
+    """The first row of a batch that raises when it is judged alone, or None if none does."""
     for row in range(n_rows):
         try:
             judge(slice(row, row + 1))
@@ -151,9 +150,9 @@ def describe_sample(
     attention_mask: Tensor,
     tokenizer: Tokenizer | None,
 ) -> str:
-    """A sample as an error message names it: its row, and its text, or else its ids.
+    """A sample as an error message names it: its row, and its text (or its ids).
 
-    row None stands for the batch, where no row is at fault by itself.
+    row=None stands for the whole batch, if no row is at fault alone.
     """
     if row is None:
         return "the batch, though for none of its samples alone"
@@ -172,8 +171,22 @@ def first_true(mask: Tensor) -> int:
     return int(mask.nonzero()[0])
 
 
+def check_rewards(
+    rewards: Any, idx: Tensor, attention_mask: Tensor, tokenizer: Tokenizer | None
+) -> None:
+    """RewardError for anything but B finite numbers. It names the first sample without one."""
+    check_shape(rewards, len(idx))
+    # In the loss, a single NaN or infinity would spoil all weights of the policy.
+    unusable = ~torch.isfinite(rewards)
+    if unusable.any():
+        row = first_true(unusable)
+        sample = describe_sample(row, idx, attention_mask, tokenizer)
+        raise RewardError(f"reward_fn gave {rewards[row]} to {sample}")
+
+
 def check_shape(rewards: Any, n_rows: int) -> None:
     """RewardError for anything but a real tensor (n_rows,)."""
+    # (B, 1) is refused, too: against (B,) it would be broadcast to (B, B) without a word.
     if not torch.is_tensor(rewards):
         got = type(rewards).__name__
     elif rewards.shape != (n_rows,) or rewards.is_complex():
@@ -187,7 +200,7 @@ def check_shape(rewards: Any, n_rows: int) -> None:
 
 
 # --------------------------------------------------------------------------------------------------
-# rewards of text
+# Rewards of text
 
 
 class TextReward:
@@ -208,7 +221,9 @@ class TextReward:
 
     tokenizer: its `decode` makes the texts, see `end_token` for what is left out of them.
     weights: one number for each function, 1 unless given. A completion's reward is the
-    weighted sum over the functions that did not abstain.
+    weighted sum over the functions that did not abstain:
+
+        reward = Σ_f weight_f · f(completion)
 
     Raises TypeError for an f that cannot be called like this, and ValueError for wrong weights.
     """
@@ -219,6 +234,7 @@ class TextReward:
         tokenizer: Tokenizer,
         weights: Iterable[float] | None = None,
     ):
+        # All that can be checked is checked here: before training, not in its middle.
         self.functions = list(f) if isinstance(f, (list, tuple)) else [f]
         if not self.functions:
             raise ValueError("TextReward([]) has no function to ask: give one or more")
@@ -253,6 +269,8 @@ class TextReward:
         columns = {} if columns is None else columns
         self.check_columns(columns)
         check_lengths(columns, len(idx))
+
+        # Everything that a function may ask for, by the name under which it asks.
         log = CallbackLog(len(idx))
         arguments: dict[str, Any] = {
             **columns,
@@ -261,11 +279,14 @@ class TextReward:
             "log_metric": log.log_metric,
             "log_extra": log.log_extra,
         }
+
+        # Ask each function, with the arguments that it names.
         results = {}
         for name, function in zip(self.names, self.functions, strict=True):
             result = function(**arguments_of(function, arguments))
             results[name] = as_rewards(name, result, arguments["completions"])
 
+        # Add up what they gave, and keep what they logged.
         scores = self.combine(results, arguments["completions"], idx.device)
         return replace(scores, metrics=scores.metrics | log.metrics(), extra=log.extra)
 
@@ -289,6 +310,7 @@ class TextReward:
         completion_mask: Tensor,
     ) -> dict[str, Any]:
         """What there is to judge: the arguments `completions`, `prompts` and `completion_ids`."""
+        # Whatever is neither completion nor padding is prompt.
         is_completion = completion_mask.bool()
         is_prompt = attention_mask.bool() & ~is_completion
         completion_ids = ids_under(is_completion, idx)
@@ -311,10 +333,12 @@ class TextReward:
         device: torch.device,
     ) -> Scores:
         """The Scores of {function: list of B rewards, None where it abstained}."""
-        # Both are (functions, B). The mask tells an abstention from a NaN that a function returned,
-        # which is an error and must reach the sum.
-        abstained = torch.tensor([[r is None for r in rewards] for rewards in results.values()])
-        filled = [[math.nan if r is None else r for r in rewards] for rewards in results.values()]
+        # Two tables, (functions, B): where a function abstained, and the rewards, with NaN there. A
+        # NaN that a function returned itself is no abstention but an error: it reaches the sum, in
+        # which `score` finds it.
+        rows = list(results.values())
+        abstained = torch.tensor([[reward is None for reward in row] for row in rows])
+        filled = [[math.nan if reward is None else reward for reward in row] for row in rows]
         table = torch.tensor(filled, dtype=torch.float32)
 
         unjudged = abstained.all(dim=0)
@@ -324,9 +348,12 @@ class TextReward:
                 f"every function of TextReward ({', '.join(self.names)}) returned None for sample "
                 f"{sample}, {completions[sample]!r}: at least one must give it a reward"
             )
+
+        # The weighted sum, in which an abstention is 0.
         weights = torch.tensor(self.weights, dtype=torch.float32)
         weighted = (weights[:, None] * table).masked_fill(abstained, 0.0)
 
+        # For the log: the mean of each function, where there are several to tell apart.
         means = {}
         for name, rewards, judged in zip(self.names, table, ~abstained, strict=True):
             if len(self.names) > 1 and judged.any():
@@ -337,12 +364,14 @@ class TextReward:
 
 def ids_under(mask: Tensor, idx: Tensor) -> list[list[int]]:
     """The ids of each row where its mask is True; mask and idx are (B, T)."""
-    mask, idx = mask.cpu(), idx.cpu()  # one copy for all rows, where a GPU would sync for each
+    # Copy all rows from a GPU at once: row by row, each would have to wait for it.
+    mask = mask.cpu()
+    idx = idx.cpu()
     return [ids[keep].tolist() for ids, keep in zip(idx, mask, strict=True)]
 
 
 class CallbackLog:
-    """What the functions log while they judge a batch of B completions, through trl's callbacks."""
+    """What the functions log while they judge B completions, by trl's log_metric and log_extra."""
 
     def __init__(self, batch_size: int):
         self.batch_size = batch_size
@@ -372,8 +401,9 @@ class CallbackLog:
 
 
 # --------------------------------------------------------------------------------------------------
-# what a function on text takes, and what it returns
+# What a function on text takes, and what it returns
 
+# The kinds of parameters that can be given by name. (**kwargs is another: `takes_any_keyword`.)
 KEYWORD_KINDS = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 
 
@@ -381,7 +411,7 @@ def check_text_function(function: Any) -> None:
     """TypeError for what cannot be called by keyword, and for a coroutine function."""
     if not callable(function):
         raise TypeError(f"TextReward got {function!r}; expected a function or a list of functions")
-    # an object is called through the __call__ of its type, which may be a coroutine function, too
+    # An object is called through the __call__ of its type, which may be a coroutine function, too.
     if any(inspect.iscoroutinefunction(f) for f in (function, type(function).__call__)):
         raise TypeError(
             f"{name_of(function)} is a coroutine function (async def), which TextReward does not "
@@ -393,6 +423,7 @@ def check_text_function(function: Any) -> None:
         raise TypeError(
             f"{name_of(function)} does not tell which arguments it takes: wrap it in a def"
         ) from None
+    # Positional-only parameters cannot be given by name. They may stay if they have a default.
     for parameter in parameters:
         if parameter.kind is parameter.POSITIONAL_ONLY and parameter.default is parameter.empty:
             raise TypeError(
@@ -422,6 +453,7 @@ def check_lengths(columns: Mapping[str, list], n_rows: int) -> None:
 
 def check_available(name: str, function: Callable, available: list[str]) -> None:
     """TypeError where a function needs an argument that is not available, or takes none that is."""
+    # It may not require anything that nobody can give ...
     parameters = keyword_parameters(function)
     for parameter in parameters:
         if parameter.default is parameter.empty and parameter.name not in available:
@@ -430,6 +462,7 @@ def check_available(name: str, function: Callable, available: list[str]) -> None
                 f"Available are {', '.join(available)}: add a column {parameter.name!r} to the "
                 "rows of the prompts, or give the parameter a default"
             )
+    # ... and it must take something, or it would judge every completion alike.
     takes_one = any(parameter.name in available for parameter in parameters)
     if not takes_one and not takes_any_keyword(function):
         raise TypeError(
@@ -443,6 +476,7 @@ def arguments_of(function: Callable, available: Mapping[str, Any]) -> dict[str, 
 
     Lists are copied, so that a function which changes one does not change it for the next.
     """
+    # What trl's functions do not name, they collect in **kwargs.
     takes_all = takes_any_keyword(function)
     names = [parameter.name for parameter in keyword_parameters(function)]
     arguments = {}
@@ -458,11 +492,13 @@ def as_rewards(name: str, result: Any, completions: list[str]) -> list[float | N
     It may be any iterable of numbers, a tensor or an array. Raises ValueError for too few
     or too many and TypeError for what is not a number.
     """
+    # A tensor or an array becomes a list, a tensor of one number in a list a number.
     if hasattr(result, "tolist"):
         result = result.tolist()
     if not isinstance(result, Iterable) or isinstance(result, (str, Mapping)):
         raise TypeError(f"{name} returned {result!r}; expected a list of rewards")
     rewards = [as_number(reward) for reward in result]
+    # One for each completion, and each a number or None.
     if len(rewards) != len(completions):
         raise ValueError(
             f"{name} must return a reward for each of the {len(completions)} completions, not "
@@ -487,7 +523,8 @@ def name_of(function: Any) -> str:
 
 
 def unique_names(functions: list[Callable]) -> list[str]:
-    """The functions' names, with _2, _3, ... behind those that came before."""
+    """The functions' names, with _2, _3, ... after a name that came before."""
+    # They tell the functions apart in the log, and two lambdas have the same name.
     names: list[str] = []
     for function in functions:
         name = name_of(function)

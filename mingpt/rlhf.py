@@ -1,21 +1,21 @@
 """
 Reinforcement learning from human feedback: estimators, losses, the table of algorithms, PPOTrainer.
 
-The pure functions come first, each the few lines that its paper's equation needs. PPOTrainer puts
-them together. One iteration of it is:
+A language model, the policy, writes completions, and a reward function scores them. The policy
+learns to earn more without moving far from where it started, the reference policy. One iteration:
 
     rollout       sample completions, and keep log π_old of each token
-    score         the reward of each whole text, and a penalty for leaving the reference policy:
-                  r_t = -kl_coef · (log π_old - log π_ref), plus the reward on the last token
+    score         score each whole text, and put a price on leaving the reference policy:
+                  r_t = -kl_coef · (log π_old - log π_ref), plus the score on the last token
     advantages    how much better than expected each token was
     update        some epochs of minibatches on the clipped objective
 
-Sources: Schulman et al. 2015 (GAE, arXiv:1506.02438), Schulman et al. 2017 (PPO, arXiv:1707.06347),
-Ziegler et al. 2019 (RL on language models, arXiv:1909.08593), Stiennon et al. 2020
-(arXiv:2009.01325), Huang et al. 2024 (arXiv:2403.17031). Each function names its own.
+In the words of reinforcement learning, the *state* is the text so far, an *action* is the next
+token, and an *episode* is one completion of a prompt. A *score* is the reward function's number
+for the whole episode; a *reward* is what a single action gets.
 
 Most mistakes in RLHF code are about which token a number belongs to. Here all (B, T-1) tensors are
-indexed by t and speak of the *action* idx[:, t+1], taken in the *state* idx[:, :t+1]. Take one row
+indexed by t and speak of the action idx[:, t+1], taken in the state idx[:, :t+1]. Take one row
 whose prompt has 2 tokens and is padded on the left. The second <eot> only fills the row up:
 
     position           0     1     2     3     4     5     6
@@ -28,9 +28,22 @@ whose prompt has 2 tokens and is padded on the left. The second <eot> only fills
     mask               0     0     1     1     1     0             completion_mask[:, 1:]
     log_probs[t]       -     -     x     x     x     -             log π(idx[t+1] | idx[:t+1])
     values[t]          -     -     x     x     x     -             V(idx[:t+1]), before the action
-    rewards[t]         0     0     kl    kl    kl+score  0
+    rewards[t]         0     0     -kl   -kl   s-kl  0             s the score, kl the penalty
 
-x is a number, - one that nobody reads, kl the penalty -kl_coef · (log π_old - log π_ref).
+Here x is a number, and - one that nobody reads.
+
+How to read this file. It leads from single equations to the whole:
+
+    masks and means          which tokens the policy wrote, and means over them
+    estimators               the KL, and where advantages come from
+    PPO's losses             the clipped objective, the value function's loss
+    losses on comparisons    reward models and DPO; PPO needs none of it
+    the family               ALGORITHMS: which choices make PPO, GRPO, ...
+    Rollout, PPOTrainer      the functions above, put together: begin with `train_step`
+
+Sources: Schulman et al. 2015 (GAE, arXiv:1506.02438), Schulman et al. 2017 (PPO, arXiv:1707.06347),
+Ziegler et al. 2019 (RL on language models, arXiv:1909.08593), Stiennon et al. 2020
+(arXiv:2009.01325), Huang et al. 2024 (arXiv:2403.17031). Each function names its own.
 """
 
 import contextlib
@@ -91,8 +104,33 @@ __all__ = [
 ]
 
 # --------------------------------------------------------------------------------------------------
-# Estimators: (B, T) tensors, with a mask that is 1 on the completion's tokens. What lies off the
-# mask never matters.
+# Masks, and means over them. Tensors are (B, T), and the mask is 1 on the tokens of the completion.
+# Whatever is off the mask, prompt and padding, never matters.
+
+
+def written_mask(
+    idx: Tensor,
+    prompt_length: int,
+    stop_token: int | list[int] | tuple[int, ...] | None = None,
+) -> Tensor:
+    """True on what was generated after the prompt, up to its first stop token: (B, T) -> (B, T).
+
+    The first stop token belongs to the completion, because the policy chose to write it. One in
+    the prompt means nothing.
+    """
+    mask = torch.ones_like(idx, dtype=torch.bool)
+    mask[:, :prompt_length] = False
+    # A token is a part of the completion if no stop token comes before it. The cumulative sum
+    # counts a stop token itself, too, so it is taken off again.
+    stops = is_stop(idx, stop_token) & mask
+    stops_before = stops.cumsum(1) - stops.long()
+    return mask & (stops_before == 0)
+
+
+def is_stop(idx: Tensor, stop_token: int | list[int] | tuple[int, ...] | None) -> Tensor:
+    """Where idx holds a stop token: a mask of idx's shape."""
+    stops = torch.tensor(stop_ids(stop_token), dtype=idx.dtype, device=idx.device)
+    return torch.isin(idx, stops)
 
 
 def masked(x: Tensor, mask: Tensor) -> Tensor:
@@ -108,49 +146,57 @@ def masked(x: Tensor, mask: Tensor) -> Tensor:
             "be equal"
         )
     check_mask_values(mask)
+    # Not x * mask, because NaN * 0 is NaN.
     return torch.where(mask.bool(), x, torch.zeros_like(x))
 
 
 def masked_mean(x: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
-    """Mean of x over its entries on the mask, of all or along dim; 0 if there are none."""
+    """Mean of x over the entries on the mask: of all, or along dim. 0 where there are none."""
     total = masked(x, mask)
     count = mask.bool().to(x.dtype)
+    # Where there are none, 0 is divided by 1.
     if dim is None:
         return total.sum() / count.sum().clamp(min=1)
     return total.sum(dim) / count.sum(dim).clamp(min=1)
 
 
 def masked_whiten(x: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
-    """x scaled to unit variance over the mask, and shifted to mean 0; 0 off the mask.
+    """x shifted to mean 0 and scaled to variance 1 over the mask; 0 off the mask.
 
     With shift_mean=False the mean stays what it was (Ziegler et al. whiten rewards in this way).
     """
     x = masked(x, mask)
     mean = masked_mean(x, mask)
     variance = masked_mean((x - mean) ** 2, mask)
-    # Without the 1e-8, the rounding errors of a constant would be blown up to unit variance.
+    # Without the 1e-8, the rounding errors of a constant would be blown up to variance 1.
     whitened = (x - mean) * (variance + 1e-8).rsqrt()
-    # Shifting has put something other than 0 off the mask: mask once more.
-    return masked(whitened if shift_mean else whitened + mean, mask)
+    if not shift_mean:
+        whitened = whitened + mean
+    return masked(whitened, mask)  # once more: the shift has moved the zeros, too
+
+
+# --------------------------------------------------------------------------------------------------
+# Estimators: how far the policy has moved, and how much better than expected each action was
 
 
 def kl_estimate(log_probs: Tensor, ref_log_probs: Tensor, kind: str = "k1") -> Tensor:
-    """Per-token estimates of KL(π || π_ref) from tokens sampled by π, in nats.
+    """Estimates of KL(π || π_ref), in nats, one for each token that π sampled: any shape.
 
     With r = π_ref / π (Schulman 2020, joschu.net/blog/kl-approx.html):
 
         k1 = -log r             unbiased
         k2 = (log r)² / 2       less variance, some bias
         k3 = r - 1 - log r      unbiased, and never negative
+
+    The exact KL is a sum over the whole vocabulary. These need the sampled token's log-probs only.
     """
-    log_ratio = ref_log_probs - log_probs
+    log_ratio = ref_log_probs - log_probs  # log r
     if kind == "k1":
         return -log_ratio
     if kind == "k2":
         return log_ratio**2 / 2
     if kind == "k3":
-        # expm1(log r) is r - 1, without the rounding error that r near 1 would bring.
-        return log_ratio.expm1() - log_ratio
+        return log_ratio.expm1() - log_ratio  # expm1(x) = exp(x) - 1, exact for small x, too
     raise ValueError(f"kind={kind!r} must be k1, k2 or k3")
 
 
@@ -160,20 +206,25 @@ def gae(
     """Generalised advantage estimation: (advantages, returns), both (B, T), zero off the mask.
 
         δ_t = r_t + γ V_{t+1} - V_t
-        A_t = δ_t + γλ A_{t+1}              (Schulman et al. 2015, equation 16)
-        returns_t = A_t + V_t
+        A_t = Σ_l (γλ)^l δ_{t+l}            (Schulman et al. 2015, equation 16)
+            = δ_t + γλ A_{t+1}
+        returns_t = A_t + V_t               what the value function should have said
 
-    The episode ends with the last token on the mask. Behind it, V and A are 0.
+    δ_t is one step's surprise: what came, against what the value function foresaw. λ says how many
+    of them to add up. With λ = 0, A_t is δ_t, which relies on the value function. With λ = 1, it is
+    the sum of all rewards to come, less V_t, which is unbiased but noisy.
+
+    The episode ends with the last token on the mask. After it, V and A are 0.
     """
     rewards = masked(rewards, mask)
     values = masked(values, mask)
-    # Backwards in time: each advantage needs the one behind it. Behind the last token both are 0,
-    # and tokens off the mask pass a 0 on, so that padding on the right changes nothing.
+    # Backwards in time, since each advantage needs the next one. The padding after the last token
+    # passes zeros on.
     next_value = torch.zeros_like(rewards[:, 0])
     next_advantage = torch.zeros_like(rewards[:, 0])
     backwards = []
     for t in reversed(range(rewards.size(1))):
-        delta = rewards[:, t] + gamma * next_value - values[:, t]
+        delta = rewards[:, t] + gamma * next_value - values[:, t]  # (B,)
         next_advantage = masked(delta + gamma * lam * next_advantage, mask[:, t])
         next_value = values[:, t]
         backwards.append(next_advantage)
@@ -181,18 +232,20 @@ def gae(
     return advantages, advantages + values
 
 
-# Without a value function, the baseline is what the other completions of the same prompt earned.
-# The samples of one prompt are adjacent: scores (B,) hold B / group_size groups.
+# Without a value function, "better than expected" can mean: better than other completions of the
+# same prompt. Each prompt has group_size completions, which are adjacent. So scores (B,) hold
+# B / group_size groups, and each completion gets one advantage for all its tokens.
 
 
 def rloo_advantages(scores: Tensor, group_size: int) -> Tensor:
     """REINFORCE leave-one-out (Ahmadian et al. 2024): (B,) -> (B,).
 
-    Each score less the mean of the others in its group.
+    Each score less the mean of the others in its group. A baseline that does not depend on the
+    completion itself leaves the gradient unbiased.
     """
     groups = grouped(scores, group_size)
     centred = groups - groups.mean(1, keepdim=True)
-    # s - mean(others) = (s - mean(all)) · k / (k - 1)    with k = group_size
+    # With k scores in a group: s - mean(others) = (s - mean(all)) · k / (k - 1)
     return (centred * group_size / (group_size - 1)).flatten()
 
 
@@ -206,7 +259,8 @@ def group_mean_advantages(scores: Tensor, group_size: int) -> Tensor:
 def grpo_advantages(scores: Tensor, group_size: int) -> Tensor:
     """Group-relative advantages (Shao et al. 2024): (B,) -> (B,).
 
-    Each score less the mean of its group, in standard deviations (n - 1) of its group.
+    Each score less the mean of its group, divided by the standard deviation of its group (that of
+    a sample, with n - 1).
     """
     groups = grouped(scores, group_size)
     centred = groups - groups.mean(1, keepdim=True)
@@ -224,16 +278,18 @@ def grouped(scores: Tensor, group_size: int) -> Tensor:
 
 
 def equal_groups(groups: Tensor) -> Tensor:
-    """Which groups have equal scores only, (N, group_size) -> (N, 1).
+    """True for a group whose scores are all equal: (N, group_size) -> (N, 1).
 
-    The mean of equal numbers is not always that number. Without this check, a rounding error over
-    a standard deviation of nearly 0 would become an advantage.
+    Their advantages are 0 by right. But in floating point, the mean of equal numbers is not always
+    that number. Dividing this rounding error by a standard deviation of nearly 0 would make an
+    advantage of it.
     """
     return groups.amax(1, keepdim=True) == groups.amin(1, keepdim=True)
 
 
 # --------------------------------------------------------------------------------------------------
-# The losses of PPO and its family
+# The losses of PPO and its family. A loss is what the optimizer minimises, so where a paper
+# maximises an objective, it appears here with a minus.
 
 
 def average(
@@ -249,21 +305,25 @@ def average(
         sequence    each completion's mean, then the mean over the completions
         constant    each completion's sum / max_new_tokens, then the mean over the completions
 
-    denominator: needed if x is only a part of a minibatch. It is what `average_denominator`
-    gives for the whole minibatch. The results of the parts then add up to the minibatch's.
+    denominator: what the sum is divided by. Pass it where x is a micro-batch: that of the whole
+        minibatch, from `average_denominator`. Then the micro-batches' results add up to the
+        minibatch's. By default, x's own.
     """
-    # (B,) means for "sequence", else the (B, T) terms themselves.
+    # One term for each completion, (B,), or one for each token, (B, T).
     terms = masked_mean(x, mask, dim=1) if loss_mean == "sequence" else masked(x, mask)
     if denominator is None:
+        # At least 1, so that the mean over an empty mask is 0.
         denominator = max(average_denominator(mask, loss_mean, max_new_tokens), 1.0)
     return terms.sum() / denominator
 
 
-def average_denominator(mask: Tensor, loss_mean: str, max_new_tokens: int | None = None) -> float:
+def average_denominator(
+    mask: Tensor, loss_mean: str, max_new_tokens: int | None = None
+) -> float:
     """What `average` divides its sum by: tokens, completions, or completions · max_new_tokens."""
     if loss_mean == "token":
         return float(mask.bool().sum())
-    completions = float(mask.any(1).sum())
+    completions = float(mask.any(1).sum())  # rows that count in the loss: with a token or more
     if loss_mean == "sequence":
         return completions
     if loss_mean == "constant" and max_new_tokens is not None:
@@ -287,27 +347,31 @@ def ppo_policy_loss(
 ) -> tuple[Tensor, Tensor]:
     """The clipped surrogate objective, negated (Schulman et al. 2017, equation 7).
 
-        L = -mean min(ρ A, clip(ρ, 1-ε, 1+ε) A)
+        L = -mean min(ρ A, clip(ρ, 1-ε, 1+ε) A),    ρ = π / π_old
+
+    The paper writes r_t(θ) for ρ, but r is a reward here.
 
     clip_range: ε, or a pair (below, above) for clip(ρ, 1-below, 1+above) (Yu et al. 2025, DAPO).
-    ratio: `token`, ρ = π / π_old of each token; or `sequence`, their geometric mean over the
-        completion (Zheng et al. 2025, GSPO, equation 7).
+    ratio: `token`, each token has its own ρ; or `sequence`, all tokens of a completion have the
+        geometric mean of theirs (Zheng et al. 2025, GSPO, equation 7).
     loss_mean, max_new_tokens, denominator: what the mean runs over, as in `average`.
 
     Returns (loss, clip_fraction). clip_fraction is the share of tokens where the clipped term is
     the smaller one, so that no gradient flows.
     """
     below, above = clip_bounds(clip_range)
-    # ρ, from log-probs: a difference and an exponential.
+
+    # The probability ratio ρ of each token, (B, T), by way of its logarithm.
     log_ratio = masked(log_probs - old_log_probs, mask)
     if ratio == "sequence":
-        # The exponential of a mean of logs is a geometric mean. Each token gets it: (B, T).
+        # The mean of the logarithms is the logarithm of the geometric mean.
         log_ratio = masked_mean(log_ratio, mask, dim=1)[:, None].expand_as(log_ratio)
     elif ratio != "token":
         raise ValueError(f"ratio={ratio!r} must be token or sequence")
     rho = log_ratio.exp()
-    # The smaller of the two terms is a pessimistic bound. There is nothing to gain from a ratio
-    # that has already gone further than clip_range in the direction of its advantage.
+
+    # The clipped surrogate. Taking the smaller term makes it a pessimistic bound: nothing is gained
+    # by pushing a ratio further than clip_range in the direction of its advantage.
     advantages = masked(advantages, mask)
     unclipped = rho * advantages
     clipped = rho.clamp(1 - below, 1 + above) * advantages
@@ -317,12 +381,38 @@ def ppo_policy_loss(
     return loss, clip_fraction.detach()
 
 
+def value_loss(
+    values: Tensor,
+    old_values: Tensor,
+    returns: Tensor,
+    mask: Tensor,
+    clip_range: float = 0.2,
+    denominator: float | None = None,
+) -> Tensor:
+    """Squared error of the value function against the returns R, clipped as the ratio is.
+
+        L = 1/2 mean max((V - R)², (clip(V, V_old - ε, V_old + ε) - R)²)
+
+    The paper does not mention the clip; its authors' code has it (openai/baselines, ppo2; detail 9
+    of Huang et al. 2022, "The 37 implementation details of PPO"). The mean runs over all tokens
+    alike. denominator: as in `average`.
+    """
+    values = masked(values, mask)
+    old_values = masked(old_values, mask)
+    returns = masked(returns, mask)
+    # The larger error counts, so a value gains nothing by moving further than clip_range at once.
+    clipped = old_values + (values - old_values).clamp(-clip_range, clip_range)
+    squared_error = torch.maximum((values - returns) ** 2, (clipped - returns) ** 2)
+    return 0.5 * average(squared_error, mask, denominator=denominator)
+
+
 def clip_bounds(clip_range: float | Sequence[float]) -> tuple[float, float]:
     """(below, above) of a clip_range, which may be one number for both.
 
     ValueError for anything else than one or two numbers from 0 on.
     """
-    bounds = tuple(clip_range) if isinstance(clip_range, Sequence) else (clip_range, clip_range)
+    pair = clip_range if isinstance(clip_range, Sequence) else (clip_range, clip_range)
+    bounds = tuple(pair)
     if len(bounds) != 2 or not all(is_bound(bound) for bound in bounds):
         raise ValueError(
             f"clip_range={clip_range!r} must be a number from 0 on, or two: (below, above)"
@@ -336,37 +426,15 @@ def is_bound(value: Any) -> bool:
     return is_number and 0 <= value < math.inf
 
 
-def value_loss(
-    values: Tensor,
-    old_values: Tensor,
-    returns: Tensor,
-    mask: Tensor,
-    clip_range: float = 0.2,
-    denominator: float | None = None,
-) -> Tensor:
-    """Squared error of the value function, clipped like the ratio.
-
-    This clipping is not in the PPO paper but in its authors' code (OpenAI's `baselines`).
-
-        L = 1/2 mean max((V - R)², (clip(V, V_old - ε, V_old + ε) - R)²)
-
-    The mean runs over all tokens alike. denominator: as in `average`.
-    """
-    values = masked(values, mask)
-    old_values = masked(old_values, mask)
-    returns = masked(returns, mask)
-    # The larger error counts, so a value gains nothing by moving further than clip_range at once.
-    clipped = old_values + (values - old_values).clamp(-clip_range, clip_range)
-    squared_error = torch.maximum((values - returns) ** 2, (clipped - returns) ** 2)
-    return 0.5 * average(squared_error, mask, denominator=denominator)
-
-
 # --------------------------------------------------------------------------------------------------
-# Losses on comparisons: (B,) tensors, one number for each chosen and each rejected completion
+# Losses on comparisons: (B,) tensors, one number for each chosen and each rejected completion.
+# Under the Bradley-Terry model, a person prefers the chosen completion with the probability
+# σ(r_chosen - r_rejected). The losses differ in what stands for the reward r. (Only IPO does
+# without this model.)
 
 
 def reward_loss(chosen: Tensor, rejected: Tensor, margin: float = 0.0) -> Tensor:
-    """Negative log-likelihood of comparisons under Bradley-Terry, on rewards.
+    """Negative log-likelihood of comparisons, on rewards (Ouyang et al. 2022, equation 1).
 
         L = -mean log σ(r_chosen - r_rejected - margin)
 
@@ -379,7 +447,7 @@ def reward_loss(chosen: Tensor, rejected: Tensor, margin: float = 0.0) -> Tensor
 def check_pairs(chosen: Tensor, rejected: Tensor) -> None:
     """ValueError unless chosen and rejected are (B,) both, or (B, 1) and (B, K).
 
-    Other shapes, (B,) and (B, 1) say, would silently be compared crosswise.
+    Other shapes would silently be broadcast: (B,) and (B, 1) would compare all with all.
     """
     if chosen.shape == rejected.shape:
         return
@@ -405,6 +473,7 @@ def dpo_loss(
 
     The log-probs are sums over the completions' tokens.
     """
+    # The policy is its own reward model: its implicit reward is β log π / π_ref.
     chosen_reward = beta * (chosen_log_probs - ref_chosen_log_probs)
     rejected_reward = beta * (rejected_log_probs - ref_rejected_log_probs)
     return reward_loss(chosen_reward, rejected_reward)
@@ -422,13 +491,15 @@ def ipo_loss(
         L = mean (h - 1/(2β))²,   h = log π(chosen) / π_ref(chosen)
                                       - log π(rejected) / π_ref(rejected)
 
-    The log-probs are sums over the completions' tokens. Unlike DPO's, this loss has its minimum at
-    a finite h, so that certain preferences do not drive the policy ever further away.
+    The log-probs are sums over the completions' tokens. DPO's loss falls for ever as h grows. This
+    one has its minimum at a finite h, so that it does not drive the policy ever further away where
+    people always prefer the same completion.
     """
     check_pairs(chosen_log_probs, rejected_log_probs)
     chosen_log_ratio = chosen_log_probs - ref_chosen_log_probs
     rejected_log_ratio = rejected_log_probs - ref_rejected_log_probs
-    return ((chosen_log_ratio - rejected_log_ratio - 1 / (2 * beta)) ** 2).mean()
+    h = chosen_log_ratio - rejected_log_ratio
+    return ((h - 1 / (2 * beta)) ** 2).mean()
 
 
 def simpo_loss(
@@ -445,20 +516,23 @@ def simpo_loss(
 
     The log-probs are sums over the completions' tokens, the lengths their numbers of tokens.
     """
+    # The reward is the mean log-prob of a token. It must be larger by the margin γ at least.
     chosen_reward = beta * chosen_log_probs / chosen_lengths
     rejected_reward = beta * rejected_log_probs / rejected_lengths
     return reward_loss(chosen_reward, rejected_reward, margin=gamma)
 
 
 # --------------------------------------------------------------------------------------------------
-# Learning from comparisons, with the Trainer. A batch of `Comparisons` is (idx, attention_mask,
-# completion_mask), all (B, K, T): K completions of one prompt, the chosen one first.
+# Learning from comparisons: what a plain Trainer takes as its loss_fn. A batch of `Comparisons` is
+# (idx, attention_mask, completion_mask), all (B, K, T): each prompt has K completions, and the
+# chosen one comes first.
 
 
 def comparison_scores(model: nn.Module, batch: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
     """A RewardModel's scores of the chosen (B, 1) and of the rejected completions (B, K-1)."""
     B, K, _ = batch[0].shape
-    rows = [x.flatten(0, 1) for x in batch]  # (B·K, T)
+    # The model reads rows, (B·K, T). Each K adjacent rows share a prompt, which it reads only once.
+    rows = [x.flatten(0, 1) for x in batch]
     scores = model(*rows, rows_per_prompt=K).view(B, K)
     return scores[:, :1], scores[:, 1:]
 
@@ -473,12 +547,12 @@ def comparison_loss(
 
         L = reward_loss + centering · mean (r_chosen + r_rejected)²
 
-    Bradley-Terry leaves the mean of each prompt's rewards free. The second term draws it to 0, so
-    that rewards differ by how good the completions are and not by prompt (Eisenstein et al. 2023,
-    arXiv:2312.09244). A centering of 0.01 is enough.
+    Bradley-Terry knows differences only, so the mean of each prompt's rewards is left free. The
+    second term draws it to 0. Then rewards differ by how good the completions are, and not by
+    prompt (Eisenstein et al. 2023, arXiv:2312.09244). A centering of 0.01 is enough.
 
-    dropout: use the model's dropout. It is off by default, because it draws the completions of a
-    pair apart: even two equal texts would get different rewards, and a gradient.
+    dropout: whether to use the model's dropout. By default it is off. With it, even two equal texts
+    would get different rewards, and a gradient that draws them apart.
     """
     check_numbers(CN(centering=centering), "centering")  # it checks the options of a config
     with contextlib.nullcontext() if dropout else evaluation_mode(model):
@@ -493,11 +567,11 @@ class DPOLoss:
 
     ref_policy: where the policy starts from (or the policy itself, before it is trained); a frozen
         copy is kept. SimPO has no reference: pass None.
-    beta: by default 0.1 for dpo and ipo, 2.0 for simpo.
+    beta: β of the loss, by default 0.1 for dpo and ipo, 2.0 for simpo.
     loss: dpo, ipo or simpo.
     gamma: the target margin of simpo, by default 1.0; the others have none.
-    dropout: use the policy's dropout. It is off by default: the reference has none, so that with it
-        the loss would not begin at log 2.
+    dropout: whether to use the policy's dropout. By default it is off. The reference has none, so
+        with it DPO's loss would not begin at log 2.
     """
 
     def __init__(
@@ -535,16 +609,22 @@ class DPOLoss:
         """(loss, accuracy): how often the chosen completion has the larger implicit reward."""
         with contextlib.nullcontext() if self.dropout else evaluation_mode(model):
             log_probs = completion_log_probs(model, batch)  # (B, K)
+        # One against many: (B, 1) and (B, K-1).
         chosen, rejected = log_probs[:, :1], log_probs[:, 1:]
-        if self.reference is None:  # SimPO
-            lengths = batch[2].sum(2)
+
+        if self.reference is None:
+            # SimPO: log-probs per token.
+            _, _, completion_mask = batch
+            lengths = completion_mask.sum(2)  # (B, K)
             chosen_length, rejected_length = lengths[:, :1], lengths[:, 1:]
             loss = simpo_loss(
                 chosen, rejected, chosen_length, rejected_length, self.beta, self.gamma
             )
             prefers_chosen = chosen / chosen_length > rejected / rejected_length
         else:
-            ref_log_probs = completion_log_probs(self.reference.to(batch[0].device), batch)
+            # DPO and IPO: log-probs against those of the reference.
+            idx = batch[0]
+            ref_log_probs = completion_log_probs(self.reference.to(idx.device), batch)
             ref_chosen, ref_rejected = ref_log_probs[:, :1], ref_log_probs[:, 1:]
             loss_fn = dpo_loss if self.loss == "dpo" else ipo_loss
             loss = loss_fn(chosen, rejected, ref_chosen, ref_rejected, self.beta)
@@ -559,21 +639,23 @@ def completion_log_probs(model: nn.Module, batch: tuple[Tensor, ...]) -> Tensor:
     """
     B, K, _ = batch[0].shape
     idx, attention_mask, completion_mask = (x.flatten(0, 1) for x in batch)  # (B·K, T)
-    # The token in column c is action c - 1. So this many actions belong to the prompts.
-    prefix_length = first_column(completion_mask) - 1
+    # The prompt's last token is read with each completion, not with the prefix that they share: the
+    # first token of the completion is predicted there.
     log_probs, _ = model(
         idx,
         attention_mask,
         temperature=1.0,
-        prefix_length=prefix_length,
+        prefix_length=first_column(completion_mask) - 1,
         rows_per_prompt=K,
     )
+    # log π(completion | prompt) = Σ_t log π(token t | everything before it)
     return masked(log_probs, completion_mask[:, 1:]).sum(1).view(B, K)
 
 
 # --------------------------------------------------------------------------------------------------
-# The family. An algorithm is a row of independent choices. PPOTrainer asks for a choice, never for
-# an algorithm's name, and any choice can be set by itself as an option of the same name.
+# The family. PPO, RLOO, GRPO and the others differ in a few independent choices, and an algorithm
+# is a row of them. PPOTrainer asks for a choice, never for an algorithm's name. Each choice is also
+# an option of the same name, so it can be set by itself. RLHF.md shows the rows side by side.
 
 GROUP_ADVANTAGES: dict[str, Callable[[Tensor, int], Tensor]] = {
     "leave_one_out": rloo_advantages,
@@ -584,44 +666,63 @@ GROUP_ADVANTAGES: dict[str, Callable[[Tensor, int], Tensor]] = {
 
 @dataclass(frozen=True)
 class Algorithm:
-    """What an algorithm of PPO's family decides."""
+    """What an algorithm of PPO's family decides. The defaults are what most of them share."""
 
     # Where the advantage of a token comes from. With a value function: gae. Without: return (the
     # rewards from here to the end), or the completion's score against others of its prompt:
     # leave_one_out, group_mean or group_standardized.
     advantage: str
-    # Whether advantages are then whitened over all tokens of the rollout.
+    # Whether advantages are then shifted and scaled to mean 0 and variance 1 over the rollout.
     whiten_advantages: bool = False
-    # Where the penalty for leaving the reference policy stands: reward, loss or none.
+    # Where the penalty for leaving the reference policy goes: into the reward of each token, into
+    # the loss as a term of its own, or nowhere (none).
     kl_penalty: str = "reward"
     # How that penalty is estimated on the sampled tokens: k1, k2 or k3 (see `kl_estimate`).
     kl_estimator: str = "k1"
-    # The penalty's weight β, reward per nat.
+    # The penalty's weight β, in reward per nat.
     kl_coef: float = 0.05
     # What the loss is averaged over: token, sequence or constant (see `average`).
     loss_mean: str = "token"
-    # Whose ratio π / π_old is clipped: that of each token, or the geometric mean of a sequence.
+    # Whose ratio π / π_old is clipped: of each token, or one for the whole sequence.
     ratio: str = "token"
-    # How far the ratio may go: one number, or two, (below, above).
+    # How far the ratio may go from 1: ε, or two of them, (below, above).
     clip_range: float | tuple[float, float] = 0.2
     # Whether groups whose completions all earned the same are left out of the loss.
     skip_equal_groups: bool = False
-    # Passes over a rollout.
+    # How often the update passes over a rollout.
     ppo_epochs: int = 4
-    # Episodes that begin with the same prompt.
+    # Completions of each prompt in a rollout.
     group_size: int = 1
 
 
+# Each row names only what differs from the defaults above.
 ALGORITHMS = {
-    # Schulman et al. 2017; on language models Ziegler et al. 2019
-    "ppo": Algorithm(advantage="gae", whiten_advantages=True),
-    # Williams 1992: one step a rollout, on which the ratio is 1 and nothing is clipped
-    "reinforce": Algorithm(advantage="return", whiten_advantages=True, ppo_epochs=1),
-    # Hu 2025, REINFORCE++
-    "reinforce_pp": Algorithm(advantage="return", whiten_advantages=True),
-    # Ahmadian et al. 2024. The paper's action is the whole completion; we keep token ratios.
-    "rloo": Algorithm(advantage="leave_one_out", group_size=4),
-    # Shao et al. 2024
+    # Schulman et al. 2017; on language models Ziegler et al. 2019. A value function foresees the
+    # return from each token on.
+    "ppo": Algorithm(
+        advantage="gae",
+        whiten_advantages=True,
+    ),
+    # Williams 1992. No value function; whitening makes the mean return the baseline. One pass over
+    # the rollout: in a single step the ratio is 1, and nothing is clipped.
+    "reinforce": Algorithm(
+        advantage="return",
+        whiten_advantages=True,
+        ppo_epochs=1,
+    ),
+    # Hu 2025, REINFORCE++: the same, with PPO's clip and its epochs.
+    "reinforce_pp": Algorithm(
+        advantage="return",
+        whiten_advantages=True,
+    ),
+    # Ahmadian et al. 2024. The baseline is the mean score of the prompt's other completions. The
+    # paper's action is the whole completion; we keep token ratios.
+    "rloo": Algorithm(
+        advantage="leave_one_out",
+        group_size=4,
+    ),
+    # Shao et al. 2024. Scores are standardised within each group, and the penalty moves from the
+    # reward into the loss.
     "grpo": Algorithm(
         advantage="group_standardized",
         kl_penalty="loss",
@@ -630,7 +731,8 @@ ALGORITHMS = {
         loss_mean="sequence",
         group_size=4,
     ),
-    # Liu et al. 2025, GRPO without its biases towards length and difficulty
+    # Liu et al. 2025. GRPO without its two biases: the division by each completion's length, and
+    # the one by the group's standard deviation, which favours very easy and very hard prompts.
     "dr_grpo": Algorithm(
         advantage="group_mean",
         kl_penalty="none",
@@ -638,7 +740,9 @@ ALGORITHMS = {
         loss_mean="constant",
         group_size=4,
     ),
-    # Yu et al. 2025. The paper also samples until the batch is full and shapes overlong rewards.
+    # Yu et al. 2025. More room above 1 than below, so that rare tokens can become likely; and no
+    # groups that teach nothing. The paper also samples until the batch is full, and shapes the
+    # rewards of overlong completions: not here.
     "dapo": Algorithm(
         advantage="group_standardized",
         kl_penalty="none",
@@ -647,7 +751,8 @@ ALGORITHMS = {
         skip_equal_groups=True,
         group_size=4,
     ),
-    # Zheng et al. 2025
+    # Zheng et al. 2025. The score is of the whole sequence, so the ratio is, too. Being a mean over
+    # tokens, it moves far less than the ratio of one token, so it is clipped far sooner.
     "gspo": Algorithm(
         advantage="group_standardized",
         kl_penalty="none",
@@ -669,11 +774,12 @@ def choose(config: CN) -> Algorithm:
     """
     if config.algorithm not in ALGORITHMS:
         raise ValueError(f"algorithm={config.algorithm!r} must be one of {', '.join(ALGORITHMS)}")
-    # Start from the row, and replace the choices that the config sets itself.
-    own = {name: getattr(config, name) for name in CHOICES if getattr(config, name) is not None}
+    # Begin with the row, and replace what the config sets itself. None means the row's value.
+    options = {name: getattr(config, name) for name in CHOICES}
+    own = {name: value for name, value in options.items() if value is not None}
     choices = dataclasses.replace(ALGORITHMS[config.algorithm], **own)
-    # With kl_penalty=none the row's kl_coef has no use, so the config need not set it to 0.
-    # If the config does set one, check_combination refuses it.
+    # With kl_penalty=none set by itself, the row's kl_coef has no use: it becomes 0. (If the config
+    # sets one, too, check_combination refuses it.)
     if choices.kl_penalty == "none" and config.kl_coef is None:
         choices = dataclasses.replace(choices, kl_coef=0.0)
     check_choices(choices)
@@ -704,8 +810,8 @@ def check_choices(choices: Algorithm) -> None:
 
 def check_combination(choices: Algorithm) -> None:
     """ValueError for choices that do not go together."""
-    compares = choices.advantage in GROUP_ADVANTAGES
-    if compares and choices.group_size == 1:
+    compares_completions = choices.advantage in GROUP_ADVANTAGES
+    if compares_completions and choices.group_size == 1:
         raise ValueError(
             f"advantage={choices.advantage} compares completions of one prompt, and group_size=1 "
             "samples only one: set group_size to 2 or more"
@@ -715,7 +821,7 @@ def check_combination(choices: Algorithm) -> None:
             "skip_equal_groups=True with group_size=1 would skip every episode: set group_size to "
             "2 or more"
         )
-    if choices.ratio == "sequence" and not compares:
+    if choices.ratio == "sequence" and not compares_completions:
         raise ValueError(
             f"ratio=sequence needs one advantage for the whole completion, and "
             f"advantage={choices.advantage} gives one for each token: use "
@@ -741,13 +847,13 @@ def check_combination(choices: Algorithm) -> None:
 class Rollout:
     """A batch of episodes, and everything that the update needs to know of them.
 
-    B episodes; T columns for prompt and completion. (B, T-1) tensors speak of the actions
-    idx[:, 1:], see the drawing at the top of this file.
+    B episodes in T columns: left-padded prompts, then completions. (B, T-1) tensors speak of the
+    actions idx[:, 1:]; see the drawing at the top of this file.
     """
 
     # What was written.
-    idx: Tensor  # (B, T) token ids: left-padded prompts, then completions
-    attention_mask: Tensor  # (B, T) True on real tokens
+    idx: Tensor  # (B, T) token ids
+    attention_mask: Tensor  # (B, T) True on real tokens, prompt and completion
     mask: Tensor  # (B, T-1) True on the actions of the policy
     # What the models say of it.
     old_log_probs: Tensor  # (B, T-1) log π_old, of the policy that sampled them
@@ -755,16 +861,24 @@ class Rollout:
     old_values: Tensor  # (B, T-1) V before the update; zeros without a value function
     kl: Tensor  # (B, T-1) log π_old - log π_ref on the mask (k1), in nats
     # What it is worth.
-    scores: Tensor  # (B,) rewards of the whole texts, less the penalty for a missing end
-    ended: Tensor  # (B,) whether a stop token ended it, not max_new_tokens
+    scores: Tensor  # (B,) of the whole texts, less the penalty for a missing end
+    ended: Tensor  # (B,) True where a stop token ended it, False where max_new_tokens did
     prompt_index: Tensor  # (B,) which of the prompts each row continues
     # What the update learns from.
     advantages: Tensor  # (B, T-1) how much better than expected each action was
     returns: Tensor  # (B, T-1) what the value function should have said
-    counted: Tensor  # (B,) whether the loss counts the episode (see skip_equal_groups)
-    # How it can be read faster: rows of one prompt share their first columns.
-    prefix_length: int  # how many of the actions idx[:, 1:] belong to the prompts
-    rows_per_prompt: int  # adjacent rows that share the prefix, so that it is read once
+    counted: Tensor  # (B,) True where the episode counts in the loss (see skip_equal_groups)
+    # How it can be read faster. Adjacent rows continue the same prompt, so their first columns are
+    # equal, and the models read this prefix once for all of them. The prompt's last token is not in
+    # the prefix: the first action is taken there, in each row. Two prompts with two rows each:
+    #
+    #     p p | p a b <eot>
+    #     p p | p c <eot>          prefix_length = 2
+    #     q q | q d e f            rows_per_prompt = 2
+    #     q q | q <eot>
+    prefix_length: int  # columns that adjacent rows share
+    rows_per_prompt: int  # how many adjacent rows share them
+    # For the log.
     metrics: dict[str, float]  # what the reward function reports of itself
 
     def __len__(self) -> int:
@@ -772,11 +886,12 @@ class Rollout:
 
     @property
     def loss_mask(self) -> Tensor:
-        """(B, T-1): the actions that have a part in the loss."""
+        """(B, T-1): True on the actions that count in the loss."""
         return self.mask & self.counted[:, None]
 
     def select(self, rows: Tensor | slice) -> "Rollout":
-        """Some of the episodes. Take rows that share a prefix together, and adjacent."""
+        """The episodes in these rows. Rows that share a prefix must stay together."""
+        # All tensors have one row for each episode.
         tensors = {
             field.name: getattr(self, field.name)[rows]
             for field in dataclasses.fields(self)
@@ -787,14 +902,21 @@ class Rollout:
 
 @dataclass
 class MicroBatch:
-    """Some episodes of a minibatch, and what the loss must know of the whole minibatch."""
+    """As many episodes of a minibatch as fit into memory at once, and what its losses need.
+
+    The loss of a minibatch is a sum of terms over a denominator. A micro-batch has some of the
+    terms, and the denominator of all. So the losses of all micro-batches add up.
+    """
 
     episodes: Rollout
-    # What sums are divided by, counted over the whole minibatch, in all processes.
-    tokens: float  # tokens that have a part in the loss: for the value loss and the metrics
-    denominator: float  # by loss_mean (see `average_denominator`): for the policy's loss
-    # A list that all micro-batches of the minibatch share. The loss appends to it.
-    log_prob_errors: list[Tensor]  # the largest |log π - log π_old| of each micro-batch
+    # Tokens that count in the loss, in the whole minibatch and in all processes.
+    tokens: float
+    # What the policy's loss is divided by: these tokens, or completions, or completions times
+    # max_new_tokens, as loss_mean says (see `average_denominator`).
+    denominator: float
+    # `policy_loss` notes its largest |log π - log π_old| here. All micro-batches of a minibatch
+    # hold the same list. (Metrics are added up over micro-batches, and a maximum cannot be.)
+    log_prob_errors: list[Tensor]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -804,8 +926,8 @@ class MicroBatch:
 class PPOTrainer(Trainer):
     """Teaches a policy to earn reward without moving far from where it started.
 
-    policy: a GPT, or any module with its `log_probs` and `generate`. (Algorithms with a value
-        function then need a value_model.)
+    policy: a GPT, or any module with its `log_probs` and `generate`. (Such a module needs a
+        value_model, too, for algorithms with a value function.)
     reward_fn: a RewardModel, a TextReward, or any function of idx, attention_mask and
         completion_mask, all (B, T), that returns rewards (B,).
     prompts: a list of texts (needs the tokenizer), a list of lists of token ids, an (N, T)
@@ -825,7 +947,7 @@ class PPOTrainer(Trainer):
     @documented
     def get_default_config() -> CN:
         """The Trainer's options, some with other defaults, and PPO's own."""
-        C = Trainer.get_default_config()  # some with other defaults:
+        C = Trainer.get_default_config()  # PPO's defaults are others for these:
         C.batch_size = 64             # episodes in a rollout, of all processes together
         C.learning_rate = 1e-4
         C.eps = 1e-5                  # as in the PPO papers' code (Huang et al. 2024)
@@ -880,7 +1002,7 @@ class PPOTrainer(Trainer):
         # The algorithm's choices, once and for all: no method below asks for its name.
         self.check_config(config)
         self.choices = choose(config)
-        self.kl_coef: float = self.choices.kl_coef  # it moves if there is a kl_target
+        self.kl_coef: float = self.choices.kl_coef  # the current β: a kl_target moves it
         # Where rewards come from, and what ends an episode.
         self.reward_fn = reward_fn
         self.tokenizer = tokenizer
@@ -890,7 +1012,8 @@ class PPOTrainer(Trainer):
         # A policy that is no GPT may have no limit to its context.
         policy_config = getattr(policy, "config", None)
         self.block_size: float = getattr(policy_config, "block_size", math.inf)
-        # To the Trainer, policy and value function are one model, and prompts are the dataset.
+        # To the Trainer, policy and value function are one model, the prompts are the dataset, and
+        # a batch for its loss_fn is a MicroBatch.
         value_model = self.make_value_model(config, policy, value_model)
         super().__init__(
             config,
@@ -903,21 +1026,25 @@ class PPOTrainer(Trainer):
         self.policy = policy
         # Only then can the sampler's own log-probs be used (see `sample`).
         self.weights_are_fp32 = all(p.dtype == torch.float32 for p in policy.parameters())
-        # The reward model and the reference are used as they are, without dropout.
+        # A reward model and the reference are used as they are, without dropout.
         if isinstance(reward_fn, nn.Module):
             reward_fn.to(self.device).eval()
-        # The reference is where the policy starts from. Its checksum tells a resumed run whether
-        # it is still the same one.
-        self.ref_policy = copy.deepcopy(policy) if ref_policy is None else ref_policy
-        self.ref_policy.to(self.device).eval().requires_grad_(False)
+        self.ref_policy = self.make_reference(ref_policy)
         check_vocabularies(policy, self.ref_policy, value_model, reward_fn)
-        self.ref_checksum = checksum(self.ref_policy)
+        self.ref_checksum = checksum(self.ref_policy)  # a resumed run must have the same one
         self.last_rollout: Rollout | None = None
+
+    def make_reference(self, ref_policy: nn.Module | None) -> nn.Module:
+        """The frozen policy π_ref that the KL is measured against: by default, a copy of ours."""
+        reference = copy.deepcopy(self.policy) if ref_policy is None else ref_policy
+        reference.to(self.device).eval().requires_grad_(False)
+        return reference
 
     def make_value_model(
         self, config: CN, policy: nn.Module, value_model: nn.Module | None
     ) -> nn.Module | None:
         """The value function that the algorithm needs, if any. ValueError if it cannot be had."""
+        # Only gae asks a value function.
         if self.choices.advantage != "gae":
             if value_model is not None or config.shared_trunk:
                 raise ValueError(
@@ -930,6 +1057,7 @@ class PPOTrainer(Trainer):
                 "shared_trunk=True makes a value function on the policy's trunk, and a value_model "
                 "was passed: leave one of them out"
             )
+        # The caller's, or one that starts from the policy: as a head on it, or as a copy.
         if value_model is not None:
             return value_model
         if not isinstance(policy, GPT):
@@ -945,37 +1073,28 @@ class PPOTrainer(Trainer):
     # -- one iteration -----------------------------------------------------------------------------
 
     def train_step(self, batch: tuple) -> dict:
-        """Rollout with scores and advantages, then the update."""
-        self.model.eval()  # no dropout, in the rollout and in the update
+        """One iteration: a rollout with its scores and advantages, then the update."""
+        # No dropout, in the rollout nor in the update: else π and π_old would differ at once.
+        self.model.eval()
+
+        # Sample episodes and judge them. If that fails, go back to the iteration's beginning, so
+        # that a continued run samples the same texts.
         rng = get_rng_state()
         try:
             rollout = self.rollout(*batch)
         except RewardError:
-            # Back to the iteration's beginning, so that a continued run samples the same texts.
             set_rng_state(rng)
             if self.world_size == 1 and self.iter_num > 0:
                 self.save_checkpoint()
             raise
-        # Learn from it, and describe both.
-        self.last_rollout = rollout
-        # For tokens/s, as if all processes had written as much as this one.
-        self.tokens += int(rollout.mask.sum()) * self.world_size
+        self.last_rollout = rollout  # for `samples`
+        self.tokens += int(rollout.mask.sum()) * self.world_size  # as if all had written as much
+
+        # Learn from them, and describe both, over all processes.
         metrics = distributed.mean(self.update(rollout) | self.describe(rollout))
         metrics |= mean_by_name(distributed.gather(rollout.metrics))
         self.adapt_kl_coef(metrics["objective/kl"])
         return metrics
-
-    def adapt_kl_coef(self, kl: float) -> None:
-        """Move kl_coef towards what holds the KL at kl_target (Ziegler et al. 2019, section 2.2).
-
-        The relative error is clipped to ±0.2. If it lasts for kl_horizon episodes, kl_coef
-        changes by about that fraction.
-        """
-        if self.config.kl_target is None:
-            return
-        error = kl / self.config.kl_target - 1
-        error = min(max(error, -0.2), 0.2)
-        self.kl_coef *= 1 + error * self.config.batch_size / self.config.kl_horizon
 
     @torch.no_grad()
     def rollout(self, prompts: Tensor, prompt_mask: Tensor, prompt_index: Tensor) -> Rollout:
@@ -983,11 +1102,8 @@ class PPOTrainer(Trainer):
 
         prompts, prompt_mask: (B, P), left-padded. prompt_index: (B,), their rows in the dataset.
         """
-        # The policy's first token is in column P: action P-1. The P-1 actions before it are
-        # the prompt's, and nobody needs their log-probs. Their columns are the prefix. The
-        # rows of a group share it, so it is read once. A prompt of one token has none.
-        prefix_length = prompts.size(1) - 1
-        rows_per_prompt = self.choices.group_size if prefix_length > 0 else 1
+        # What needs to be read only once for all completions of a prompt.
+        prefix_length, rows_per_prompt = self.shared_prefix(prompts)
         prefix = (prefix_length, rows_per_prompt)
 
         # Sample the completions, and read them with the reference and the value function.
@@ -997,15 +1113,15 @@ class PPOTrainer(Trainer):
             )
             ref_log_probs = self.log_probs(self.ref_policy, idx, attention_mask, *prefix)
             values = self.values(idx, attention_mask, *prefix)
-        mask = completion_mask[:, 1:]  # (B, T-1): from columns to actions
+        mask = completion_mask[:, 1:]  # (B, T-1): from columns of idx to actions
         values = masked(values, mask)
 
-        # Score the whole texts. Those that were cut off may pay for it.
+        # Score the whole texts, (B,). Those that were cut off may pay for it.
         scored = self.score(idx, attention_mask, completion_mask, prompt_index, rows_per_prompt)
         ended = (completion_mask & is_stop(idx, self.stop_token)).any(1)
         scores = scored.rewards - self.config.missing_eos_penalty * ~ended
 
-        # From scores and penalties to the reward of each token, and to advantages.
+        # From scores to the reward of each token, and from there to advantages: (B, T-1).
         rewards = self.token_rewards(scores, old_log_probs, ref_log_probs, mask)
         advantages, returns = self.advantages(rewards, values, mask)
         return Rollout(
@@ -1029,6 +1145,15 @@ class PPOTrainer(Trainer):
 
     # -- the parts of a rollout --------------------------------------------------------------------
 
+    def shared_prefix(self, prompts: Tensor) -> tuple[int, int]:
+        """(prefix_length, rows_per_prompt) of a rollout on prompts (B, P): see `Rollout`."""
+        # The first action is taken after the prompt's last token. So all columns but the last are
+        # prefix, and the group_size completions of a prompt share it.
+        prefix_length = prompts.size(1) - 1
+        if prefix_length == 0:
+            return 0, 1  # prompts of one token: there is nothing to share
+        return prefix_length, self.choices.group_size
+
     def sample(
         self, prompts: Tensor, prompt_mask: Tensor, prefix_length: int, rows_per_prompt: int
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -1036,6 +1161,7 @@ class PPOTrainer(Trainer):
 
         Samples from the whole softmax: with top-k or top-p the ratio would not start at 1.
         """
+        # The prompts, each with n new tokens: (B, P + n), and the log-probs of the n: (B, n).
         idx, log_probs = self.policy.generate(  # type: ignore[operator]  # need not be a GPT
             prompts,
             self.config.max_new_tokens,
@@ -1048,9 +1174,10 @@ class PPOTrainer(Trainer):
         prompt_length = prompts.size(1)
         completion_mask = written_mask(idx, prompt_length, self.stop_token)
         attention_mask = torch.cat([prompt_mask, completion_mask[:, prompt_length:]], dim=1)
-        # The sampler knows log π of what it drew. But it reads token by token, and the
-        # update the row in one pass. In half precision the two round differently: there
-        # the log-probs are computed anew in one pass, so that the ratio starts at 1.
+
+        # The sampler knows log π of what it drew. But in half precision, sampling token by token
+        # rounds differently from one pass over the whole row, which is what the update does. There
+        # the log-probs are computed again, so that the ratio starts at 1.
         if self.precision == "fp32" and self.weights_are_fp32:
             old_log_probs = F.pad(log_probs, (prefix_length, 0))  # (B, n) -> (B, T-1)
         else:
@@ -1067,8 +1194,8 @@ class PPOTrainer(Trainer):
         prefix_length: int,
         rows_per_prompt: int,
     ) -> Tensor:
-        """log π of all actions behind the prefix, (B, T-1), a micro-batch at a time."""
-        model = ActorCritic(policy)  # reads a prefix once; no value function here
+        """log π of all actions after the prefix, (B, T-1), a micro-batch at a time."""
+        model = ActorCritic(policy)  # which reads a shared prefix once
         parts = []
         for part, part_mask in self.in_micro_batches(idx, attention_mask):
             log_probs, _ = model(
@@ -1080,14 +1207,14 @@ class PPOTrainer(Trainer):
     def values(
         self, idx: Tensor, attention_mask: Tensor, prefix_length: int, rows_per_prompt: int
     ) -> Tensor:
-        """V of all states behind the prefix, (B, T-1), a micro-batch at a time."""
+        """V of all states after the prefix, (B, T-1), a micro-batch at a time."""
         parts = []
         for part, part_mask in self.in_micro_batches(idx, attention_mask):
             parts.append(self.model.values(part, part_mask, prefix_length, rows_per_prompt))
         return torch.cat(parts)
 
     def in_micro_batches(self, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-        """The rows of some tensors, micro_batch_size at a time, as in the update.
+        """The tensors' rows, micro_batch_size at a time: as in the update, to fit into memory.
 
         `check_group_sizes` has made sure that this cuts no group in two.
         """
@@ -1102,12 +1229,12 @@ class PPOTrainer(Trainer):
         prompt_index: Tensor,
         rows_per_prompt: int,
     ) -> Scores:
-        """The rewards of the whole texts."""
+        """The scores of the whole texts, and what the reward function logs: see `rewards.score`."""
+        # A reward model can read a shared prompt once; other reward functions know nothing of it.
         reward_fn = self.reward_fn
         if isinstance(reward_fn, RewardModel):
-            # It too can read a prompt once for the whole group.
             reward_fn = functools.partial(reward_fn, rows_per_prompt=rows_per_prompt)
-        return score(
+        return score(  # the function of rewards.py
             reward_fn,
             idx,
             attention_mask,
@@ -1122,25 +1249,29 @@ class PPOTrainer(Trainer):
         self, scores: Tensor, log_probs: Tensor, ref_log_probs: Tensor, mask: Tensor
     ) -> Tensor:
         """The reward of each action, (B, T-1): the KL penalty on each, the score on the last."""
-        # Each step away from the reference costs something at once ...
+        # r_t = -kl_coef · KL_t: each step away from the reference costs something at once ...
         rewards = torch.zeros_like(log_probs)
         if self.choices.kl_penalty == "reward":
             penalty = kl_estimate(log_probs, ref_log_probs, self.choices.kl_estimator)
             rewards = masked(-self.kl_coef * penalty, mask)
-        # ... and the text is judged when it is complete.
+        # ... and the text is judged when it is complete, which is at its last action.
         rewards[torch.arange(len(scores)), last_real(mask)] += scores
         if self.config.whiten_rewards:
             rewards = self.whiten(rewards, mask, shift_mean=False)
         return rewards
 
-    def advantages(self, rewards: Tensor, values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    def advantages(
+        self, rewards: Tensor, values: Tensor, mask: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """(advantages, returns), both (B, T-1), from the rewards and values of each action."""
         choices = self.choices
         if choices.advantage in GROUP_ADVANTAGES:
-            # The whole completion is one action: all its tokens get the same advantage.
+            # The whole completion is one action, and its reward the sum over its tokens: the score
+            # less all KL penalties in the reward. All its tokens get the same advantage.
             estimate = GROUP_ADVANTAGES[choices.advantage]
-            advantages = estimate(rewards.sum(1), choices.group_size)[:, None].expand_as(rewards)
-            returns = values  # zeros: there is no value function to learn from returns
+            of_episodes = estimate(rewards.sum(1), choices.group_size)  # (B,)
+            advantages = of_episodes[:, None].expand_as(rewards)
+            returns = values  # there is no value function to teach
         else:
             # Without a value function V is 0, and λ = 1 makes the advantage the return itself.
             lam = self.config.gae_lambda if choices.advantage == "gae" else 1.0
@@ -1150,7 +1281,11 @@ class PPOTrainer(Trainer):
         return advantages, returns
 
     def counted(self, episode_rewards: Tensor) -> Tensor:
-        """Which episodes have a part in the loss, (B,): those of equal groups may be skipped."""
+        """True for episodes that count in the loss, (B,): those of equal groups may be skipped.
+
+        In a group whose completions all earned the same, every advantage is 0: it teaches nothing,
+        but would still count in the mean (Yu et al. 2025, DAPO's dynamic sampling).
+        """
         if not self.choices.skip_equal_groups:
             return torch.ones_like(episode_rewards, dtype=torch.bool)
         groups = grouped(episode_rewards, self.choices.group_size)
@@ -1158,7 +1293,7 @@ class PPOTrainer(Trainer):
 
     def whiten(self, x: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
         """`masked_whiten` over the episodes of all processes."""
-        # Gather all processes' entries on the mask, whiten them together, keep our own.
+        # Gather what is on the masks of all processes, whiten it together, take back our own.
         of_each_process = distributed.gather(x[mask].cpu())
         joined = torch.cat(of_each_process)
         whitened = masked_whiten(joined, torch.ones_like(joined), shift_mean)
@@ -1168,11 +1303,11 @@ class PPOTrainer(Trainer):
     # -- the update --------------------------------------------------------------------------------
 
     def update(self, rollout: Rollout) -> dict[str, float]:
-        """Passes over the rollout, a minibatch at a time; the mean of the minibatches' metrics."""
-        # Several passes over the same episodes. The ratio π / π_old makes up for how the policy has
-        # moved since it sampled them, as long as it has not moved far.
+        """Pass over the rollout ppo_epochs times, a minibatch at a time. Returns mean metrics."""
+        # Sampling is slow, so the same episodes are used for several steps. The ratio π / π_old
+        # makes up for how the policy has moved since it sampled them, if it has not moved far.
         minibatch_size = self.config.minibatch_size or self.config.batch_size
-        steps: list[dict[str, float]] = []
+        steps: list[dict[str, float]] = []  # the metrics of each optimizer step
         skipped = 0
         for _ in range(self.choices.ppo_epochs):
             for rows in self.shuffled(rollout).split(minibatch_size // self.world_size):
@@ -1183,46 +1318,46 @@ class PPOTrainer(Trainer):
                     steps.append(metrics)
             if self.went_too_far(steps):
                 break
-        # In every group all completions earned the same (see skip_equal_groups), so all
-        # minibatches were skipped: nothing was learned this time.
+        # No episode counts (see skip_equal_groups), so nothing was learned this time.
         if not steps:
             self.loss = torch.tensor(0.0)
             steps = [{"loss": 0.0, "lr": self.learning_rate(), "grad_norm": 0.0}]
+
         metrics = {name: sum(step[name] for step in steps) / len(steps) for name in steps[0]}
-        # Not a mean but the first step's: before it, policy and sampler must agree. Later
-        # the policy has moved.
+        # Not a mean but the first step's: there, policy and sampler must agree. Later, the policy
+        # has moved.
         metrics["log_prob_error"] = steps[0].get("log_prob_error", 0.0)
         if self.choices.skip_equal_groups:
             metrics["skipped_steps"] = float(skipped)
         return metrics
 
     def shuffled(self, rollout: Rollout) -> Tensor:
-        """The rows in a random order, (B,). Rows that share a prefix stay together."""
+        """The rows of the rollout in a random order, (B,). Those of one prefix stay adjacent."""
         groups = torch.arange(len(rollout)).view(-1, rollout.rows_per_prompt)
         return groups[torch.randperm(len(groups))].flatten()
 
     def went_too_far(self, steps: list[dict[str, float]]) -> bool:
-        """Whether the last step found the policy further from π_old than approxkl_max."""
+        """Whether the last step found the policy further from π_old than approxkl_max allows."""
         if self.config.approxkl_max is None or not steps:
             return False
         return steps[-1]["policy/approxkl"] > self.config.approxkl_max
 
     def minibatch_step(self, minibatch: Rollout) -> dict[str, float] | None:
-        """One optimizer step; its metrics, or None where no episode has a part in the loss."""
-        parts = self.micro_batches(minibatch)
-        # tokens and log_prob_errors are the same in all micro-batches: ask the first.
-        _, first = parts[0]
+        """One optimizer step. Returns its metrics, or None if no episode counts in the loss."""
+        micro_batches = self.micro_batches(minibatch)
+        _, first = micro_batches[0]
         if first.tokens == 0:
             return None
-        metrics = self.optimizer_step(parts)  # the loss appends to first.log_prob_errors
+        metrics = self.optimizer_step(micro_batches)
+        # Each micro-batch has noted its largest error in the list that they have in common.
         errors = torch.stack(first.log_prob_errors)
         return metrics | {"log_prob_error": errors.max().item()}
 
     def micro_batches(self, batch: Rollout) -> list[tuple[float, Any]]:
-        """Split a minibatch: (share, MicroBatch) pairs for the Trainer's `optimizer_step`.
+        """Split a minibatch into (share, micro-batch) pairs, as the Trainer's optimizer_step wants.
 
-        It multiplies each micro-batch's loss by its share and adds them up. Here each loss
-        is already divided by the whole minibatch's denominator, so all shares are 1.
+        Each micro-batch divides by the whole minibatch's denominator, so that their losses add up
+        to its loss as they are, and all shares are 1.
         """
         mask = batch.loss_mask
         # What the sums are divided by, counted over the minibatches of all processes.
@@ -1239,7 +1374,12 @@ class PPOTrainer(Trainer):
         return [(1.0, MicroBatch(part, tokens, denominator, errors)) for part in parts]
 
     def policy_and_value_loss(self, model: nn.Module, batch: MicroBatch) -> tuple[Tensor, dict]:
-        """A micro-batch's part of the minibatch's loss, and its parts of the metrics."""
+        """A micro-batch's part of the minibatch's loss, and its parts of the metrics.
+
+            L = L_policy + value_coef · L_value + kl_coef · KL
+
+        The second term is there with a value function, the third with kl_penalty="loss".
+        """
         # Read the episodes with the policy and the value function as they are now: (B, T-1) each.
         episodes = batch.episodes
         log_probs, values = model(
@@ -1253,7 +1393,7 @@ class PPOTrainer(Trainer):
         # Raise the probability of tokens that were better than expected, but not too far.
         loss, metrics = self.policy_loss(log_probs, batch)
 
-        # Teach the value function what the returns were.
+        # Teach the value function what the returns were. Its mean is over tokens in any case.
         if self.choices.advantage == "gae":
             v_loss = value_loss(
                 values,
@@ -1280,28 +1420,33 @@ class PPOTrainer(Trainer):
             episodes.old_log_probs,
             episodes.advantages,
             mask,
-            self.choices.clip_range,
-            self.choices.ratio,
-            self.choices.loss_mean,
-            self.config.max_new_tokens,
-            batch.denominator,
+            clip_range=self.choices.clip_range,
+            ratio=self.choices.ratio,
+            loss_mean=self.choices.loss_mean,
+            max_new_tokens=self.config.max_new_tokens,
+            denominator=batch.denominator,
         )
-        # How far the policy has moved from the one that sampled. In the first minibatch it has
-        # not moved at all: what is left there is the error of our log-probs.
+
+        # How far the policy has moved from the one that sampled. In the first minibatch it has not
+        # moved at all. If anything but 0 shows there, it is the error of our log-probs.
         log_ratio = masked(log_probs - episodes.old_log_probs, mask).detach()
         batch.log_prob_errors.append(log_ratio.abs().max())
-        # These are means over tokens, of which this micro-batch holds a share.
+        # The loss is divided by the minibatch's denominator already. The others are means over the
+        # tokens of this micro-batch, so each is weighed by its share of the minibatch's tokens.
         share = mask.sum() / batch.tokens
         metrics = {
             "loss/policy": loss.detach(),
             "policy/clipfrac": share * clip_fraction,
-            "policy/approxkl": share * masked_mean(log_ratio**2 / 2, mask),
+            "policy/approxkl": share * masked_mean(log_ratio**2 / 2, mask),  # k2
             "val/ratio": share * masked_mean(log_ratio.exp(), mask),
         }
         return loss, metrics
 
     def kl_loss(self, log_probs: Tensor, batch: MicroBatch) -> Tensor:
-        """The estimated KL to the reference policy, averaged as the surrogate is."""
+        """The estimated KL to the reference policy, averaged as the surrogate is.
+
+        Which estimator has which gradient is explained in RLHF.md.
+        """
         mask = batch.episodes.loss_mask
         # Masked before, not after: off the mask k3's exponential may overflow, and infinity
         # would become NaN in the gradient.
@@ -1313,17 +1458,32 @@ class PPOTrainer(Trainer):
         return average(
             kl,
             mask,
-            self.choices.loss_mean,
-            self.config.max_new_tokens,
-            batch.denominator,
+            loss_mean=self.choices.loss_mean,
+            max_new_tokens=self.config.max_new_tokens,
+            denominator=batch.denominator,
         )
+
+    def adapt_kl_coef(self, kl: float) -> None:
+        """Move kl_coef (β) so that the KL comes to kl_target (Ziegler et al. 2019, section 2.2).
+
+            e = clip(kl / kl_target - 1, -0.2, 0.2)
+            β ← β (1 + K_β e),    K_β = batch_size / kl_horizon
+
+        kl: of this iteration's rollout, in nats per episode. Where the error stays the same for
+        kl_horizon episodes, β changes by about that fraction.
+        """
+        if self.config.kl_target is None:
+            return
+        error = kl / self.config.kl_target - 1
+        error = min(max(error, -0.2), 0.2)
+        self.kl_coef *= 1 + error * self.config.batch_size / self.config.kl_horizon
 
     # -- what a person watches ---------------------------------------------------------------------
 
     def describe(self, rollout: Rollout) -> dict[str, float]:
         """What the rollout looked like, under the field's usual names. See RLHF.md's glossary."""
         mask = rollout.mask
-        kl = rollout.kl.sum(1).mean()
+        kl = rollout.kl.sum(1).mean()  # per episode: the sum over its tokens
         score = rollout.scores.mean()
         # The entropy is estimated from the sampled tokens: the mean of -log π_old.
         metrics = {
@@ -1342,8 +1502,8 @@ class PPOTrainer(Trainer):
             variance = masked_mean((returns - masked_mean(returns, mask)) ** 2, mask)
             metrics["val/explained_variance"] = 1 - residual / variance.clamp(min=1e-8)
         if self.choices.group_size > 1:
-            # Where advantages compare within a group, equal scores teach nothing. (These
-            # are scores; skip_equal_groups compares rewards, which may hold a KL penalty.)
+            # Where advantages compare within a group, equal scores teach nothing. (These are the
+            # scores; skip_equal_groups compares rewards, which may hold a KL penalty, too.)
             groups = grouped(rollout.scores, self.choices.group_size)
             metrics["equal_groups"] = equal_groups(groups).float().mean()
         return {name: value.item() for name, value in metrics.items()}
@@ -1368,7 +1528,7 @@ class PPOTrainer(Trainer):
         kls = rollout.kl.sum(1).tolist()
         rows = []
         for i in range(len(rollout) if n is None else min(n, len(rollout))):
-            # The mask speaks of actions, idx[:, 1:]; shift it to speak of the columns of idx.
+            # The mask speaks of the actions idx[:, 1:]. Shift it, so that it speaks of idx.
             written = F.pad(rollout.mask[i], (1, 0))
             prompt = rollout.idx[i][rollout.attention_mask[i] & ~written]
             completion = rollout.idx[i][written]
@@ -1390,16 +1550,16 @@ class PPOTrainer(Trainer):
         return self.tokenizer.decode(ids[~is_stop(ids, self.stop_token)].tolist())
 
     def after_step(self) -> None:
-        """As in the Trainer. Before that, put some episodes into work_dir/samples.jsonl."""
+        """What the Trainer does, after logging some of what was written to samples.jsonl."""
         if self.is_due(self.config.log_every) and self.config.log_samples:
-            rows = [{"iter": self.iter_num, **row} for row in self.samples(self.config.log_samples)]
-            self.folder.log_samples(rows)
+            samples = self.samples(self.config.log_samples)
+            self.folder.log_samples([{"iter": self.iter_num, **sample} for sample in samples])
         super().after_step()
 
     # -- batches, checkpoints and checks -----------------------------------------------------------
 
     def batch_indices(self) -> Iterator[list[int]]:
-        """The Trainer's batches of prompts, with each prompt repeated group_size times."""
+        """The Trainer's batches of prompts, with each prompt group_size times in a row."""
         for prompts in super().batch_indices():
             yield [i for i in prompts for _ in range(self.choices.group_size)]
 
@@ -1409,7 +1569,7 @@ class PPOTrainer(Trainer):
         return self.config.batch_size // self.choices.group_size
 
     def state_dict(self) -> dict[str, Any]:
-        """The Trainer's state, with kl_coef and the reference's checksum."""
+        """The Trainer's state, with the current kl_coef and which reference it is."""
         own = {"kl_coef": self.kl_coef, "ref_checksum": self.ref_checksum}
         return super().state_dict() | own
 
@@ -1429,7 +1589,11 @@ class PPOTrainer(Trainer):
 
     @classmethod
     def effective_options(cls, options: dict[str, Any]) -> dict[str, Any]:
-        """The options, with defaults for missing ones and the row's choices in place of None."""
+        """The options, with defaults for missing ones and the row's choices in place of None.
+
+        A resumed run compares the checkpoint's with its own. So it is no change to spell out what
+        the row says anyway.
+        """
         if "baseline" in options:  # only old checkpoints have it
             options = options_before_the_table(options)
         options = super().effective_options(options)
@@ -1441,6 +1605,7 @@ class PPOTrainer(Trainer):
         """ValueError for options that are unknown, missing, out of range or contradictory."""
         super().check_config(config, world_size)
         choices = choose(config)
+        # Each option by itself ...
         check_numbers(config, "max_new_tokens", low=1, whole=True)
         check_numbers(config, "log_samples", whole=True)
         check_numbers(config, "value_clip_range", "value_coef", "value_lr_ratio")
@@ -1451,10 +1616,15 @@ class PPOTrainer(Trainer):
         check_numbers(config, "kl_target", "approxkl_max", low=1e-6, optional=True)
         # From batch_size on, one iteration changes kl_coef by 20 % at most.
         check_numbers(config, "kl_horizon", low=config.batch_size)
-        highest = config.batch_size
         check_numbers(
-            config, "minibatch_size", low=world_size, high=highest, whole=True, optional=True
+            config,
+            "minibatch_size",
+            low=world_size,
+            high=config.batch_size,
+            whole=True,
+            optional=True,
         )
+        # ... and together with others.
         check_kl_target(config, choices)
         if config.whiten_rewards and choices.advantage in GROUP_ADVANTAGES:
             raise ValueError(
@@ -1469,6 +1639,7 @@ class PPOTrainer(Trainer):
         There may be few prompts: many episodes begin with the same one.
         """
         check_reward_fn(self.reward_fn, self.train_dataset.columns)
+        # Is there a prompt, and can an episode end?
         longest = max((len(ids) for ids in self.train_dataset.ids), default=0)
         if longest == 0:
             raise ValueError("prompts is empty: give one or more")
@@ -1477,6 +1648,7 @@ class PPOTrainer(Trainer):
                 f"missing_eos_penalty={self.config.missing_eos_penalty}, but nothing ends an "
                 "episode: set stop_token, or pass a tokenizer"
             )
+        # Does the longest episode fit into the models?
         tokens = longest + self.config.max_new_tokens
         described = (
             f"prompts of up to {longest} tokens and max_new_tokens={self.config.max_new_tokens} "
@@ -1492,6 +1664,10 @@ class PPOTrainer(Trainer):
                 raise ValueError(
                     f"{described}do not fit into the reward model's block_size={reward_block_size}"
                 )
+
+
+# --------------------------------------------------------------------------------------------------
+# What PPOTrainer checks before it begins, and the options of old checkpoints
 
 
 def check_policy(policy: nn.Module, ref_policy: nn.Module | None) -> None:
@@ -1528,20 +1704,6 @@ def vocabulary_size(model: Any) -> int | None:
     return getattr(getattr(model, "config", None), "vocab_size", None)
 
 
-def options_before_the_table(options: dict[str, Any]) -> dict[str, Any]:
-    """The options of a checkpoint from before there was a table of algorithms, in today's terms.
-
-    All losses were means over tokens then. REINFORCE had `baseline` in place of whiten_advantages,
-    and took one step on each rollout, whatever ppo_epochs and minibatch_size were.
-    """
-    translated = dict(options)
-    baseline = translated.pop("baseline")
-    translated["loss_mean"] = "token"
-    if translated["algorithm"] == "reinforce":
-        translated |= {"whiten_advantages": baseline, "ppo_epochs": None, "minibatch_size": None}
-    return translated
-
-
 def check_kl_target(config: CN, choices: Algorithm) -> None:
     """ValueError for a kl_target that kl_coef cannot be adapted towards."""
     if config.kl_target is None:
@@ -1560,7 +1722,7 @@ def check_kl_target(config: CN, choices: Algorithm) -> None:
 
 def check_group_sizes(config: CN, choices: Algorithm, world_size: int) -> None:
     """ValueError unless whole groups fit into every batch, minibatch and micro-batch."""
-    # Batches and minibatches are split over the processes, micro-batches are not.
+    # The processes share batches and minibatches. Micro-batches are each process's own.
     processes = {"batch_size": world_size, "minibatch_size": world_size, "micro_batch_size": 1}
     for name, count in processes.items():
         size = getattr(config, name)
@@ -1571,42 +1733,37 @@ def check_group_sizes(config: CN, choices: Algorithm, world_size: int) -> None:
             )
 
 
-# --------------------------------------------------------------------------------------------------
-# masks, metrics, and which policy is which
+def options_before_the_table(options: dict[str, Any]) -> dict[str, Any]:
+    """The options of a checkpoint from before there was a table of algorithms, in today's terms.
 
-
-def is_stop(idx: Tensor, stop_token: int | list[int] | tuple[int, ...] | None) -> Tensor:
-    """Where idx holds a stop token: a mask of idx's shape."""
-    return torch.isin(idx, torch.tensor(stop_ids(stop_token), dtype=idx.dtype, device=idx.device))
-
-
-def written_mask(
-    idx: Tensor, prompt_length: int, stop_token: int | list[int] | tuple[int, ...] | None = None
-) -> Tensor:
-    """True on what was generated behind the prompt, up to its first stop token: (B, T) -> (B, T).
-
-    The first stop token belongs to the completion. One in the prompt means nothing.
+    All losses were means over tokens then. REINFORCE had `baseline` in place of whiten_advantages,
+    and took one step on each rollout, whatever ppo_epochs and minibatch_size were.
     """
-    mask = torch.ones_like(idx, dtype=torch.bool)
-    mask[:, :prompt_length] = False
-    # A token is a part of the completion if no stop token comes before it.
-    stops = is_stop(idx, stop_token) & mask
-    stops_before = stops.cumsum(1) - stops.long()
-    return mask & (stops_before == 0)
+    translated = dict(options)
+    baseline = translated.pop("baseline")
+    translated["loss_mean"] = "token"
+    if translated["algorithm"] == "reinforce":
+        translated |= {"whiten_advantages": baseline, "ppo_epochs": None, "minibatch_size": None}
+    return translated
+
+
+# --------------------------------------------------------------------------------------------------
+# Metrics of many processes, and which policy is which
 
 
 def mean_by_name(rows: list[dict[str, float]]) -> dict[str, float]:
     """The mean of each metric over the rows that have it."""
-    values: dict[str, list[float]] = defaultdict(list)
+    by_name: dict[str, list[float]] = defaultdict(list)
     for row in rows:
         for name, value in row.items():
-            values[name].append(value)
-    return {name: sum(entries) / len(entries) for name, entries in values.items()}
+            by_name[name].append(value)
+    return {name: sum(values) / len(values) for name, values in by_name.items()}
 
 
 def checksum(module: nn.Module) -> int:
     """CRC-32 of a module's weights and buffers, to tell one reference policy from another."""
     crc = 0
     for x in module.state_dict().values():
-        crc = zlib.crc32(x.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy(), crc)
+        bytes_of_x = x.detach().cpu().reshape(-1).contiguous().view(torch.uint8)
+        crc = zlib.crc32(bytes_of_x.numpy(), crc)
     return crc

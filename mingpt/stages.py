@@ -1,18 +1,22 @@
 """
-A run of several stages in one folder: what each was asked for, and what it leaves for the next.
+A run of several stages in one folder, for example pre-training, fine-tuning, and PPO. A
+stage is the run of one Trainer. It begins with the model that an earlier stage has left.
 
     stages = Stages(config, "out/run", {"pretrain": Trainer, "sft": Trainer, "rl": PPOTrainer})
     stages.run("pretrain", make_pretrain)      # make_pretrain() returns the stage's Trainer
-    stages.run("sft", make_sft)                # ... which begins with stages.load("pretrain")
+    stages.run("sft", make_sft)                # make_sft() begins with stages.load("pretrain")
     stages.run("rl", make_rl)
 
 The script's config has one section for each stage (config.pretrain, ...), and sections that
-all stages share (config.data, config.model, ...). Three rules follow from that:
+all stages share (config.data, config.model, ...). So a stage depends on the options of its
+own section, of the stages before it, and on the shared ones. Three rules keep people from
+losing hours of work:
 
-1. The options of all stages are checked before the first one begins.
-2. A stage's options are locked once it has saved something. They are those of its own section, of
-   the stages before it, and the shared ones. The options of later stages stay free until then.
-3. With `base`, a run starts from the finished stages of another run, whose options must agree.
+1. The options of all stages are checked before the first one begins, so that a typo in the last
+   one is found at once.
+2. The options that a stage depends on are locked once it has saved something. Those of later
+   stages stay free until then.
+3. With `base`, a run starts from the finished stages of another run, if their options agree.
 
 What the folder holds:
 
@@ -44,13 +48,13 @@ class Stages:
     """The stages of a run, in the folder `folder`.
 
     config: all options of the script.
-    order: {stage: the class of its Trainer}, in the order in which they run. None in place of a
-        class: with these options, the stage does not take place.
+    order: {stage: the class of its Trainer}, in the order in which they run. None instead of a
+        class says that with these options the stage does not take place.
     base: the folder of another run, whose finished stages are used instead of running them here.
-    sections: {stage: names of the sections it reads}, unless that is just the one of its own name.
-        The first holds the options of its Trainer.
+    sections: {stage: names of the sections it reads}. The first holds the options of its Trainer.
+        By default, a stage reads the section of its own name.
     extras: {stage: names of the options in that first section which its Trainer does not have}.
-    overrides: {stage: {option: value}} that the script sets itself, for the Trainer.
+    overrides: {stage: {option: value}}, options of the Trainer that the script sets itself.
     free: dotted names of options that may always change; `report.*` stands for a whole section.
     facts: {name: value} of whatever else every stage depends on: a vocabulary, for example.
     tokenizer: is saved beside each stage's model.
@@ -83,7 +87,9 @@ class Stages:
         self.overrides = overrides or {}
         self.free = list(free)
         self.tokenizer = tokenizer
+        # {dotted name: value} of all options, in the form in which a file holds them.
         self.options = as_json(dict(config.leaves()) | (facts or {}))
+        # The three rules, one line each.
         self.check_options()
         self.check_locks()
         self.from_base = self.usable_in_base()
@@ -108,9 +114,10 @@ class Stages:
             return None
         tokenizer = tokenizer or self.tokenizer
         trainer = make_trainer()
-        model = model_to_save(trainer)
+        model = model_to_save(trainer)  # first, so that a model that cannot be saved is not trained
         self.lock(name)
         trainer.run()
+        # What is left for the next stage. finished.json comes last: where it is, all else is.
         if distributed.rank() == 0:
             model.save_pretrained(self.folder / name / "model")
             if tokenizer is not None:
@@ -122,6 +129,7 @@ class Stages:
 
     def trainer_config(self, name: str) -> CfgNode:
         """The options of a stage's Trainer: its section, without extras, with overrides."""
+        # A Trainer refuses options that it does not know.
         section = self.sections[name][0]
         options = getattr(self.config, section).to_dict()
         for extra in self.extras.get(name, ()):
@@ -130,7 +138,7 @@ class Stages:
         return CfgNode(**options, work_dir=str(self.folder / name))
 
     def lock(self, name: str) -> None:
-        """Keep the options with which a stage begins, or continues for longer than it was to.
+        """Keep the options with which a stage begins, or continues longer than planned.
 
         ValueError while another run is at this stage.
         """
@@ -147,7 +155,7 @@ class Stages:
         """Whether a stage is finished, here or in base."""
         if name in self.from_base:
             return True
-        # The only changes that `check_locks` lets pass make a stage longer: it has to continue.
+        # If it is made longer, it has to continue. `check_locks` has let no other change pass.
         return is_finished(self.folder / name) and not self.changes(name, self.folder)
 
     def stage_folder(self, name: str) -> Path:
@@ -157,7 +165,9 @@ class Stages:
                 f"the stage {name} is not finished in {self.folder}: run it first, with the same "
                 "options (or give --base=FOLDER, the folder of a run in which it is finished)"
             )
-        return (self.base if self.base and name in self.from_base else self.folder) / name
+        if self.base is not None and name in self.from_base:
+            return self.base / name
+        return self.folder / name
 
     def model_folder(self, name: str) -> Path:
         """The model/ of a finished stage, for `from_pretrained`. ValueError if not finished."""
@@ -189,11 +199,14 @@ class Stages:
     def options_of(self, name: str) -> dict[str, Any]:
         """{dotted name: value} of every option that a stage depends on, apart from the free ones.
 
-        Its own, those of the stages before it, and those in sections that belong to no stage.
+        Its own, those of the stages before it, and those in sections that belong to no
+        stage.
         """
-        position = list(self.order).index
-        before = [other for other in self.names if position(other) < position(name)]
+        # The sections that this stage and those before it read ...
+        order = list(self.order)
+        before = [other for other in self.names if order.index(other) < order.index(name)]
         read = {section for stage in [*before, name] for section in self.sections[stage]}
+        # ... and the shared ones: that is all but the sections of other stages.
         unread = self.owned_sections() - read
         return {
             option: value
@@ -207,6 +220,7 @@ class Stages:
 
     def is_free(self, option: str) -> bool:
         """Whether an option may change at any time."""
+        # The script says so; or every Trainer lets a continued run change it, like log_every.
         if any(fnmatch.fnmatchcase(option, pattern) for pattern in self.free):
             return True
         section, _, leaf = option.rpartition(".")
@@ -215,16 +229,21 @@ class Stages:
     def changes(self, name: str, folder: Path, may_be_longer: bool = False) -> list[str]:
         """In words, each option of a stage that is not what it was when the stage ran in folder.
 
-        may_be_longer: leave out what only makes the stage longer, where its Trainer allows that.
+        may_be_longer: leave out what only makes the stage longer, where its Trainer allows
+        that.
         """
-        then = stored_options(folder, name)
-        if then is None:
+        stored = stored_options(folder, name)
+        if stored is None:
             return []
-        then, now = self.in_effect(then), self.in_effect(self.options)
+        then = self.in_effect(stored)
+        now = self.in_effect(self.options)
         changes = []
         for option in self.options_of(name):
-            before, value = then.get(option), now[option]
-            if before == value or (may_be_longer and self.is_longer(name, option, before, value)):
+            before = then.get(option)
+            value = now[option]
+            if before == value:
+                continue
+            if may_be_longer and self.is_longer(name, option, before, value):
                 continue
             changes.append(f"{option} was {before!r}, is {value!r}")
         return changes
@@ -232,12 +251,14 @@ class Stages:
     def in_effect(self, options: dict[str, Any]) -> dict[str, Any]:
         """{dotted name: value} of options as the Trainers understand them.
 
-        An option that did not exist yet counts as its default: that is how the old run behaved.
+        Options that are written differently may mean the same. One that did not exist yet
+        counts as its default, because that is how the old run behaved.
         """
         options = dict(options)
         for name in self.names:
             trainer_class = self.order[name]
             assert trainer_class is not None  # names are those that take place
+            # Take the section of the Trainer out, let the Trainer read it, and put it back.
             prefix = self.sections[name][0] + "."
             section = {
                 option.removeprefix(prefix): value
@@ -250,17 +271,20 @@ class Stages:
 
     def is_longer(self, name: str, option: str, before: Any, value: Any) -> bool:
         """Whether the change only makes the stage longer, and its learning rate allows that."""
+        # Where the learning rate decays towards the end, another end would change every step.
         section = self.sections[name][0]
         if option not in (f"{section}.max_iters", f"{section}.epochs"):
             return False
         if getattr(self.config, section).lr_schedule != "constant":
             return False
+        # None means without end.
         return value is None or (before is not None and value >= before)
 
     # -- checks ------------------------------------------------------------------------------------
 
     def check_options(self) -> None:
         """ValueError where a Trainer refuses its options; the stages' names are checked, too."""
+        # A misspelt stage would be passed over without a word.
         for option in ("sections", "extras", "overrides"):
             unknown = set(getattr(self, option)) - set(self.order)
             if unknown:
@@ -276,12 +300,13 @@ class Stages:
 
     def check_locks(self) -> None:
         """ValueError where a stage that has begun in this folder had other options."""
-        earlier: list[str] = []
+        earlier: list[str] = []  # finished stages with the same options: another run can use them
         for name in self.order:
             if not has_begun(self.folder / name):
                 continue
             changes = self.changes(name, self.folder, may_be_longer=True)
             if changes:
+                # Name the way out that loses least.
                 way_out = "put them back, or choose another work_dir"
                 if earlier:
                     way_out += (
@@ -299,6 +324,7 @@ class Stages:
         """The stages to take from base: in order, until one is not finished or differs there."""
         if self.base is None:
             return set()
+        # A stage depends on those before it. So where one cannot be used, no later one can.
         usable = set()
         obstacle = ""
         for name in self.names:
@@ -312,6 +338,7 @@ class Stages:
                 obstacle = f"its stage {name} had other options ({'; '.join(changes)})"
                 break
             usable.add(name)
+        # Nothing of it can be used: then it is a mistake, unless this run is under way already.
         if not usable and not any(has_begun(self.folder / name) for name in self.names):
             raise ValueError(
                 f"no stage of --base={self.base} can be used: {obstacle}. Put the options back, "
@@ -327,11 +354,11 @@ class Stages:
 
 
 # --------------------------------------------------------------------------------------------------
-# a stage's model, and its files
+# A stage's model, and its files
 
 
 def model_to_save(trainer: Trainer) -> Any:
-    """What a stage leaves for the next one: the model, or of PPO and DPO the policy alone."""
+    """What a stage leaves for the next one: its model; after PPO or DPO, only the policy."""
     model: Any = trainer.model
     if isinstance(model, ActorCritic):
         model = model.policy
