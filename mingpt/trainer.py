@@ -48,6 +48,7 @@ from mingpt.checkpoint import (
 from mingpt.config import CfgNode as CN, check_booleans, check_numbers, documented
 from mingpt.progress import Progress, console
 from mingpt.run_folder import RunFolder, check_fits
+from mingpt.shuffle import shuffled
 from mingpt.utils import adamw, keep_freed_memory, pick_device, pick_precision, set_seed
 
 logger = logging.getLogger("mingpt")
@@ -357,11 +358,8 @@ class Trainer:
         """Dataset indices: an epoch without its first `skip` ones, then all later epochs."""
         while True:
             # The order of an epoch depends on the seed and the epoch's number alone.
-            generator = torch.Generator().manual_seed((self.seed + epoch) % 2**63)
-            order = torch.randperm(len(self.train_dataset), generator=generator)
-            # Piece by piece: as Python ints, a large dataset's order could fill the memory.
-            for piece in order[skip:].split(2**16):
-                yield from piece.tolist()
+            seed = (self.seed + epoch) % 2**63
+            yield from shuffled(len(self.train_dataset), seed, skip)
             epoch += 1
             skip = 0
 
@@ -534,11 +532,11 @@ class Trainer:
         # As many examples at once as in training.
         size = self.config.micro_batch_size or self.config.batch_size // self.world_size
         indices = range(len(self.valid_dataset))
-        batches = [list(indices[start : start + size]) for start in indices[::size]]
+        # The processes take turns: rank 0 the first batch, rank 1 the second, and so on.
+        starts = indices[self.rank * size :: self.world_size * size]
         loader = DataLoader(
             self.valid_dataset,
-            # The processes take turns: rank 0 the first batch, rank 1 the second, and so on.
-            batch_sampler=batches[self.rank :: self.world_size],
+            batch_sampler=(list(indices[start : start + size]) for start in starts),
             collate_fn=self.collate_fn,
             # A loader draws a random number when it starts. It gets a generator of its own, so
             # that an evaluation does not change the training that follows.
