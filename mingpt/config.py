@@ -25,7 +25,7 @@ import os
 import sys
 import textwrap
 import tokenize
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -186,6 +186,15 @@ def parse_option(name: str, text: str, default: Any) -> Any:
     raise ValueError(f"--{name}={text} must be of type {expected}, like its default {default!r}")
 
 
+def check_is_config(config: Any, owner: str) -> None:
+    """TypeError for a config that is no CfgNode: a dict, say, or None."""
+    if not isinstance(config, CfgNode):
+        raise TypeError(
+            f"the config is {type(config).__name__} {config!r:.60}; expected a CfgNode: begin with "
+            f"{owner}.get_default_config()"
+        )
+
+
 def check_numbers(
     config: Any,
     *names: str,
@@ -200,6 +209,7 @@ def check_numbers(
     are. Raises ValueError for the first option that fails.
     """
     kind: type = numbers.Integral if whole else numbers.Real
+    check_present(config, names)
     for name in names:
         value = getattr(config, name)  # a Python number, or one of NumPy's
         if optional and value is None:
@@ -216,10 +226,18 @@ def check_booleans(config: Any, *names: str) -> None:
 
     Text such as "False" would count as true.
     """
+    check_present(config, names)
     for name in names:
         value = getattr(config, name)
         if not isinstance(value, (bool, np.bool_)):
             raise ValueError(f"{name}={value!r} must be True or False")
+
+
+def check_present(config: Any, names: Iterable[str]) -> None:
+    """ValueError for the options that a config lacks, by name."""
+    missing = [name for name in names if not hasattr(config, name)]
+    if missing:
+        raise ValueError(f"the config lacks the options {missing}: begin with a default config")
 
 
 def parse_args(config: CfgNode, args: list[str], about: str) -> None:

@@ -371,11 +371,11 @@ def tilted(scores: ArrayLike, betas: ArrayLike) -> Tilted:
     weight, and the KL cannot be more than log N. scores: (N,); betas: one or more numbers above 0.
     """
     scores = as_scores(scores)
-    betas = np.atleast_1d(np.asarray(betas, dtype=np.float64))
-    if not (betas > 0).all():
-        raise ValueError(f"betas={betas.tolist()} must all be above 0")
+    numbers = np.atleast_1d(as_array(betas, "betas"))
+    if numbers.ndim != 1 or numbers.size == 0 or not (np.isfinite(numbers) & (numbers > 0)).all():
+        raise ValueError(f"betas={betas!r:.60} must be one or more finite numbers above 0")
     rows = []
-    for beta in betas:
+    for beta in numbers:
         # In logarithms, because exp(r/β) may be too large for a float.
         log_weights = scores / beta
         log_weights -= np.logaddexp.reduce(log_weights)  # so that the weights add up to 1
@@ -393,6 +393,7 @@ def kl_optimal(scores: ArrayLike, reward: float) -> float | None:
     of its samples does.
     """
     scores = as_scores(scores)
+    check_numbers(CfgNode(reward=reward), "reward", low=-math.inf)
     if reward <= np.mean(scores):
         return 0.0
     if reward >= np.max(scores):
@@ -427,10 +428,18 @@ def best_of_n(scores: ArrayLike, n: int) -> tuple[float, float]:
 
 def as_scores(scores: ArrayLike) -> NDArray[np.float64]:
     """Scores as a float64 array (N,). ValueError for none, and for NaN or infinity."""
-    array = np.asarray(scores, dtype=np.float64)
+    array = as_array(scores, "scores")
     if array.ndim != 1 or array.size == 0 or not np.isfinite(array).all():
         raise ValueError(f"scores of shape {array.shape} must be finite numbers, (N,) with N >= 1")
     return array
+
+
+def as_array(values: ArrayLike, name: str) -> NDArray[np.float64]:
+    """Numbers as a float64 array. ValueError, with their name, for what has other things in it."""
+    try:
+        return np.asarray(values, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name}={values!r:.60} must be numbers ({error!s:.80})") from None
 
 
 # --------------------------------------------------------------------------------------------------
@@ -458,8 +467,7 @@ def win_rate(a: ArrayLike, b: ArrayLike, confidence: float = 0.95) -> WinRate:
     b = as_scores(b)
     if a.shape != b.shape:
         raise ValueError(f"a has {len(a)} scores and b {len(b)}: give both for the same prompts")
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence={confidence} must lie between 0 and 1")
+    check_numbers(CfgNode(confidence=confidence), "confidence", low=1e-9, high=1 - 1e-9)
     n = len(a)
     # A win is 1, a tie 1/2, a loss 0.
     rate = float(((a > b) + 0.5 * (a == b)).mean())

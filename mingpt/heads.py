@@ -23,10 +23,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mingpt.config import CfgNode as CN
+from mingpt.config import CfgNode as CN, check_booleans
 from mingpt.model import GPT, Transformer, last_real, resolve_config, token_log_probs
 from mingpt.prefix import hidden_states, needed_mask
-from mingpt.utils import adamw
+from mingpt.utils import adamw, check_tensors
 from mingpt.weights import Pretrained
 
 
@@ -71,6 +71,11 @@ class ScalarModel(Pretrained, nn.Module):
         What the trunk has learned about language helps to judge texts, too. If `model` is
         itself a reward or value model, the head is copied as well. Otherwise the head is new.
         """
+        if not isinstance(model, (GPT, ScalarModel)):
+            raise TypeError(
+                f"from_gpt takes a GPT, a RewardModel or a ValueModel as its model, not "
+                f"{type(model).__name__} {model!r:.60}"
+            )
         new = cls(model.config)
         new.transformer.load_state_dict(model.transformer.state_dict())
         if isinstance(model, ScalarModel):
@@ -168,8 +173,14 @@ class RewardModel(ScalarModel):
         before PPO: a Bradley-Terry loss leaves the mean open, and kl_coef is measured in units
         of the reward.
 
-        Raises ValueError for unit_variance if all scores are equal.
+        Raises ValueError for scores that are none, and for unit_variance if all are equal.
         """
+        check_tensors(scores=scores)
+        check_booleans(CN(unit_variance=unit_variance), "unit_variance")
+        if scores.dim() != 1 or len(scores) == 0 or not torch.isfinite(scores).all():
+            raise ValueError(
+                f"scores of shape {tuple(scores.shape)} must be finite numbers, (N,) with N >= 1"
+            )
         # The score is w·h + b. So (w·h + b - mean) / std has the weights w / std and the bias
         # (b - mean) / std.
         std = scores.std(unbiased=False) if unit_variance else torch.tensor(1.0)

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import torch
@@ -119,6 +120,25 @@ def keep_freed_memory() -> None:
     if mallopt:
         mallopt(-4, 0)  # M_MMAP_MAX: no block becomes a mapping of its own
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the end of the heap stays
+
+
+def check_tensors(**values: Any) -> None:
+    """TypeError for the first of the named values that is no tensor: a list, say, or None."""
+    for name, value in values.items():
+        if not torch.is_tensor(value):
+            raise TypeError(f"{name} is {type(value).__name__} {value!r:.60}; it must be a tensor")
+
+
+def check_equal_shapes(**tensors: Any) -> None:
+    """ValueError unless the named tensors have one shape. TypeError for what is no tensor.
+
+    PyTorch would broadcast many other shapes, and compute something else without a word.
+    """
+    check_tensors(**tensors)
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if len(set(shapes.values())) > 1:
+        described = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
+        raise ValueError(f"got tensors of the shapes {described}: they must be equal")
 
 
 @contextlib.contextmanager

@@ -173,9 +173,12 @@ class Pretrained(nn.Module):
         config.merge_from_dict(read_options(cls, path, tensors, model_args, options))
         check_activation(path, tensors, model_args, fixed)
         # 4. Build the model with empty parameters, and put the file's tensors in their place.
-        if config.n_layer > DEEP:
-            fit(cls, config, shapes_of_one_block(cls, config), tensors, path)
-        model = empty_model(cls, config)
+        try:
+            if config.n_layer > DEEP:
+                fit(cls, config, shapes_of_one_block(cls, config), tensors, path)
+            model = empty_model(cls, config)
+        except ValueError as error:
+            raise ValueError(f"{path} cannot be loaded: {error}") from None
         # A tied head is the embedding, and counts once.
         shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
         fill(model, fit(cls, config, shapes, tensors, path))
