@@ -437,7 +437,10 @@ def as_scores(scores: ArrayLike) -> NDArray[np.float64]:
 def as_array(values: ArrayLike, name: str) -> NDArray[np.float64]:
     """Numbers as a float64 array. ValueError, with their name, for what has other things in it."""
     try:
-        return np.asarray(values, dtype=np.float64)
+        array = np.asarray(values)
+        if array.dtype.kind in "US":  # NumPy would read numbers from text
+            raise TypeError("it is text")
+        return array.astype(np.float64)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{name}={values!r:.60} must be numbers ({error!s:.80})") from None
 

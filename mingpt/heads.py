@@ -6,7 +6,7 @@ Models that give a number instead of a token, and the policy joined with one of 
     ValueHead      the same, read off the policy's own trunk    (B, T, C) -> (B, T)
     ActorCritic    policy and value function as one module, which is what PPO trains
 
-RewardModel and ValueModel are GPT's trunk, a Transformer that gives a vector of C channels
+RewardModel and ValueModel are a trunk as GPT has it, which gives a vector of C channels
 for each token, and a linear head from that vector to one number. They differ in where the
 number is read.
 
@@ -24,9 +24,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mingpt.config import CfgNode as CN, check_booleans
-from mingpt.model import GPT, Transformer, last_real, resolve_config, token_log_probs
+from mingpt.model import GPT, last_real, new_trunk, resolve_config, token_log_probs
 from mingpt.prefix import hidden_states, needed_mask
-from mingpt.utils import adamw, check_tensors
+from mingpt.trunk import check_idx
+from mingpt.utils import adamw, check_equal_shapes, check_tensors
 from mingpt.weights import Pretrained
 
 
@@ -48,13 +49,13 @@ class ScalarModel(Pretrained, nn.Module):
     """
 
     presets = GPT.presets  # the names that from_pretrained knows
+    task = "TokenClassification"  # transformers' name for a number at every token
     head_scale = 0.0  # the head's weights start as N(0, head_scale² / (C + 1))
 
     def __init__(self, config: CN):
-        super().__init__()
-        self.config = resolve_config(config)
+        super().__init__(resolve_config(config))
         # The trunk reads the text, (B, T) -> (B, T, C). The head turns each vector into a number.
-        self.transformer = Transformer(self.config)
+        self.transformer = new_trunk(self.config)
         self.head = nn.Linear(self.config.n_embd, 1)
         nn.init.normal_(self.head.weight, std=self.head_scale * (self.config.n_embd + 1) ** -0.5)
         nn.init.zeros_(self.head.bias)
@@ -78,6 +79,7 @@ class ScalarModel(Pretrained, nn.Module):
             )
         new = cls(model.config)
         new.transformer.load_state_dict(model.transformer.state_dict())
+        new.special_tokens = dict(model.special_tokens)
         if isinstance(model, ScalarModel):
             new.head.load_state_dict(model.head.state_dict())
         return new.to(next(model.parameters()).device)
@@ -133,6 +135,7 @@ class RewardModel(ScalarModel):
     2020).
     """
 
+    task = "SequenceClassification"  # transformers' name for a number for a whole text
     head_scale = 1.0
 
     def forward(
@@ -226,6 +229,8 @@ class ActorCritic(nn.Module):
         product with the large vocabulary matrix. If each rows_per_prompt adjacent rows continue
         the same prompt, it is read once for all of them.
         """
+        check_idx(idx)
+        check_equal_shapes(idx=idx, attention_mask=attention_mask)
         # A policy of another kind reads every row from its beginning. (mypy cannot know that it
         # has log_probs.)
         if not isinstance(self.policy, GPT):

@@ -11,7 +11,7 @@ reading every row in full.
 import torch
 from torch import Tensor, nn
 
-from mingpt.model import check_mask_values
+from mingpt.trunk import check_mask_values
 from mingpt.utils import check_tensors
 
 

@@ -560,7 +560,7 @@ def simpo_loss(
     check_equal_shapes(rejected_log_probs=rejected_log_probs, rejected_lengths=rejected_lengths)
     for lengths in (chosen_lengths, rejected_lengths):
         if lengths.device.type == "cpu" and not (lengths > 0).all():  # a GPU would have to sync
-            raise ValueError(f"lengths are from {lengths.min()} on; a completion has a token or more")
+            raise ValueError(f"lengths go down to {lengths.min()}: a completion has 1 token or more")
     # The reward is the mean log-prob of a token. It must be larger by the margin γ at least.
     chosen_reward = beta * chosen_log_probs / chosen_lengths
     rejected_reward = beta * rejected_log_probs / rejected_lengths
@@ -626,8 +626,8 @@ def check_comparisons(model: Any, batch: Any, kind: type[nn.Module]) -> None:
     check_equal_shapes(idx=idx, attention_mask=attention_mask, completion_mask=completion_mask)
     if idx.dim() != 3 or idx.size(1) < 2:
         raise ValueError(
-            f"the batch has idx of shape {tuple(idx.shape)}; expected (B, K, T), K >= 2 completions "
-            "of each prompt"
+            f"the batch has idx of shape {tuple(idx.shape)}; expected (B, K, T), with K >= 2 "
+            "completions of each prompt"
         )
 
 

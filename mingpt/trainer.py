@@ -40,8 +40,8 @@ from mingpt import distributed
 from mingpt.checkpoint import (
     check_rng_state,
     deferred_signals,
+    follow_the_parent,
     get_rng_state,
-    leave_ctrl_c_to_the_parent,
     raise_signal,
     set_rng_state,
 )
@@ -337,7 +337,7 @@ class Trainer:
             generator=torch.Generator().manual_seed(worker_seed),
             collate_fn=self.collate_fn,
             pin_memory=self.device.type == "cuda",
-            worker_init_fn=leave_ctrl_c_to_the_parent,
+            worker_init_fn=follow_the_parent,
         )
         return map(self.to_device, loader)
 
