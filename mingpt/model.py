@@ -733,6 +733,7 @@ def check_sampling(options: CN, vocab_size: int) -> None:
     check_numbers(options, "top_p", low=1e-9, high=1, optional=True)
     check_booleans(options, "do_sample", "return_log_probs")
     if not isinstance(options.generator, (torch.Generator, NoneType)):
-        raise TypeError(f"generator is {options.generator!r:.60}; expected a torch.Generator or None")
+        got = f"{type(options.generator).__name__} {options.generator!r:.60}"
+        raise TypeError(f"generator is {got}; expected a torch.Generator or None")
     for stop_id in stop_ids(options.stop_token):
         check_numbers(CN(stop_token=stop_id), "stop_token", high=vocab_size - 1, whole=True)

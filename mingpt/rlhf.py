@@ -560,7 +560,7 @@ def simpo_loss(
     check_equal_shapes(rejected_log_probs=rejected_log_probs, rejected_lengths=rejected_lengths)
     for lengths in (chosen_lengths, rejected_lengths):
         if lengths.device.type == "cpu" and not (lengths > 0).all():  # a GPU would have to sync
-            raise ValueError(f"lengths go down to {lengths.min()}: a completion has 1 token or more")
+            raise ValueError(f"lengths go down to {lengths.min()}; each must be 1 or more")
     # The reward is the mean log-prob of a token. It must be larger by the margin γ at least.
     chosen_reward = beta * chosen_log_probs / chosen_lengths
     rejected_reward = beta * rejected_log_probs / rejected_lengths

@@ -455,7 +455,7 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     for line in path.read_bytes().split(b"\n"):
         try:
             row = json.loads(line)
-        except ValueError:  # cut off, perhaps within a character
+        except (ValueError, RecursionError):  # cut off, perhaps within a character; or hostile
             continue
         if isinstance(row, dict):
             rows.append(row)

@@ -24,6 +24,7 @@ from mingpt.chars import *
 from mingpt.checkpoint import *
 from mingpt.config import *
 from mingpt.datasets import *
+from mingpt.datasets import read_text as datasets_read_text
 from mingpt.evaluation import *
 from mingpt.evaluation import score as evaluate_score
 from mingpt.heads import *

@@ -262,7 +262,7 @@ def stream(draw):
 WRONG_OPTIONS = {
     "n_layer": ["0", "-1", "1.5", "'2'", "None", "True", "[1]"],
     "n_head": ["0", "3", "2.0", "'2'", "None"],
-    "n_embd": ["0", "7", "16.0", "'16'", "None", "math.nan"],
+    "n_embd": ["0", "7.5", "16.0", "'16'", "None", "math.nan"],
     "vocab_size": ["0", "-5", "None", "'11'", "11.0", "True"],
     "block_size": ["0", "None", "'12'", "12.5", "math.inf"],
     "embd_pdrop": ["-0.1", "1.0", "2", "'0.1'", "None", "math.nan", "True"],
