@@ -89,7 +89,12 @@ class CfgNode:
         }
 
     def merge_from_dict(self, options: dict[str, Any]) -> None:
-        """Set attributes of this node. Names that it does not have yet are added."""
+        """Set attributes of this node. Names that it does not have yet are added.
+
+        TypeError for what is no dict of options by name.
+        """
+        if not isinstance(options, dict) or not all(isinstance(name, str) for name in options):
+            raise TypeError(f"options is {options!r:.60}; expected a dict, {{name: value}}")
         for name, value in options.items():
             setattr(self, name, value)
 
@@ -101,6 +106,8 @@ class CfgNode:
         for an option that does not exist, and for a value of the wrong type.
         """
         defaults = dict(self.leaves())
+        if isinstance(args, str) or not all(isinstance(arg, str) for arg in args):
+            raise ValueError(f"argument {args!r:.60} must be a list of texts, as in sys.argv[1:]")
         remaining = list(args)
         while remaining:
             name, text = take_option(remaining, defaults)

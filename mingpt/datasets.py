@@ -162,7 +162,7 @@ def end_token(tokenizer: Any) -> int | None:
 
 def required_end_token(tokenizer: Tokenizer) -> int:
     """`end_token`, and ValueError where there is none. TypeError for what is no tokenizer."""
-    check_tokenizer(tokenizer)
+    check_tokenizer(tokenizer, "encode")
     end = end_token(tokenizer)
     if end is None:
         raise ValueError(
@@ -172,9 +172,9 @@ def required_end_token(tokenizer: Tokenizer) -> int:
     return end
 
 
-def check_tokenizer(tokenizer: Any) -> None:
-    """TypeError for what has not a tokenizer's `encode` and `decode`; a text's own are others."""
-    missing = [name for name in ("encode", "decode") if not hasattr(tokenizer, name)]
+def check_tokenizer(tokenizer: Any, *methods: str) -> None:
+    """TypeError for what lacks these methods of a tokenizer. (A text's own `encode` is another.)"""
+    missing = [name for name in methods if not hasattr(tokenizer, name)]
     if missing or isinstance(tokenizer, (str, bytes, type)):
         raise TypeError(
             f"tokenizer is {type(tokenizer).__name__} {tokenizer!r:.60}; expected an object with "
@@ -478,7 +478,7 @@ def encode_prompts(prompts: Iterable, tokenizer: Tokenizer | None = None) -> lis
                 raise ValueError(
                     f"prompt {i}, {short(prompt)}, is text: pass the tokenizer that encodes it"
                 )
-            check_tokenizer(tokenizer)
+            check_tokenizer(tokenizer, "encode")
             prompt = tokenizer.encode(prompt)
         encoded.append(ids_of(i, prompt))
     return encoded

@@ -18,7 +18,7 @@ samples, and no training:
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import NormalDist
 from typing import Any
@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 from mingpt import rewards
 from mingpt.config import CfgNode, check_numbers
-from mingpt.datasets import encode_prompts, end_token, left_pad
+from mingpt.datasets import check_tokenizer, encode_prompts, end_token, left_pad
 from mingpt.model import stop_ids
 from mingpt.prefix import needed_mask
 from mingpt.rewards import RewardFn
@@ -110,7 +110,13 @@ def sample(
     samples. ValueError for prompts and options that cannot be used.
     """
     check_numbers(CfgNode(n=n, batch_size=batch_size), "n", "batch_size", low=1, whole=True)
+    check_numbers(CfgNode(seed=seed), "seed", low=-(2**63), high=2**64 - 1, whole=True)
     check_stop_strings(stop_strings)
+    check_tokenizer(tokenizer, "decode")
+    if not hasattr(policy, "generate"):
+        raise TypeError(f"policy is a {type(policy).__name__}; expected a GPT, or its generate")
+    if isinstance(prompts, (str, Mapping)) or not isinstance(prompts, Iterable):
+        raise TypeError(f"prompts is {type(prompts).__name__} {prompts!r:.60}; expected a list")
     if stop_token is None:
         stop_token = end_token(tokenizer)
 
@@ -280,8 +286,8 @@ def decode(ids: list[int], tokenizer: Any, left_out: set[int | None]) -> str:
 
 def check_stop_strings(stop_strings: Sequence[str]) -> None:
     """ValueError for anything but a sequence of non-empty strings."""
-    if isinstance(stop_strings, str):
-        raise ValueError(f"stop_strings={stop_strings!r} is one string: put it into a list")
+    if isinstance(stop_strings, str) or not isinstance(stop_strings, Iterable):
+        raise ValueError(f"stop_strings={stop_strings!r} must be a list of strings")
     for string in stop_strings:
         if not isinstance(string, str) or not string:
             raise ValueError(f"stop_strings holds {string!r}: give strings that are not empty")
@@ -299,6 +305,7 @@ def score(samples: Samples, reward_fn: RewardFn, batch_size: int = 256) -> Tenso
     completion_mask). Raises RewardError where it fails or returns something that is no
     reward.
     """
+    check_samples(samples, batch_size)
     batches = zip(
         samples.idx.split(batch_size),
         samples.attention_mask.split(batch_size),
@@ -319,6 +326,9 @@ def kl(
     The mean over samples of the sum over their tokens of log π - log π_ref: k1, which is
     unbiased (Schulman 2020, joschu.net/blog/kl-approx). temperature: that of the samples.
     """
+    check_samples(samples, batch_size)
+    if not hasattr(reference, "log_probs"):
+        raise TypeError(f"reference is a {type(reference).__name__}; expected a GPT's log_probs")
     batches = zip(
         samples.idx.split(batch_size), samples.attention_mask.split(batch_size), strict=True
     )
@@ -332,8 +342,16 @@ def kl(
     return log_ratio.sum(1).mean().item()
 
 
+def check_samples(samples: Any, batch_size: int = 1) -> None:
+    """TypeError for what is no `Samples`, ValueError for a batch_size below 1."""
+    if not isinstance(samples, Samples):
+        raise TypeError(f"samples is {type(samples).__name__} {samples!r:.60}; expected Samples")
+    check_numbers(CfgNode(batch_size=batch_size), "batch_size", low=1, whole=True)
+
+
 def best_of_each(samples: Samples, n: int) -> Samples:
     """Of each n adjacent samples the one of most reward: `sample(..., n=n)` played as best-of-n."""
+    check_samples(samples)
     if samples.rewards is None:
         raise ValueError("the samples have no rewards: pass a reward_fn to sample()")
     check_numbers(CfgNode(n=n), "n", low=1, whole=True)

@@ -65,7 +65,7 @@ from torch.nn import functional as F
 from mingpt import distributed
 from mingpt.checkpoint import get_rng_state, set_rng_state
 from mingpt.config import CfgNode as CN, check_booleans, check_numbers, documented
-from mingpt.datasets import Prompts, end_token
+from mingpt.datasets import Prompts, check_tokenizer, end_token
 from mingpt.heads import ActorCritic, RewardModel, ValueHead, ValueModel, first_column
 from mingpt.model import GPT, check_mask_values, last_real, stop_ids
 from mingpt.rewards import RewardError, RewardFn, Scores, TextReward, check_reward_fn, score
@@ -556,15 +556,30 @@ def simpo_loss(
     """
     check_numbers(CN(beta=beta), "beta", low=1e-6)
     check_numbers(CN(gamma=gamma), "gamma", low=-math.inf)
-    check_equal_shapes(chosen_log_probs=chosen_log_probs, chosen_lengths=chosen_lengths)
-    check_equal_shapes(rejected_log_probs=rejected_log_probs, rejected_lengths=rejected_lengths)
-    for lengths in (chosen_lengths, rejected_lengths):
-        if lengths.device.type == "cpu" and not (lengths > 0).all():  # a GPU would have to sync
-            raise ValueError(f"lengths go down to {lengths.min()}; each must be 1 or more")
+    check_lengths(chosen_log_probs, chosen_lengths)
+    check_lengths(rejected_log_probs, rejected_lengths)
     # The reward is the mean log-prob of a token. It must be larger by the margin γ at least.
     chosen_reward = beta * chosen_log_probs / chosen_lengths
     rejected_reward = beta * rejected_log_probs / rejected_lengths
     return reward_loss(chosen_reward, rejected_reward, margin=gamma)
+
+
+def check_lengths(log_probs: Tensor, lengths: Tensor) -> None:
+    """ValueError unless there is a length of 1 or more for each of the log-probs."""
+    check_tensors(log_probs=log_probs, lengths=lengths)
+    # Lengths may be repeated for many rows, but must not give the log-probs another shape.
+    try:
+        shape = torch.broadcast_shapes(log_probs.shape, lengths.shape)
+    except RuntimeError:
+        shape = None
+    if shape != log_probs.shape:
+        raise ValueError(
+            f"got log-probs of shape {tuple(log_probs.shape)} and lengths of shape "
+            f"{tuple(lengths.shape)}: they must be equal"
+        )
+    # On a GPU this would force a sync.
+    if lengths.device.type == "cpu" and not (lengths > 0).all():
+        raise ValueError(f"lengths go down to {lengths.min()}; each must be 1 or more")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1074,6 +1089,8 @@ class PPOTrainer(Trainer):
         tokenizer: Any = None,
     ):
         check_policy(policy, ref_policy)
+        if tokenizer is not None:
+            check_tokenizer(tokenizer, "encode", "decode")
         # The algorithm's choices, once and for all: no method below asks for its name.
         self.check_config(config)
         self.choices = choose(config)
@@ -1134,6 +1151,11 @@ class PPOTrainer(Trainer):
             )
         # The caller's, or one that starts from the policy: as a head on it, or as a copy.
         if value_model is not None:
+            if not isinstance(value_model, nn.Module) or isinstance(value_model, GPT):
+                raise TypeError(
+                    f"value_model is a {type(value_model).__name__}; expected a ValueModel, or a "
+                    "module with forward(idx, attention_mask) -> (B, T)"
+                )
             return value_model
         if not isinstance(policy, GPT):
             raise ValueError(
@@ -1752,6 +1774,10 @@ def check_policy(policy: nn.Module, ref_policy: nn.Module | None) -> None:
         raise TypeError(
             f"a policy needs GPT's log_probs and generate; {type(policy).__name__} has no "
             f"{' and no '.join(missing)}"
+        )
+    if ref_policy is not None and not hasattr(ref_policy, "log_probs"):
+        raise TypeError(
+            f"ref_policy is a {type(ref_policy).__name__}; a policy needs GPT's log_probs"
         )
     if ref_policy is policy:
         raise ValueError(

@@ -276,7 +276,7 @@ def family_of(files: ModelFiles) -> ModuleType:
         is_llama = "transformer.embed_tokens.weight" in files.tensors
         return weights_llama if is_llama else weights_gpt2
     for family in FAMILIES.values():
-        if model_type in family.MODEL_TYPES:
+        if isinstance(model_type, str) and model_type in family.MODEL_TYPES:
             return family
     known = ", ".join(name for family in FAMILIES.values() for name in family.MODEL_TYPES)
     raise ValueError(

@@ -155,7 +155,7 @@ def fuzz_one(name: str, seed: int, number: int) -> Outcome:
             return Outcome(name, "silent", lines, text)
         try:
             assert snapshot(values) == before, "an argument has changed"
-            plan.right(result, **{key.lstrip("_"): value for key, value in values.items()})
+            plan.right(result, **{name_of(key): value for key, value in values.items()})
         except Exception as error:
             return Outcome(name, "wrong", lines, f"{reason_of(error)}; the result {result!r:.200}")
     return Outcome(name, "right", lines)
@@ -195,7 +195,7 @@ def judge_error(
 
 def says(message: str, plan: Plan, argument: str, value: Any) -> bool:
     """Whether an error message names the argument or what came."""
-    clues = [re.escape(argument.lstrip("_")), re.escape(type(value).__name__)]
+    clues = [re.escape(name_of(argument)), re.escape(type(value).__name__)]
     if argument in plan.alias:
         clues.append(plan.alias[argument])
     if torch.is_tensor(value) or isinstance(value, np.ndarray):
@@ -217,6 +217,11 @@ def call_line(function: str, sources: dict[str, str]) -> str:
 def is_positional(name: str) -> bool:
     """Whether an argument is given by position."""
     return name.startswith("_")
+
+
+def name_of(argument: str) -> str:
+    """The name of an argument without the mark of those that are given by position."""
+    return argument.lstrip("_0123456789") if is_positional(argument) else argument
 
 
 def positional(values: dict[str, Any]) -> list[Any]:

@@ -188,7 +188,7 @@ class TestSample(unittest.TestCase):
             ({"prompts": [[]]}, "each must be a row of one token or more"),
             ({"n": 0}, "n=0 must be a whole number"),
             ({"batch_size": 0}, "batch_size=0 must be a whole number"),
-            ({"stop_strings": "ab"}, "is one string: put it into a list"),
+            ({"stop_strings": "ab"}, "must be a list of strings"),
             ({"stop_strings": ["a", ""]}, "give strings that are not empty"),
             ({"max_new_tokens": 0}, "max_new_tokens=0 must be a whole number"),
         ):

@@ -241,7 +241,7 @@ def group_plan(draw, function, expected_of_group):
     wrong = {
         "scores": [*NOT_TENSORS, f"floats(1, ({size * groups + 1},))", "floats(1, (2, 2, 2))",
                    f"floats(1, ({size}, {size}))", "floats(1, ())"],
-        "group_size": ["0", "1", "-2", "2.0", "'2'", "None", str(size * groups + 1), "math.nan"],
+        "group_size": ["0", "1", "-2", "2.0", "'2'", "None", str(size * groups + 3), "math.nan"],
     }
     return Plan(function, arguments, right, wrong, alias={"scores": "scores|tensor"})
 
