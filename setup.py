@@ -36,9 +36,7 @@ setup(
             "vaderSentiment==3.3.2",
             "rouge-score>=0.1.2",
             "tensorboard>=2.15",
-            # pip needs setuptools to fetch the corpora's source distribution
-            # without building anything unchecked
-            "setuptools>=68",
+            "gguf>=0.17",  # the numbers in llama.cpp's files
         ],
         # What projects/bench compares with.
         "bench": [
