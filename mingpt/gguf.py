@@ -66,6 +66,10 @@ IN_A_BLOCK = {
 }
 ROPE_FREQS = "rope_freqs.weight"  # Llama 3's scaling of the rotary positions
 
+# GGUF's names of special tokens that have another one at Hugging Face; and the id for none, -1.
+SPECIAL_TOKENS = {"padding_token_id": "pad_token_id", "unknown_token_id": "unk_token_id"}
+NO_TOKEN = 2**32 - 1
+
 # What a file may say about a model, behind its architecture's name. A key that is not here could
 # change what the model computes, so it is refused.
 KNOWN_KEYS = {
@@ -356,6 +360,9 @@ def read_options(header: Header) -> dict[str, Any]:
         "output_bias": "blk.0.attn_output.bias" in tensors,
         "query_key_norm": "blk.0.attn_q_norm.weight" in tensors,
         "sliding_window": keys.whole("attention.sliding_window", 0) or None,
+        "embd_pdrop": 0.0,
+        "resid_pdrop": 0.0,
+        "attn_pdrop": 0.0,
     }
 
 
@@ -633,12 +640,12 @@ def unpermute(tensor: Tensor, heads: int) -> Tensor:
 
 
 def read_vocabulary(header: Header, vocab_size: int) -> dict[str, Any]:
-    """What a tokenizer needs, by GGUF's names behind `tokenizer.ggml.`.
+    """What a tokenizer needs; {} where the file has no vocabulary.
 
-    `tokens` are those of a byte-level BPE in its alphabet of bytes, `merges` pairs of them like
-    "a b", `types` llama.cpp's types of tokens (3: control, 4: user-defined); then `model`, `pre`
-    (the name of the pre-tokenizer), `eos_token_id`, `bos_token_id`, `add_bos_token` and the
-    like, as far as the file has them. {} where it has no vocabulary.
+    "tokens": of a byte-level BPE, in its alphabet of bytes. "merges": pairs of them, like "a b".
+    "types": llama.cpp's type of each token (3: control, 4: user-defined). Then, as far as the file
+    has them, "model" (the kind of tokenizer), "pre" (the name of its pre-tokenizer),
+    "eos_token_id", "bos_token_id", "pad_token_id", "unk_token_id", "add_bos_token" and the like.
     """
     prefix = "tokenizer.ggml."
     found = {
@@ -661,7 +668,11 @@ def read_vocabulary(header: Header, vocab_size: int) -> dict[str, Any]:
     if len(types) != len(tokens):
         raise header.wrong(f"it has {len(tokens)} tokens, and the types of {len(types)}")
     scalars = {name: value for name, value in found.items() if isinstance(value, str | int | float)}
+    vocabulary = {"tokens": tokens, "merges": merges, "types": types.tolist()}
     for name, value in scalars.items():
+        if name.endswith("_token_id") and value == NO_TOKEN:
+            continue
         if name.endswith("_token_id") and value not in range(len(tokens)):
             raise header.wrong(f"{prefix}{name} is {value!r:.60}; it has {len(tokens)} tokens")
-    return {"tokens": tokens, "merges": merges, "types": types.tolist(), **scalars}
+        vocabulary[SPECIAL_TOKENS.get(name, name)] = value
+    return vocabulary

@@ -231,7 +231,8 @@ def read_gguf(path: Path) -> ModelFiles:
 
     options, tensors, vocabulary, _ = gguf.read(path)
     names = {name: vocabulary[name] for name in SPECIAL_TOKENS if vocabulary.get(name) is not None}
-    return ModelFiles(path, tensors, names, options)
+    placeholders = {name: torch.empty(tensors.shape(name), device="meta") for name in tensors}
+    return ModelFiles(path, placeholders, names, options, unread=tensors)
 
 
 def our_name(name: str) -> str:
