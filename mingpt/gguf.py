@@ -301,14 +301,19 @@ class Scanner:
             given = self.number("Q")
             if given != offset:
                 raise self.damaged(f"{name!r:.80} begins at {given}; expected {offset}")
+            self.check_size(name, tensors[name])
             offset = round_up(tensors[name].end, alignment)
         start = round_up(self.at, alignment)
         for name, info in tensors.items():
             info.start += start
-            if info.end > len(self.data):
-                size = len(self.data)
-                raise self.damaged(f"{name!r:.80} ends at byte {info.end}, and the file at {size}")
+            self.check_size(name, info)
         return tensors
+
+    def check_size(self, name: str, info: TensorInfo) -> None:
+        """ValueError where the file is too short for a tensor."""
+        if info.end > len(self.data):
+            size = len(self.data)
+            raise self.damaged(f"{name!r:.80} ends at byte {info.end}, and the file at {size}")
 
 
 def round_up(number: int, alignment: int) -> int:
