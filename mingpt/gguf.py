@@ -32,6 +32,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mingpt.llama import scale_frequencies
 from mingpt.packages import from_package
 from mingpt.utils import import_extra
 
@@ -117,6 +118,12 @@ def read(path: str | Path) -> tuple[dict[str, Any], "Tensors", dict[str, Any], s
     architecture or a quantisation that is not known.
     """
     header = read_header(Path(path))
+    pieces = header.metadata.get("split.count", 1)
+    if not is_whole(pieces) or pieces > 1:
+        raise header.wrong(
+            f"its split.count is {pieces!r:.60}; expected 1: join the files of a model with "
+            "llama.cpp's llama-gguf-split --merge"
+        )
     options = read_options(header)
     tensors = find_tensors(header, options)
     vocabulary = read_vocabulary(header, options["vocab_size"])
@@ -277,37 +284,42 @@ class Scanner:
 
     def tensors(self, count: int, alignment: int) -> dict[str, TensorInfo]:
         """The table of the tensors."""
-        gguf = import_extra("gguf", "projects")
         tensors: dict[str, TensorInfo] = {}
-        offset = 0  # where the next tensor must begin, counted from the end of the padding
+        start = 0  # where the next tensor must begin, counted from the end of the padding
         for _ in range(count):
             name = self.string()
             if name in tensors:
                 raise self.damaged(f"it has the tensor {name!r:.80} twice")
-            dimensions = self.number("I")
-            if not 1 <= dimensions <= 4:
-                raise self.damaged(f"{name!r:.80} has {dimensions} dimensions; expected 1 to 4")
-            shape = tuple(reversed([self.number("Q") for _ in range(dimensions)]))
-            kind = self.number("I")
-            if kind not in set(gguf.GGMLQuantizationType) or 0 in shape:
-                raise self.damaged(f"{name!r:.80} is of type {kind} and shape {shape}")
-            kind = gguf.GGMLQuantizationType(kind)
-            block_size, block_bytes = gguf.GGML_QUANT_SIZES[kind]
-            if shape[-1] % block_size:
-                raise self.damaged(f"{name!r:.80} has rows of {shape[-1]}, which {kind.name} lacks")
-            row_bytes = shape[-1] // block_size * block_bytes
-            tensors[name] = TensorInfo(shape, kind, offset, row_bytes, math.prod(shape[:-1]))
-            # llama.cpp, too, reads only files whose tensors follow each other without a gap.
-            given = self.number("Q")
-            if given != offset:
-                raise self.damaged(f"{name!r:.80} begins at {given}; expected {offset}")
+            tensors[name] = self.tensor_info(name, start)
             self.check_size(name, tensors[name])
-            offset = round_up(tensors[name].end, alignment)
-        start = round_up(self.at, alignment)
+            start = round_up(tensors[name].end, alignment)
+        end_of_padding = round_up(self.at, alignment)
         for name, info in tensors.items():
-            info.start += start
+            info.start += end_of_padding
             self.check_size(name, info)
         return tensors
+
+    def tensor_info(self, name: str, start: int) -> TensorInfo:
+        """The rest of a line of the table."""
+        gguf = import_extra("gguf", "projects")
+        dimensions = self.number("I")
+        if not 1 <= dimensions <= 4:
+            raise self.damaged(f"{name!r:.80} has {dimensions} dimensions; expected 1 to 4")
+        shape = tuple(reversed([self.number("Q") for _ in range(dimensions)]))
+        number = self.number("I")
+        try:
+            kind = gguf.GGMLQuantizationType(number)
+        except ValueError:
+            raise self.damaged(f"{name!r:.80} is of type {number}, which is unknown") from None
+        block_size, block_bytes = gguf.GGML_QUANT_SIZES[kind]
+        if 0 in shape or shape[-1] % block_size:
+            raise self.damaged(f"{name!r:.80} has the shape {shape}, which {kind.name} cannot have")
+        # llama.cpp, too, reads only files whose tensors follow each other without a gap.
+        offset = self.number("Q")
+        if offset != start:
+            raise self.damaged(f"{name!r:.80} begins at {offset}; expected {start}")
+        row_bytes = shape[-1] // block_size * block_bytes
+        return TensorInfo(shape, kind, start, row_bytes, rows=math.prod(shape[:-1]))
 
     def check_size(self, name: str, info: TensorInfo) -> None:
         """ValueError where the file is too short for a tensor."""
@@ -411,7 +423,8 @@ class Keys:
             name = key.removeprefix(self.prefix)
             if name != key and name not in KNOWN_KEYS:
                 raise self.header.wrong(f"{key!r:.80} is not known here; it is {value!r:.60}")
-        if self.get("expert_count"):
+        experts = self.get("expert_count")
+        if experts is not None and not (is_whole(experts) and experts == 0):
             raise self.wrong("expert_count", "none: mixtures of experts are not read")
         n_embd = self.whole("embedding_length")
         n_head = self.whole("attention.head_count")
@@ -433,7 +446,7 @@ def read_rope_scaling(
 ) -> dict[str, Any] | None:
     """How positions beyond those of the pre-training are scaled, in Hugging Face's words."""
     kind = keys.get("rope.scaling.type")
-    if kind not in (None, "none", "linear"):
+    if kind is not None and str(kind) not in ("none", "linear"):
         raise keys.wrong("rope.scaling.type", "'none' or 'linear'")
     info = header.tensors.get(ROPE_FREQS)
     if kind == "linear" and info is None:
@@ -449,40 +462,43 @@ def read_rope_scaling(
 
 
 def llama3_scaling(header: Header, divisors: Tensor, theta: float) -> dict[str, Any]:
-    """Llama 3's rope_scaling, from what llama.cpp keeps of it: a divisor for each frequency.
+    """Llama 3's rope_scaling, from what llama.cpp keeps of it: a divisor for each frequency."""
+    exponents = torch.arange(len(divisors), dtype=torch.float64) / len(divisors)
+    frequencies = theta**-exponents  # (head_size / 2,), in radians a token
+    scaling = fit_llama3_scaling(divisors, frequencies)
+    if scaling is not None:
+        expected = frequencies / scale_frequencies(frequencies, scaling)
+        if torch.allclose(expected, divisors, rtol=1e-3):
+            return scaling
+    raise header.wrong(f"its {ROPE_FREQS} does not scale positions as Llama 3 does")
 
-    With L = original_max_position_embeddings / wavelength, a frequency is divided by 1 where L is
-    above high_freq_factor, by `factor` where it is below low_freq_factor, and in between
-    1/divisor is a straight line in L. So the line's two ends tell all but a common scale of L and
-    the two factors; low_freq_factor is 1 in all of Llama 3's models.
+
+def fit_llama3_scaling(divisors: Tensor, frequencies: Tensor) -> dict[str, Any] | None:
+    """The rope_scaling that explains the divisors best, None if there is none.
+
+    Llama 3 keeps the part k of a frequency and divides the rest by `factor`, so that
+    1/divisor = k + (1 - k)/factor. Between k = 0 and k = 1, it is a straight line:
+    k = (turns - low_freq_factor) / (high_freq_factor - low_freq_factor), where turns are those
+    within original_max_position_embeddings, L tokens: L · frequency / 2π. Its slope and height
+    leave one number open, and low_freq_factor is 1 in all of Llama 3's models.
     """
-    pairs = len(divisors)
-    wavelengths = 2 * math.pi * theta ** (torch.arange(pairs).double() / pairs)
     factor = divisors.max().item()
     between = (divisors > 1.0001) & (divisors < factor * 0.9999)
-    scaling: dict[str, Any] = {}
-    if factor > 1 and between.sum() >= 2:
-        smooth = (1 / divisors - 1 / factor) / (1 - 1 / factor)  # 0 at `low`, 1 at `high`
-        x = 1 / wavelengths[between]
-        ones = torch.ones_like(x)
-        line = torch.linalg.lstsq(torch.stack([x, ones], 1), smooth[between, None]).solution
-        slope, intercept = line.flatten().tolist()
-        if slope > 0 > intercept:
-            scaling = {
-                "rope_type": "llama3",
-                "factor": round(factor, 3),
-                "low_freq_factor": 1.0,
-                "high_freq_factor": round(1 - 1 / intercept, 3),
-                "original_max_position_embeddings": round(-slope / intercept),
-            }
-    expected = torch.zeros(pairs)
-    if scaling:
-        rotations = scaling["original_max_position_embeddings"] / wavelengths
-        smooth = ((rotations - 1) / (scaling["high_freq_factor"] - 1)).clamp(0, 1)
-        expected = 1 / ((1 - smooth) / scaling["factor"] + smooth)
-    if not torch.allclose(expected.double(), divisors, rtol=1e-3):
-        raise header.wrong(f"its {ROPE_FREQS} does not scale positions as Llama 3 does")
-    return scaling
+    if between.sum() < 2:
+        return None
+    kept = (1 / divisors - 1 / factor) / (1 - 1 / factor)
+    points = torch.stack([frequencies / (2 * math.pi), torch.ones_like(frequencies)], dim=1)
+    line = torch.linalg.lstsq(points[between], kept[between, None]).solution
+    slope, height = line.flatten().tolist()  # L / (high - low) and -low / (high - low)
+    if slope <= 0 or height >= 0:
+        return None
+    return {
+        "rope_type": "llama3",
+        "factor": round(factor, 3),
+        "low_freq_factor": 1.0,
+        "high_freq_factor": round(1 - 1 / height, 3),
+        "original_max_position_embeddings": round(-slope / height),
+    }
 
 
 # --------------------------------------------------------------------------------------------------
@@ -677,7 +693,8 @@ def read_vocabulary(header: Header, vocab_size: int) -> dict[str, Any]:
     for name, value in scalars.items():
         if name.endswith("_token_id") and value == NO_TOKEN:
             continue
-        if name.endswith("_token_id") and value not in range(len(tokens)):
+        is_token = is_whole(value) and value in range(len(tokens))
+        if name.endswith("_token_id") and not is_token:
             raise header.wrong(f"{prefix}{name} is {value!r:.60}; it has {len(tokens)} tokens")
         vocabulary[SPECIAL_TOKENS.get(name, name)] = value
     return vocabulary

@@ -472,12 +472,43 @@ class TestRefusals(TempDirTestCase):
     def test_a_mixture_of_experts(self):
         self.assert_refused("expert_count is 8; expected none", expert_count=("add_uint32", 8))
 
+    def test_a_piece_of_a_model(self):
+        metadata = metadata_of(self.model.config) | {"split.count": ("add_uint16", 3)}
+        write(self.path, metadata, tensors_of(self.model))
+        with self.assertRaisesRegex(ValueError, "x.gguf: its split.count is 3; expected 1: join"):
+            gguf.read(self.path)
+
     def test_a_key_that_is_missing(self):
         self.assert_refused("llama.block_count is None; expected a whole", block_count=None)
 
     def test_a_key_of_another_type(self):
         words = "llama.context_length is 'long'; expected a whole number above 0"
         self.assert_refused(words, context_length=("add_string", "long"))
+
+    def test_no_key_may_be_of_any_type(self):
+        others = (
+            ("add_array", [1, 2]),
+            ("add_array", ["a", "b"]),
+            ("add_string", "a"),
+            ("add_float32", 0.5),
+            ("add_bool", True),
+            ("add_int32", -1),
+        )
+        metadata = metadata_of(self.model.config)
+        for name in gguf.KNOWN_KEYS:
+            metadata.setdefault(f"llama.{name}", ("add_uint32", 0))
+        keys = [*metadata, "split.count", "general.alignment"]
+        metadata["llama.attention.sliding_window"] = ("add_uint32", 8)
+        del metadata["llama.rope.scaling.type"]
+        tensors = tensors_of(self.model)
+        for key in keys:
+            for other in others:
+                write(self.path, metadata | {key: other}, tensors)
+                with self.subTest(key=key, other=other):
+                    try:
+                        gguf.read(self.path)
+                    except ValueError as error:
+                        self.assertIn("x.gguf", str(error))
 
     def test_numbers_out_of_range(self):
         for value in (0, 2**31, 2**32 - 1):
@@ -626,7 +657,9 @@ class TestDamage(TempDirTestCase):
         for dimensions in (0, 5, 2**32 - 1):
             self.assert_damaged(number_at(self.data, name, dimensions, "I"), "dimensions")
         self.assert_damaged(number_at(self.data, name + 20, 999, "I"), "is of type 999")
-        self.assert_damaged(number_at(self.data, name + 4, 33), "has rows of 33")
+        self.assert_damaged(
+            number_at(self.data, name + 4, 33), r"has the shape \(8, 33\), which Q8_0"
+        )
 
     def test_arrays_in_arrays(self):
         array = self.data.index(b"tokenizer.ggml.tokens") + len("tokenizer.ggml.tokens")
