@@ -67,9 +67,7 @@ IN_A_BLOCK = {
 }
 ROPE_FREQS = "rope_freqs.weight"  # Llama 3's scaling of the rotary positions
 
-# GGUF's names of special tokens that have another one at Hugging Face; and the id for none, -1.
-SPECIAL_TOKENS = {"padding_token_id": "pad_token_id", "unknown_token_id": "unk_token_id"}
-NO_TOKEN = 2**32 - 1
+NO_TOKEN = 2**32 - 1  # -1, in the place of the id of a special token that there is not
 
 # What a file may say about a model, behind its architecture's name. A key that is not here could
 # change what the model computes, so it is refused.
@@ -124,6 +122,7 @@ def read(path: str | Path) -> tuple[dict[str, Any], "Tensors", dict[str, Any], s
             f"its split.count is {pieces!r:.60}; expected 1: join the files of a model with "
             "llama.cpp's llama-gguf-split --merge"
         )
+    check_kinds(header)
     options = read_options(header)
     tensors = find_tensors(header, options)
     vocabulary = read_vocabulary(header, options["vocab_size"])
@@ -358,6 +357,9 @@ def read_options(header: Header) -> dict[str, Any]:
     embedding = tensors.get("token_embd.weight")
     if embedding is None:
         raise header.wrong("it has no tensor token_embd.weight, so it is no language model")
+    vocab_size = embedding.shape[0]
+    if keys.whole("vocab_size", vocab_size) != vocab_size:
+        raise keys.wrong("vocab_size", f"{vocab_size}, as token_embd.weight has rows")
     rope_theta = keys.number("rope.freq_base", 10000.0)
     return {
         "architecture": "llama",
@@ -367,7 +369,7 @@ def read_options(header: Header) -> dict[str, Any]:
         "head_size": head_size,
         "n_embd": n_embd,
         "n_inner": keys.whole("feed_forward_length"),
-        "vocab_size": embedding.shape[0],
+        "vocab_size": vocab_size,
         "block_size": keys.whole("context_length"),
         "tie_weights": "output.weight" not in tensors,
         "rope_theta": rope_theta,
@@ -573,7 +575,6 @@ def find_tensors(header: Header, options: dict[str, Any]) -> Tensors:
         elif permuted and ".attn_k." in name:
             heads = options["n_kv_head"]
         entries[our_name(name)] = Entry(name, info, heads)
-    check_kinds(header)
     return Tensors(header.path, entries)
 
 
@@ -661,12 +662,12 @@ def unpermute(tensor: Tensor, heads: int) -> Tensor:
 
 
 def read_vocabulary(header: Header, vocab_size: int) -> dict[str, Any]:
-    """What a tokenizer needs; {} where the file has no vocabulary.
+    """What a tokenizer needs, by GGUF's names; {} where the file has no vocabulary.
 
     "tokens": of a byte-level BPE, in its alphabet of bytes. "merges": pairs of them, like "a b".
     "types": llama.cpp's type of each token (3: control, 4: user-defined). Then, as far as the file
     has them, "model" (the kind of tokenizer), "pre" (the name of its pre-tokenizer),
-    "eos_token_id", "bos_token_id", "pad_token_id", "unk_token_id", "add_bos_token" and the like.
+    "eos_token_id", "bos_token_id", "padding_token_id", "add_bos_token" and the like.
     """
     prefix = "tokenizer.ggml."
     found = {
@@ -688,13 +689,13 @@ def read_vocabulary(header: Header, vocab_size: int) -> dict[str, Any]:
         raise header.wrong(f"{prefix}token_type is no list of whole numbers")
     if len(types) != len(tokens):
         raise header.wrong(f"it has {len(tokens)} tokens, and the types of {len(types)}")
-    scalars = {name: value for name, value in found.items() if isinstance(value, str | int | float)}
     vocabulary = {"tokens": tokens, "merges": merges, "types": types.tolist()}
-    for name, value in scalars.items():
-        if name.endswith("_token_id") and value == NO_TOKEN:
-            continue
-        is_token = is_whole(value) and value in range(len(tokens))
-        if name.endswith("_token_id") and not is_token:
-            raise header.wrong(f"{prefix}{name} is {value!r:.60}; it has {len(tokens)} tokens")
-        vocabulary[SPECIAL_TOKENS.get(name, name)] = value
+    for name, value in found.items():
+        if name.endswith("_token_id"):
+            if not is_whole(value) or not (0 <= value < len(tokens) or value == NO_TOKEN):
+                raise header.wrong(f"{prefix}{name} is {value!r:.60}; it has {len(tokens)} tokens")
+            if value != NO_TOKEN:
+                vocabulary[name] = value
+        elif isinstance(value, str | int | float):
+            vocabulary[name] = value
     return vocabulary

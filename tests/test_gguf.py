@@ -269,13 +269,15 @@ class TestReading(TempDirTestCase):
         self.assertEqual(vocabulary, expected)
         self.assertEqual(template, "{{ messages }} é")
 
-    def test_the_token_for_padding_is_named_as_hugging_face_does(self):
-        for value, expected in ((5, 5), (2**32 - 1, None)):  # the latter stands for none
+    def test_a_special_token_may_be_none(self):
+        for value, expected in ((5, 5), (2**32 - 1, None)):
             model = small_llama()
             metadata = metadata_of(model.config)
             metadata["tokenizer.ggml.padding_token_id"] = ("add_uint32", value)
-            vocabulary = gguf.read(write(self.path, metadata, tensors_of(model)))[2]
-            self.assertEqual(vocabulary.get("pad_token_id"), expected)
+            write(self.path, metadata, tensors_of(model))
+            self.assertEqual(gguf.read(self.path)[2].get("padding_token_id"), expected)
+            special_tokens = GPT.from_pretrained(self.path).special_tokens
+            self.assertEqual(special_tokens.get("pad_token_id"), expected)
 
     def test_a_file_without_a_vocabulary(self):
         model = small_llama()
@@ -523,6 +525,7 @@ class TestRefusals(TempDirTestCase):
             ("rope__dimension_count", 8, "expected 16, the size of a head"),
             ("embedding_length", 32, "token_embd.weight is of shape"),
             ("feed_forward_length", 64, "ffn_gate.weight is of shape"),
+            ("vocab_size", 39, "expected 40, as token_embd.weight has rows"),
             ("block_count", 1, r"unexpected: \['blk.1.attn_k.weight"),
             ("block_count", 3, r"missing: \['blk.2.attn_k.weight"),
             ("block_count", 2**31 - 1, "2147483647 blocks, and only 20 tensors"),
