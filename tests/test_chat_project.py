@@ -2,9 +2,12 @@
 
 import contextlib
 import http.client
+import importlib.util
 import json
 import os
 import random
+import re
+import shutil
 import signal
 import socket
 import sqlite3
@@ -872,6 +875,302 @@ class ExchangeTests(TempDirTestCase):
             with self.subTest(wrong), self.assertRaisesRegex(ValueError, f"row 2: .*{expected}"):
                 exchange.import_labels(self.store, self.path, "me")
         self.assertEqual(self.store.labels(), [])
+
+
+# --------------------------------------------------------------------------------------------------
+# The page, in a real browser
+
+
+def find_browser():
+    """The path of a Chromium, or None."""
+    names = ("chromium", "chromium-browser", "google-chrome")
+    return next(filter(None, map(shutil.which, names)), None)
+
+
+def why_no_browser():
+    """What must be installed before the page can be tested; "" if all is there."""
+    if importlib.util.find_spec("playwright") is None:
+        return "pip install -r requirements-test.txt, which brings playwright"
+    if find_browser() is None:
+        return "install a Chromium (Debian: apt-get install chromium)"
+    return ""
+
+
+class BrowserIsThereTests(unittest.TestCase):
+    def test_the_page_is_tested_where_ci_runs(self):
+        if os.environ.get("CI"):
+            self.assertEqual(why_no_browser(), "")
+
+
+@unittest.skipIf(why_no_browser(), f"to test the page: {why_no_browser()}")
+class PageTests(TempDirTestCase):
+    @classmethod
+    def setUpClass(cls):
+        from playwright.sync_api import sync_playwright
+
+        playwright = sync_playwright().start()
+        cls.addClassCleanup(playwright.stop)
+        # Chromium's own sandbox does not work for root.
+        arguments = ["--no-sandbox"] if os.name == "posix" and os.geteuid() == 0 else []
+        cls.browser = playwright.chromium.launch(
+            executable_path=find_browser(), args=arguments
+        )
+        cls.addClassCleanup(cls.browser.close)
+
+    def setUp(self):
+        super().setUp()
+        self.desk = self.enterContext(DeskProcess(self.folder))
+        self.complaints = []
+        self.context = self.new_context()
+        self.page = self.new_page()
+
+    def new_context(self, **options):
+        context = self.browser.new_context(**options)
+        context.set_default_timeout(10_000)
+        self.addCleanup(context.close)
+        return context
+
+    def new_page(self, context=None):
+        """A tab that shows the first pair. The page's errors are kept in self.complaints."""
+        page = (context or self.context).new_page()
+        page.on("pageerror", lambda error: self.complaints.append(str(error)))
+        page.on("console", lambda message: self.complaints.append(message.text))
+        page.goto(self.desk.address)
+        self.wait_for_pair(page)
+        return page
+
+    def wait_for_pair(self, page, other_than=None):
+        """The number of the pair on the page, as soon as it takes keys."""
+        page.wait_for_function(
+            "other => state.pair && state.pair.id !== other && !sending"
+            " && Date.now() - shownAt >= UNREAD",
+            arg=other_than,
+            polling=20,
+        )
+        return page.evaluate("state.pair.id")
+
+    def press(self, key, page=None):
+        """Press a key on a pair, and wait for the next one; the number of the pair."""
+        page = page or self.page
+        pair = self.wait_for_pair(page)
+        page.keyboard.press(key)
+        self.wait_for_pair(page, other_than=pair)
+        return pair
+
+    def labels(self):
+        database = Store(self.folder / "labels.db")
+        labels = [(label.pair.id, label.choice) for label in database.labels()]
+        database.close()
+        return labels
+
+    def test_twenty_pairs_by_keyboard_with_undo_reload_and_kill_and_an_export(self):
+        keys = ["ArrowLeft", "ArrowRight", "ArrowDown", "s"]
+        expected = []
+        for n in range(20):
+            key = keys[n % len(keys)]
+            expected.append((self.press(key), ["left", "right", "alike", "skip"][n % len(keys)]))
+            if n == 5:
+                self.page.reload()
+            if n == 9:
+                self.press("u")  # the pair before comes back
+                self.assertEqual(self.page.evaluate("state.pair.id"), expected.pop()[0])
+            if n == 13:
+                self.desk.kill()
+                self.desk.start()
+        self.assertEqual(self.labels(), expected)
+        self.assertEqual(len({pair for pair, _ in expected}), 19)
+        database = Store(self.folder / "labels.db")
+        self.addCleanup(database.close)
+        n_comparisons = sum(choice in ("left", "right") for _, choice in expected)
+        path = self.folder / "labels.jsonl"
+        self.assertEqual(exchange.export_labels(database, path), n_comparisons)
+
+    def test_two_tabs_at_once(self):
+        other = self.new_page()
+        shown = self.wait_for_pair(self.page)
+        self.assertEqual(self.wait_for_pair(other), shown)
+        self.press("ArrowLeft")
+        other.keyboard.press("ArrowRight")
+        other.wait_for_function(
+            "() => element('message').textContent.includes('answered already, in another window')"
+        )
+        self.wait_for_pair(other, other_than=shown)
+        self.press("ArrowRight", other)
+        choices = self.labels()
+        self.assertEqual([choice for _, choice in choices], ["left", "right"])
+        self.assertEqual(len({pair for pair, _ in choices}), 2)
+
+    def test_text_is_shown_as_text_whatever_is_in_it(self):
+        for _ in range(4):
+            pair = self.page.evaluate("state.pair")
+            shown = {
+                "prompt": self.page.text_content("#prompt"),
+                "left": self.page.text_content("#left .text"),
+            }
+            self.assertEqual(shown, {"prompt": pair["prompt"], "left": pair["left"]["text"]})
+            self.press("ArrowLeft")
+        self.assertIn("<script>", self.page.text_content("#who"))
+        self.assertEqual(self.page.evaluate("typeof window.hacked"), "undefined")
+        self.assertEqual(self.page.locator("article img, article script, iframe").count(), 0)
+        self.assertEqual(self.complaints, [])
+
+    def test_markup_could_not_run_a_script_even_if_it_got_into_the_page(self):
+        # Were there a mistake in the page's script, the policy still stands: Trusted Types refuse
+        # the assignment, and script-src a script without the nonce.
+        with self.assertRaisesRegex(Exception, "TrustedHTML"):
+            self.page.evaluate("document.body.innerHTML = '<img src=x onerror=hacked=1>'")
+        with self.assertRaisesRegex(Exception, "TrustedScript"):
+            self.page.evaluate("document.body.setAttribute('onclick', 'window.hacked = 1')")
+        self.page.evaluate(
+            """() => {
+                const policy = trustedTypes.createPolicy("p", { createScript: (text) => text });
+                const script = document.createElement("script");
+                script.text = policy.createScript("window.hacked = 1");
+                document.body.append(script);
+            }"""
+        )
+        self.assertEqual(self.page.evaluate("typeof window.hacked"), "undefined")
+        self.assertIn("nonce", self.complaints[-1])
+
+    def test_the_token_leaves_the_address(self):
+        self.assertEqual(self.page.evaluate("location.href").count("#"), 0)
+        self.assertEqual(self.page.evaluate("document.cookie"), "")
+
+    def test_without_the_token_the_page_shows_what_to_do(self):
+        stranger = self.new_context().new_page()
+        stranger.goto(self.desk.address.partition("#")[0])
+        stranger.wait_for_function("() => element('message').textContent.includes('terminal shows')")
+        self.assertTrue(stranger.is_disabled("[data-choice=left]"))
+
+    def test_a_better_answer_by_keyboard(self):
+        pair = self.wait_for_pair(self.page)
+        self.page.keyboard.press("ArrowUp")
+        self.page.keyboard.type("u s <b>Mine</b>")  # keys that mean something elsewhere
+        self.page.keyboard.press("ArrowLeft")
+        self.page.keyboard.press("Control+Enter")
+        self.wait_for_pair(self.page, other_than=pair)
+        database = Store(self.folder / "labels.db")
+        self.addCleanup(database.close)
+        [label] = database.labels()
+        self.assertEqual((label.choice, label.better), ("better", "u s <b>Mine</b>"))
+
+    def test_escape_leaves_the_better_answer(self):
+        self.page.keyboard.press("ArrowUp")
+        self.page.keyboard.type("no")
+        self.page.keyboard.press("Escape")
+        self.press("ArrowLeft")
+        self.assertEqual([choice for _, choice in self.labels()], ["left"])
+
+    def test_a_typed_prompt_is_answered_next(self):
+        self.page.keyboard.press("p")
+        self.page.keyboard.type("<script>How are you?</script>")
+        self.page.keyboard.press("Enter")
+        self.page.wait_for_function("() => !sending")
+        self.press("s")
+        self.assertEqual(self.page.text_content("#prompt"), "<script>How are you?</script>")
+
+    def test_a_key_that_is_held_down_counts_once(self):
+        pair = self.wait_for_pair(self.page)
+        for _ in range(5):
+            self.page.keyboard.down("ArrowLeft")  # from the second on, these are repeats
+            self.page.wait_for_timeout(100)
+        self.page.keyboard.up("ArrowLeft")
+        self.assertEqual(self.labels(), [(pair, "left")])
+
+    def test_a_pair_that_nobody_can_have_read_takes_no_key(self):
+        first = self.wait_for_pair(self.page)
+        self.page.keyboard.press("ArrowLeft")
+        self.page.wait_for_function("first => state.pair && state.pair.id !== first", arg=first)
+        self.page.keyboard.press("ArrowLeft")
+        self.page.wait_for_timeout(150)
+        self.assertEqual(self.labels(), [(first, "left")])
+
+    def test_a_key_whose_answer_got_lost_is_sent_again_and_counts_once(self):
+        sent = []
+
+        def lose(route):
+            sent.append(route.request.post_data)
+            if len(sent) < 3:
+                route.fetch()  # it reaches the server,
+                route.abort()  # but the answer does not reach the page
+            else:
+                route.continue_()
+
+        self.page.route("**/keys", lose)
+        pair = self.press("ArrowRight")
+        self.assertEqual(len(sent), 3)
+        self.assertEqual(len(set(sent)), 1)
+        self.assertEqual(self.labels(), [(pair, "right")])
+
+    def test_a_key_that_was_pressed_while_the_server_was_down_survives_a_reload(self):
+        pair = self.wait_for_pair(self.page)
+        self.desk.kill()
+        self.page.keyboard.press("ArrowLeft")
+        self.page.wait_for_function("() => element('message').textContent.includes('does not answer')")
+        self.assertTrue(self.page.is_disabled("[data-choice=left]"))
+        self.desk.start()
+        self.page.reload()
+        self.wait_for_pair(self.page, other_than=pair)
+        self.assertEqual(self.labels(), [(pair, "left")])
+
+    def test_a_phone_of_360_pixels_by_touch(self):
+        phone = self.new_context(
+            viewport={"width": 360, "height": 640}, has_touch=True, is_mobile=True
+        )
+        page = self.new_page(phone)
+        self.assertLessEqual(page.evaluate("document.documentElement.scrollWidth"), 360)
+        for button in page.locator("[data-choice]").all():
+            box = button.bounding_box()
+            self.assertGreaterEqual(min(box["width"], box["height"]), 44)
+            self.assertLessEqual(box["x"] + box["width"], 360)
+        pair = self.wait_for_pair(page)
+        page.tap("[data-choice=right]")
+        self.wait_for_pair(page, other_than=pair)
+        page.tap("[data-choice=undo]")
+        page.wait_for_function("pair => state.pair.id === pair", arg=pair)
+        self.wait_for_pair(page)
+        page.tap("[data-choice=better]")
+        page.fill("#better-text", "mine")
+        page.locator("#better button.main").tap()
+        self.wait_for_pair(page, other_than=pair)
+        self.assertEqual(self.labels(), [(pair, "better")])
+
+    def test_light_and_dark_are_easy_to_read(self):
+        backgrounds = []
+        for scheme in ("light", "dark"):
+            self.page.emulate_media(color_scheme=scheme)
+            backgrounds.append(self.colour("body", "backgroundColor"))
+            for text, behind in (
+                ("#left .text", "#left"),
+                ("#left .quiet", "#left"),
+                ("h1", "body"),
+                ("#message", "body"),
+                ("button.main", "button.main"),
+            ):
+                pair = (self.colour(text, "color"), self.colour(behind, "backgroundColor"))
+                # WCAG 2.1, success criterion 1.4.3.
+                self.assertGreaterEqual(contrast(*pair), 4.5, (scheme, text))
+        self.assertNotEqual(*backgrounds)
+
+    def colour(self, selector, name):
+        """A computed colour as three numbers."""
+        style = f"getComputedStyle(document.querySelector('{selector}')).{name}"
+        return [int(number) for number in re.findall(r"\d+", self.page.evaluate(style))][:3]
+
+
+def contrast(one, other):
+    """The contrast of two colours, from 1 to 21 (WCAG 2.1)."""
+    light, dark = sorted((luminance(one), luminance(other)), reverse=True)
+    return (light + 0.05) / (dark + 0.05)
+
+
+def luminance(colour):
+    """The relative luminance of a colour (WCAG 2.1)."""
+    linear = []
+    for number in colour:
+        c = number / 255
+        linear.append(c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4)
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
 
 if __name__ == "__main__":
