@@ -784,7 +784,7 @@ class DeskTests(TempDirTestCase):
         pair.right.text = "one"
         database.add_pairs([pair])
         database.press(key_id(1), 1, "left", who="me")
-        self.assertIn("choose 3 words and reject 1", desk.lengths(database))
+        self.assertIn("choose: 3, and in what you reject: 1", desk.lengths(database))
 
 
 # --------------------------------------------------------------------------------------------------

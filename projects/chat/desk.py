@@ -154,6 +154,6 @@ def lengths(store: Store) -> str:
     if not chosen:
         return ""
     return (
-        f"you choose {statistics.fmean(chosen):.0f} words and reject "
-        f"{statistics.fmean(rejected):.0f}, on average"
+        f"words in what you choose: {statistics.fmean(chosen):.0f}, and in what you reject: "
+        f"{statistics.fmean(rejected):.0f}"
     )
