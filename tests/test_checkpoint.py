@@ -4,9 +4,14 @@ import json
 import math
 import os
 import random
+import subprocess
+import sys
+import textwrap
+import time
 import unittest
 
 import numpy as np
+import psutil
 import torch
 
 from mingpt.checkpoint import (
@@ -18,7 +23,7 @@ from mingpt.checkpoint import (
     write_text,
 )
 from mingpt.utils import set_seed
-from tests.common import TempDirTestCase
+from tests.common import ROOT, TempDirTestCase
 
 
 class TestFiles(TempDirTestCase):
@@ -69,3 +74,52 @@ class TestRandomStates(TempDirTestCase):
         expected = np.random.randn(), draw()
         set_rng_state(torch.load(self.folder / "state.pt", weights_only=True))
         self.assertEqual((np.random.randn(), draw()), expected)
+
+
+class TestWorkers(TempDirTestCase):
+    SCRIPT = """
+        import os, time
+        from pathlib import Path
+        from torch.utils.data import DataLoader
+        from mingpt.checkpoint import follow_the_parent
+
+        class Slow:
+            def __len__(self):
+                return 8
+            def __getitem__(self, i):
+                Path(f"{os.getpid()}.worker").touch()
+                time.sleep(600)
+
+        if __name__ == "__main__":
+            next(iter(DataLoader(Slow(), num_workers=2, worker_init_fn=follow_the_parent)))
+        """
+
+    def test_workers_end_with_a_parent_that_is_killed(self):
+        script = self.folder / "script.py"
+        script.write_text(textwrap.dedent(self.SCRIPT))
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        parent = subprocess.Popen([sys.executable, script], cwd=self.folder, env=environment)
+        self.addCleanup(parent.kill)
+        # Both workers are in the middle of an example that takes ten minutes.
+        self.wait_until(lambda: len(list(self.folder.glob("*.worker"))) == 2)
+        workers = [int(path.stem) for path in self.folder.glob("*.worker")]
+        self.assertTrue(all(map(is_alive, workers)))
+        parent.kill()
+        parent.wait()
+        self.wait_until(lambda: not any(map(is_alive, workers)))
+
+    def wait_until(self, condition):
+        """Wait up to two minutes, on a machine that may be busy."""
+        for _ in range(1200):
+            if condition():
+                return
+            time.sleep(0.1)
+        self.fail("it never happened")
+
+
+def is_alive(pid):
+    """Whether a process runs. (One that has ended may still wait for somebody to ask how.)"""
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False

@@ -363,7 +363,7 @@ class TestWrongConfig(RefusalTestCase):
         self.assert_config_refused("'n_layer': 3", n_layer=3)
 
     def test_another_architecture(self):
-        self.assert_config_refused("model_type='llama'", model_type="llama")
+        self.assert_config_refused("model_type='mixtral'; ours are gpt2, llama", model_type="mixtral")
 
     def test_another_activation(self):
         self.assert_config_refused("activation_function='relu'", activation_function="relu")
