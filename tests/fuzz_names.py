@@ -5,7 +5,7 @@ Everything public of mingpt, and short functions that make random tensors, model
 folder of their own.
 """
 
-# ruff: noqa: F401, F403
+# ruff: noqa: F401, F403, F405  # everything is imported, to be used in lines of source
 import functools
 import importlib
 import json

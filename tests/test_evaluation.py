@@ -386,7 +386,8 @@ class TestYardsticks(unittest.TestCase):
         for scores in ([], [1.0, math.nan], [math.inf], [[1.0]]):
             self.assertRaisesRegex(ValueError, "must be finite numbers", tilted, scores, 1.0)
             self.assertRaisesRegex(ValueError, "must be finite numbers", best_of_n, scores, 2)
-        self.assertRaisesRegex(ValueError, "must be one or more finite numbers above 0", tilted, [1.0], [1.0, 0.0])
+        message = "must be one or more finite numbers above 0"
+        self.assertRaisesRegex(ValueError, message, tilted, [1.0], [1.0, 0.0])
         self.assertRaisesRegex(ValueError, "n=0 must be", best_of_n, [1.0], 0)
 
 

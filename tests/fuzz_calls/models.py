@@ -10,10 +10,20 @@ from tests.fuzz_calls.numbers import close
 from tests.fuzz_names import VOCAB
 
 WRONG_IDS = [
-    "[[1, 2]]", "None", "'hello'", "[1, 2]", "floats(1, (2, 3))", "torch.tensor([[1.9, 2.2]])",
-    "torch.tensor([1, 2])", f"torch.tensor([[1, {VOCAB}]])", "torch.tensor([[-1, 2]])",
-    "torch.tensor([[1, -100]])", "torch.zeros(1, 2, 3).long()", "torch.tensor(3)",
-    "torch.tensor([[True, False]])", "np.array([[1, 2]])",
+    "[[1, 2]]",
+    "None",
+    "'hello'",
+    "[1, 2]",
+    "floats(1, (2, 3))",
+    "torch.tensor([[1.9, 2.2]])",
+    "torch.tensor([1, 2])",
+    f"torch.tensor([[1, {VOCAB}]])",
+    "torch.tensor([[-1, 2]])",
+    "torch.tensor([[1, -100]])",
+    "torch.zeros(1, 2, 3).long()",
+    "torch.tensor(3)",
+    "torch.tensor([[True, False]])",
+    "np.array([[1, 2]])",
 ]
 LONG = "ids(1, (2, 40), 11)"  # longer than block_size and one more
 
@@ -49,7 +59,9 @@ def one_row(config, weights, ids):
         y = F.linear(torch.cat(heads, 1), block["attn.c_proj.weight"], block["attn.c_proj.bias"])
         x = x + y
         h = F.layer_norm(x, (config.n_embd,), block["ln_2.weight"], block["ln_2.bias"])
-        h = F.gelu(F.linear(h, block["mlp.c_fc.weight"], block["mlp.c_fc.bias"]), approximate="tanh")
+        h = F.gelu(
+            F.linear(h, block["mlp.c_fc.weight"], block["mlp.c_fc.bias"]), approximate="tanh"
+        )
         x = x + F.linear(h, block["mlp.c_proj.weight"], block["mlp.c_proj.bias"])
     h = F.layer_norm(
         x, (config.n_embd,), weights[prefix + "ln_f.weight"], weights[prefix + "ln_f.bias"]
@@ -71,8 +83,14 @@ def masks(draw: Draw, B, T) -> str:
 
 def wrong_masks(B, T):
     return [
-        f"torch.full(({B}, {T}), 0.5)", f"torch.full(({B}, {T}), 2)", f"bits(1, ({B}, {T + 3}))",
-        f"torch.full(({B}, {T}), -1)", "bits(1, (99,))", "'abc'", "[[1, 0]]", "True",
+        f"torch.full(({B}, {T}), 0.5)",
+        f"torch.full(({B}, {T}), 2)",
+        f"bits(1, ({B}, {T + 3}))",
+        f"torch.full(({B}, {T}), -1)",
+        "bits(1, (99,))",
+        "'abc'",
+        "[[1, 0]]",
+        "True",
     ]
 
 
@@ -106,8 +124,14 @@ def forward(draw):
     wrong = {
         "idx": [*WRONG_IDS, LONG],
         "targets": [
-            f"torch.full(({B}, {T}), {VOCAB})", f"torch.full(({B}, {T}), -100)", "[[1]]", "'abc'",
-            f"floats(1, ({B}, {T}))", f"ids(1, ({B}, {T + 1}))", f"ids(1, ({T},))", "3",
+            f"torch.full(({B}, {T}), {VOCAB})",
+            f"torch.full(({B}, {T}), -100)",
+            "[[1]]",
+            "'abc'",
+            f"floats(1, ({B}, {T}))",
+            f"ids(1, ({B}, {T + 1}))",
+            f"ids(1, ({T},))",
+            "3",
             f"ids(1, ({B}, {T})).int()",
         ],
         "attention_mask": wrong_masks(B, T),
@@ -163,8 +187,9 @@ def check_generated(model, tokens, log_probs, idx, options):
                 assert token == prompt[-1], "a row that has ended repeats its stop token"
                 continue
             logits = model_logits(model, prompt)
-            check_choice(logits, token, None if log_probs is None else log_probs[b, i], greedy,
-                         options)
+            check_choice(
+                logits, token, None if log_probs is None else log_probs[b, i], greedy, options
+            )
             prompt.append(token)
             ended = token in stops
         all_ended = all_ended and ended
@@ -304,8 +329,18 @@ def construction_plan(draw, cls):
         assert sum(p.numel() for p in result.parameters()) == expected
 
     function = f"(lambda **o: {cls}(options({cls}.get_default_config, **o)))"
-    return Plan(function, arguments, right, WRONG_OPTIONS, alias={
-        "n_embd": "n_embd", "n_head": "n_head", "model_type": "model_type", "dropout": "dropout"})
+    return Plan(
+        function,
+        arguments,
+        right,
+        WRONG_OPTIONS,
+        alias={
+            "n_embd": "n_embd",
+            "n_head": "n_head",
+            "model_type": "model_type",
+            "dropout": "dropout",
+        },
+    )
 
 
 @generator("GPT", 2)
@@ -329,10 +364,21 @@ def make_from_nothing(draw):
     cls = draw.choice(["GPT", "RewardModel", "ValueModel"])
     name = draw.choice(["n_layer", "vocab_size", "tie_weights", "attn_pdrop", "model_type"])
     good = f"options({cls}.get_default_config, n_layer=1, n_head=1, n_embd=8, vocab_size=5, block_size=4)"
-    wrong = ["None", "{}", "'gpt2'", "3", f"without({good}, '{name}')", "CfgNode()",
-             "Trainer.get_default_config()", "dict(n_layer=1)", f"{cls}.get_default_config()"]
+    wrong = [
+        "None",
+        "{}",
+        "'gpt2'",
+        "3",
+        f"without({good}, '{name}')",
+        "CfgNode()",
+        "Trainer.get_default_config()",
+        "dict(n_layer=1)",
+        f"{cls}.get_default_config()",
+    ]
     alias = {"_config": "config|options|dict|" + name}
-    return Plan(cls, {"_config": good}, lambda result, config: None, {"_config": wrong}, alias=alias)
+    return Plan(
+        cls, {"_config": good}, lambda result, config: None, {"_config": wrong}, alias=alias
+    )
 
 
 # --------------------------------------------------------------------------------------------------
@@ -407,8 +453,15 @@ def normalize(draw):
 
     arguments = {"scores": draw.floats(n), "unit_variance": draw.choice(["True", "False"])}
     wrong = {
-        "scores": ["[1.0, 2.0]", "None", "torch.tensor([1.0, math.nan])", "torch.zeros(0)",
-                   "torch.tensor([math.inf, 1.0])", "3.5", "torch.ones(2, 2)"],
+        "scores": [
+            "[1.0, 2.0]",
+            "None",
+            "torch.tensor([1.0, math.nan])",
+            "torch.zeros(0)",
+            "torch.tensor([math.inf, 1.0])",
+            "3.5",
+            "torch.ones(2, 2)",
+        ],
         "unit_variance": ["'False'", "None", "2"],
     }
     if arguments["unit_variance"] == "True":
@@ -465,9 +518,15 @@ def comparison_loss(draw):
         "centering": draw.choice(["0.0", "0.01", "1"]),
     }
     wrong = {
-        "batch": [f"({idx}, {ones})", "None", f"[{idx}[:, 0], {ones}, {written}]", f"{idx}",
-                  f"({idx}, {ones}, None)", f"({idx}.float(), {ones}, {written})",
-                  f"({idx}[:, :1], {ones}[:, :1], {written}[:, :1])"],
+        "batch": [
+            f"({idx}, {ones})",
+            "None",
+            f"[{idx}[:, 0], {ones}, {written}]",
+            f"{idx}",
+            f"({idx}, {ones}, None)",
+            f"({idx}.float(), {ones}, {written})",
+            f"({idx}[:, :1], {ones}[:, :1], {written}[:, :1])",
+        ],
         "centering": ["-0.1", "None", "'0'", "math.nan"],
     }
     alias = {"batch": "batch|idx|shape|tensor|completion"}
@@ -520,9 +579,13 @@ def call_dpo(draw):
     arguments = {"model": "ActorCritic(gpt(2))", "batch": f"({idx}, {ones}, {written})"}
     wrong = {
         "model": ["None", "gpt(2)", "reward_model(1)"],
-        "batch": [f"({idx}, {ones})", "None", f"[{idx}[:, 0], {ones}, {written}]",
-                  f"({idx}.float(), {ones}, {written})",
-                  f"({idx}[:, :1], {ones}[:, :1], {written}[:, :1])"],
+        "batch": [
+            f"({idx}, {ones})",
+            "None",
+            f"[{idx}[:, 0], {ones}, {written}]",
+            f"({idx}.float(), {ones}, {written})",
+            f"({idx}[:, :1], {ones}[:, :1], {written}[:, :1])",
+        ],
     }
     alias = {"batch": "batch|idx|shape|tensor|completion", "model": "model|ActorCritic"}
     return Plan("DPOLoss(gpt(1), beta=0.5)", arguments, right, wrong, alias=alias)
@@ -533,8 +596,14 @@ def call_dpo(draw):
 
 
 BROKEN_FILES = [
-    "b''", "b'abc'", "b'PK\\x03\\x04'", "b'\\x80\\x02K\\x01.'", "bytes(1000)",
-    "b'{\"a\": 1}'", "bytes(range(256)) * 40", "'not weights'.encode('utf-16')",
+    "b''",
+    "b'abc'",
+    "b'PK\\x03\\x04'",
+    "b'\\x80\\x02K\\x01.'",
+    "bytes(1000)",
+    "b'{\"a\": 1}'",
+    "bytes(range(256)) * 40",
+    "'not weights'.encode('utf-16')",
 ]
 # Statements that make something at the path `broken`, which is no model.
 BROKEN_MODELS = [
@@ -548,32 +617,41 @@ BROKEN_MODELS = [
     "torch.save({{'model_args': 3, 'model': gpt(0).state_dict()}}, FOLDER / 'm' / 'pytorch_model.bin')",
     "torch.save({{'x': torch.zeros(1).expand(10**6)}}, FOLDER / 'm' / 'pytorch_model.bin')",
     "write('m/model.safetensors.index.json', '{{}}')",
-    "write('m/model.safetensors.index.json', '{{\"weight_map\": {{\"a\": \"../x\"}}}}')",
+    'write(\'m/model.safetensors.index.json\', \'{{"weight_map": {{"a": "../x"}}}}\')',
     "write('m/model.safetensors.index.json', '[1]')",
     "None",
 ]
 BROKEN_CONFIGS = [
-    "''", "'[]'", "'null'", "'{{'", "'{{\"model_type\": \"bert\"}}'", "'\\xff'.encode('latin-1')",
-    "'{{\"model_type\": \"gpt2\", \"n_head\": \"2\"}}'", "'{{\"model_type\": \"gpt2\", \"n_head\": 3}}'",
-    "'{{\"model_type\": \"gpt2\", \"n_head\": 0}}'", "'{{\"model_type\": \"gpt2\", \"n_layer\": 7}}'",
-    "'{{\"model_type\": \"gpt2\", \"n_head\": [2]}}'", "'{{\"model_type\": [], \"n_head\": 2}}'",
-    "'{{\"model_type\": \"gpt2\", \"n_head\": 2, \"embd_pdrop\": \"x\"}}'",
-    "'{{\"model_type\": \"gpt2\", \"n_head\": 2, \"tie_word_embeddings\": \"x\"}}'",
-    "'{{\"model_type\": \"gpt2\", \"n_head\": 2, \"layer_norm_epsilon\": 1e-6}}'",
-    "'{{\"model_type\": \"gpt2\", \"activation_function\": \"relu\", \"n_head\": 2}}'",
-    "'{{\"model_type\": \"gpt2\", \"n_head\": 2, \"activation_function\": []}}'",
+    "''",
+    "'[]'",
+    "'null'",
+    "'{{'",
+    '\'{{"model_type": "bert"}}\'',
+    "'\\xff'.encode('latin-1')",
+    '\'{{"model_type": "gpt2", "n_head": "2"}}\'',
+    '\'{{"model_type": "gpt2", "n_head": 3}}\'',
+    '\'{{"model_type": "gpt2", "n_head": 0}}\'',
+    '\'{{"model_type": "gpt2", "n_layer": 7}}\'',
+    '\'{{"model_type": "gpt2", "n_head": [2]}}\'',
+    '\'{{"model_type": [], "n_head": 2}}\'',
+    '\'{{"model_type": "gpt2", "n_head": 2, "embd_pdrop": "x"}}\'',
+    '\'{{"model_type": "gpt2", "n_head": 2, "tie_word_embeddings": "x"}}\'',
+    '\'{{"model_type": "gpt2", "n_head": 2, "layer_norm_epsilon": 1e-6}}\'',
+    '\'{{"model_type": "gpt2", "activation_function": "relu", "n_head": 2}}\'',
+    '\'{{"model_type": "gpt2", "n_head": 2, "activation_function": []}}\'',
     "'[' * 100000",
-    "'{{\"model_type\": \"gpt2\", \"n_head\": 2, \"vocab_size\": 12}}'",
-    "'{{\"model_type\": \"gpt2\", \"n_head\": 1e9}}'",
-    "'{{\"model_type\": \"gpt2\", \"n_head\": 2, \"n_positions\": null}}' * 2",
-    "'{{\"model\": {{\"model_type\": \"gpt-nano\", \"n_head\": 7}}}}'",
+    '\'{{"model_type": "gpt2", "n_head": 2, "vocab_size": 12}}\'',
+    '\'{{"model_type": "gpt2", "n_head": 1e9}}\'',
+    '\'{{"model_type": "gpt2", "n_head": 2, "n_positions": null}}\' * 2',
+    '\'{{"model": {{"model_type": "gpt-nano", "n_head": 7}}}}\'',
 ]
 
 
 @generator("from_pretrained", 4)
 def from_pretrained(draw):
-    cls, make = draw.choice([("GPT", "gpt"), ("RewardModel", "reward_model"),
-                             ("ValueModel", "value_model")])
+    cls, make = draw.choice(
+        [("GPT", "gpt"), ("RewardModel", "reward_model"), ("ValueModel", "value_model")]
+    )
     model = f"{make}(1)"
 
     def right(result, name_or_path):
@@ -598,24 +676,48 @@ def from_pretrained(draw):
     else:
         setup += [f"write('m/model.safetensors', {draw.choice(BROKEN_FILES)})"]
     wrong = [
-        "FOLDER / 'm'", "str(FOLDER / 'm')", "FOLDER / 'm'", "FOLDER / 'm'", "FOLDER / 'm'",
-        "FOLDER / 'missing' / 'file.pt'", "'../../etc'", "''", "None", "3", "['gpt2']", "b'gpt2'",
-        "'a/b/c'", "'\\0'", "'x' * 5000", "FOLDER / 'm' / 'config.json'",
+        "FOLDER / 'm'",
+        "str(FOLDER / 'm')",
+        "FOLDER / 'm'",
+        "FOLDER / 'm'",
+        "FOLDER / 'm'",
+        "FOLDER / 'missing' / 'file.pt'",
+        "'../../etc'",
+        "''",
+        "None",
+        "3",
+        "['gpt2']",
+        "b'gpt2'",
+        "'a/b/c'",
+        "'\\0'",
+        "'x' * 5000",
+        "FOLDER / 'm' / 'config.json'",
     ]
     other = "ValueModel" if cls == "GPT" else "GPT"
-    wrong.append(f"({other}.from_gpt(gpt(0)) if {other} is not GPT else gpt(0))"
-                 ".save_pretrained(FOLDER / 'other') or FOLDER / 'other'")
-    good = draw.choice(["FOLDER / 'good'", "str(FOLDER / 'good')",
-                        "FOLDER / 'good' / 'model.safetensors'"])
+    wrong.append(
+        f"({other}.from_gpt(gpt(0)) if {other} is not GPT else gpt(0))"
+        ".save_pretrained(FOLDER / 'other') or FOLDER / 'other'"
+    )
+    good = draw.choice(
+        ["FOLDER / 'good'", "str(FOLDER / 'good')", "FOLDER / 'good' / 'model.safetensors'"]
+    )
     alias = {"_name_or_path": "fuzz-|path|name|got|model"}
-    return Plan(f"{cls}.from_pretrained", {"_name_or_path": good}, right,
-                {"_name_or_path": wrong}, setup, alias)
+    return Plan(
+        f"{cls}.from_pretrained",
+        {"_name_or_path": good},
+        right,
+        {"_name_or_path": wrong},
+        setup,
+        alias,
+    )
 
 
 @generator("from_pretrained options")
 def from_pretrained_options(draw):
     right_options = {
-        "n_head": "2", "embd_pdrop": draw.choice(["0.0", "0.3"]), "revision": "'main'",
+        "n_head": "2",
+        "embd_pdrop": draw.choice(["0.0", "0.3"]),
+        "revision": "'main'",
     }
 
     def right(result, name_or_path, n_head, embd_pdrop, revision):
@@ -633,8 +735,14 @@ def from_pretrained_options(draw):
     arguments = {"_name_or_path": "FOLDER / 'good'", **right_options}
     alias = {name: name for name in wrong}
     alias |= {"n_layer": "n_layer", "vocab_size": "vocab_size"}
-    return Plan("GPT.from_pretrained", arguments, right, wrong,
-                ["gpt(1).save_pretrained(FOLDER / 'good')"], alias)
+    return Plan(
+        "GPT.from_pretrained",
+        arguments,
+        right,
+        wrong,
+        ["gpt(1).save_pretrained(FOLDER / 'good')"],
+        alias,
+    )
 
 
 @generator("from_pretrained state dict")
@@ -642,11 +750,13 @@ def from_state_dict(draw):
     """nanoGPT's, minGPT's, a trainer's checkpoint: which must say how many heads there are."""
     prefix = draw.choice(["", "_orig_mod.", "module.", "policy."])
     state = f"{{'{prefix}' + k: v for k, v in gpt(1).state_dict().items()}}"
-    args = draw.choice([
-        "gpt(1).config.to_dict()",
-        "{'n_layer': 2, 'n_head': 2, 'n_embd': 16, 'block_size': 12, 'vocab_size': 11}",
-        "None",
-    ])
+    args = draw.choice(
+        [
+            "gpt(1).config.to_dict()",
+            "{'n_layer': 2, 'n_head': 2, 'n_embd': 16, 'block_size': 12, 'vocab_size': 11}",
+            "None",
+        ]
+    )
     setup = [f"torch.save({{'model': {state}, 'model_args': {args}}}, FOLDER / 'ckpt.pt')"]
     options = {"n_head": "2"}
     if "n_layer" in args:
@@ -674,9 +784,18 @@ def save_pretrained(draw):
         from tests.fuzz_names import FOLDER
 
         assert sorted(p.name for p in (FOLDER / "out").iterdir()) == [
-            "config.json", "model.safetensors"]
+            "config.json",
+            "model.safetensors",
+        ]
 
     arguments = {"_folder": draw.choice(["FOLDER / 'out'", "str(FOLDER / 'out')"])}
     wrong = {"_folder": ["None", "3", "FOLDER / 'file'", "['a']", "b'x'"]}
-    return Plan(f"{make}(1).save_pretrained", arguments, right, wrong,
-                ["write('file', 'x')"], {"_folder": "file|folder|path"}, ("OSError",))
+    return Plan(
+        f"{make}(1).save_pretrained",
+        arguments,
+        right,
+        wrong,
+        ["write('file', 'x')"],
+        {"_folder": "file|folder|path"},
+        ("OSError",),
+    )

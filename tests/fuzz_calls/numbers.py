@@ -73,8 +73,9 @@ def masked(draw):
     B, T = sizes(draw)
 
     def right(result, x, mask):
-        expected = [[a if bit else 0.0 for a, bit in zip(*pair, strict=True)]
-                    for pair in rows(x, mask)]
+        expected = [
+            [a if bit else 0.0 for a, bit in zip(*pair, strict=True)] for pair in rows(x, mask)
+        ]
         close(result, expected)
 
     arguments = {"x": draw.floats(B, T), "mask": draw.mask(B, T)}
@@ -109,8 +110,12 @@ def masked_whiten(draw):
         center = mean(values)
         spread = mean((a - center) ** 2 for a in values)
         expected = [
-            [(a - center) / math.sqrt(spread + 1e-8) + (0 if shift_mean else center) if bit else 0
-             for a, bit in zip(*pair, strict=True)]
+            [
+                (a - center) / math.sqrt(spread + 1e-8) + (0 if shift_mean else center)
+                if bit
+                else 0
+                for a, bit in zip(*pair, strict=True)
+            ]
             for pair in rows(x, mask)
         ]
         close(result, expected, 1e-3)
@@ -161,8 +166,10 @@ def kl_estimate(draw):
             table = {"k1": -log_r, "k2": log_r**2 / 2, "k3": math.exp(log_r) - 1 - log_r}
             return table[kind]
 
-        expected = [[estimate(p, q) for p, q in zip(*pair, strict=True)]
-                    for pair in rows(log_probs, ref_log_probs)]
+        expected = [
+            [estimate(p, q) for p, q in zip(*pair, strict=True)]
+            for pair in rows(log_probs, ref_log_probs)
+        ]
         close(result, expected)
 
     arguments = {
@@ -172,7 +179,11 @@ def kl_estimate(draw):
     }
     wrong = {
         "log_probs": wrong_floats(B + 1, T + 1),
-        "ref_log_probs": [*wrong_floats(B, T), f"floats(1, ({T + 1},))", f"floats(1, ({B}, {T}, 1))"],
+        "ref_log_probs": [
+            *wrong_floats(B, T),
+            f"floats(1, ({T + 1},))",
+            f"floats(1, ({B}, {T}, 1))",
+        ],
         "kind": ["'k4'", "None", "1", "'K1'", "['k1']"],
     }
     return Plan("kl_estimate", arguments, right, wrong, alias=dict.fromkeys(arguments, SHAPE))
@@ -239,8 +250,13 @@ def group_plan(draw, function, expected_of_group):
 
     arguments = {"scores": scores, "group_size": str(size)}
     wrong = {
-        "scores": [*NOT_TENSORS, f"floats(1, ({size * groups + 1},))", "floats(1, (2, 2, 2))",
-                   f"floats(1, ({size}, {size}))", "floats(1, ())"],
+        "scores": [
+            *NOT_TENSORS,
+            f"floats(1, ({size * groups + 1},))",
+            "floats(1, (2, 2, 2))",
+            f"floats(1, ({size}, {size}))",
+            "floats(1, ())",
+        ],
         "group_size": ["0", "1", "-2", "2.0", "'2'", "None", str(size * groups + 3), "math.nan"],
     }
     return Plan(function, arguments, right, wrong, alias={"scores": "scores|tensor"})
@@ -257,9 +273,7 @@ def rloo_advantages(draw):
 
 @generator("group_mean_advantages")
 def group_mean_advantages(draw):
-    return group_plan(
-        draw, "group_mean_advantages", lambda group: [s - mean(group) for s in group]
-    )
+    return group_plan(draw, "group_mean_advantages", lambda group: [s - mean(group) for s in group])
 
 
 @generator("grpo_advantages")
@@ -276,8 +290,17 @@ def ppo_policy_loss(draw):
     B, T = sizes(draw)
     clip = draw.choice(["0.2", "(0.2, 0.3)", "0.0", "[0.1, 0.4]", "np.float64(0.3)"])
 
-    def right(result, log_probs, old_log_probs, advantages, mask, clip_range, ratio, loss_mean,
-              max_new_tokens):
+    def right(
+        result,
+        log_probs,
+        old_log_probs,
+        advantages,
+        mask,
+        clip_range,
+        ratio,
+        loss_mean,
+        max_new_tokens,
+    ):
         loss, fraction = result
         below, above = clip_range if isinstance(clip_range, (tuple, list)) else [clip_range] * 2
         sums, counts, clipped, tokens = [], [], 0, 0
@@ -321,8 +344,17 @@ def ppo_policy_loss(draw):
     wrong = {
         **dict.fromkeys(("log_probs", "old_log_probs", "advantages"), wrong_floats(B, T)),
         "mask": wrong_masks(B, T),
-        "clip_range": ["-0.1", "None", "'0.2'", "(0.1,)", "(0.1, 0.2, 0.3)", "math.nan", "True",
-                       "(0.1, None)", "{}"],
+        "clip_range": [
+            "-0.1",
+            "None",
+            "'0.2'",
+            "(0.1,)",
+            "(0.1, 0.2, 0.3)",
+            "math.nan",
+            "True",
+            "(0.1, None)",
+            "{}",
+        ],
         "ratio": ["'words'", "None", "1", "['token']"],
         "loss_mean": ["'words'", "None", "1", "['token']"],
     }
@@ -400,8 +432,11 @@ def log_sigmoid(x):
 
 def flat(*tensors):
     """The entries of tensors, broadcast against each other, as tuples of floats."""
-    return list(zip(*(x.double().flatten().tolist() for x in torch.broadcast_tensors(*tensors)),
-                    strict=True))
+    return list(
+        zip(
+            *(x.double().flatten().tolist() for x in torch.broadcast_tensors(*tensors)), strict=True
+        )
+    )
 
 
 def pair_shapes(draw):
@@ -450,8 +485,11 @@ def preference_plan(draw, function, right, **more):
         "beta": draw.choice(["0.1", "1", "0.5", "np.float64(0.2)"]),
     }
     wrong = {
-        **{name: wrong_pairs(many if "rejected" in name else one) for name in arguments
-           if "log_probs" in name},
+        **{
+            name: wrong_pairs(many if "rejected" in name else one)
+            for name in arguments
+            if "log_probs" in name
+        },
         "beta": ["0", "-0.1", "'1'", "None", "math.nan", "math.inf"],
     }
     # A column against (B,) must be refused; between (B, 1) and (B, K) it may be right.
@@ -464,8 +502,9 @@ def preference_plan(draw, function, right, **more):
 @generator("dpo_loss")
 def dpo_loss(draw):
     def right(result, beta, **log_probs):
-        terms = [-log_sigmoid(beta * ((c - rc) - (r - rr)))
-                 for c, r, rc, rr in flat(*log_probs.values())]
+        terms = [
+            -log_sigmoid(beta * ((c - rc) - (r - rr))) for c, r, rc, rr in flat(*log_probs.values())
+        ]
         close(result, mean(terms))
 
     return preference_plan(draw, "dpo_loss", right)
@@ -474,8 +513,10 @@ def dpo_loss(draw):
 @generator("ipo_loss")
 def ipo_loss(draw):
     def right(result, beta, **log_probs):
-        terms = [((c - rc) - (r - rr) - 1 / (2 * beta)) ** 2
-                 for c, r, rc, rr in flat(*log_probs.values())]
+        terms = [
+            ((c - rc) - (r - rr) - 1 / (2 * beta)) ** 2
+            for c, r, rc, rr in flat(*log_probs.values())
+        ]
         close(result, mean(terms))
 
     return preference_plan(draw, "ipo_loss", right)
@@ -486,8 +527,10 @@ def simpo_loss(draw):
     one, many = pair_shapes(draw)
 
     def right(result, beta, gamma, **tensors):
-        terms = [-log_sigmoid(beta * (c / nc - r / nr) - gamma)
-                 for c, r, nc, nr in flat(*tensors.values())]
+        terms = [
+            -log_sigmoid(beta * (c / nc - r / nr) - gamma)
+            for c, r, nc, nr in flat(*tensors.values())
+        ]
         close(result, mean(terms))
 
     arguments = {
@@ -513,8 +556,20 @@ def simpo_loss(draw):
 # --------------------------------------------------------------------------------------------------
 # Statistics of evaluation.py
 
-NO_SCORES = ["[]", "None", "'abc'", "[1.0, math.nan]", "[math.inf]", "[[1.0, 2.0]]", "3.0",
-             "['a', 'b']", "{}", "[None, 1]", "torch.ones(2, 2)", "[[1.0], [1.0, 2.0]]"]
+NO_SCORES = [
+    "[]",
+    "None",
+    "'abc'",
+    "[1.0, math.nan]",
+    "[math.inf]",
+    "[[1.0, 2.0]]",
+    "3.0",
+    "['a', 'b']",
+    "{}",
+    "[None, 1]",
+    "torch.ones(2, 2)",
+    "[[1.0], [1.0, 2.0]]",
+]
 
 
 def scores(draw, n=None):
@@ -547,8 +602,18 @@ def tilted(draw):
     }
     wrong = {
         "scores": NO_SCORES,
-        "betas": ["0", "-1", "[1.0, 0.0]", "math.nan", "None", "'1'", "[]", "math.inf", "[[1.0]]",
-                  "{}"],
+        "betas": [
+            "0",
+            "-1",
+            "[1.0, 0.0]",
+            "math.nan",
+            "None",
+            "'1'",
+            "[]",
+            "math.inf",
+            "[[1.0]]",
+            "{}",
+        ],
     }
     return Plan("tilted", arguments, right, wrong)
 
@@ -672,8 +737,11 @@ def shuffled(draw):
 
     arguments = {"n": str(n), "seed": str(draw.number()), "skip": str(skip)}
     # Not a list of all of it: see `right`.
-    return Plan("(lambda **kw: [shuffle.shuffled(**kw)])", arguments,
-                lambda result, **kw: right(result[0], **kw))
+    return Plan(
+        "(lambda **kw: [shuffle.shuffled(**kw)])",
+        arguments,
+        lambda result, **kw: right(result[0], **kw),
+    )
 
 
 @generator("hidden_states", 0.5)
@@ -686,7 +754,9 @@ def cross_entropy_of_reader(draw):
         expected = trunk(idx, attention_mask)[:, prefix_length:]
         close(result, expected, 1e-4)
 
-    mask = f"torch.cat([torch.ones({B * K}, {P}).bool(), padding({draw.number()}, ({B * K}, {T}))], 1)"
+    mask = (
+        f"torch.cat([torch.ones({B * K}, {P}).bool(), padding({draw.number()}, ({B * K}, {T}))], 1)"
+    )
     arguments = {
         "trunk": "gpt(3).transformer",
         "idx": f"torch.cat([{prompts}, {draw.ids(B * K, T)}], 1)",

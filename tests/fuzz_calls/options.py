@@ -10,11 +10,25 @@ from tests.fuzz import Plan, generator
 
 @generator("parse_option")
 def parse_option(draw):
-    text, default = draw.choice([
-        ("3", 1), ("-5", 1), ("0.5", 1.0), ("2", 1.0), ("True", False), ("abc", "x"), ("12", "x"),
-        ("(1, 2)", (0, 0)), ("[1, 2]", (0, 0)), ("(1,)", [0]), ("None", 3), ("1e-3", 0.1),
-        ("out/run", None), ("[1, 'a']", None), ("", "x"),
-    ])
+    text, default = draw.choice(
+        [
+            ("3", 1),
+            ("-5", 1),
+            ("0.5", 1.0),
+            ("2", 1.0),
+            ("True", False),
+            ("abc", "x"),
+            ("12", "x"),
+            ("(1, 2)", (0, 0)),
+            ("[1, 2]", (0, 0)),
+            ("(1,)", [0]),
+            ("None", 3),
+            ("1e-3", 0.1),
+            ("out/run", None),
+            ("[1, 'a']", None),
+            ("", "x"),
+        ]
+    )
 
     def right(result, name, text, default):
         if isinstance(default, str):
@@ -39,8 +53,9 @@ def parse_option(draw):
     elif isinstance(default, (tuple, list)):
         wrong = ["'3'", "'x'", "'{}'", "''"]
     arguments = {"name": "'opt'", "text": repr(text), "default": repr(default)}
-    return Plan("parse_option", arguments, right, {"text": wrong} if wrong else {},
-                alias={"text": "opt"})
+    return Plan(
+        "parse_option", arguments, right, {"text": wrong} if wrong else {}, alias={"text": "opt"}
+    )
 
 
 TREE = "CfgNode(seed=1, rate=0.5, name='x', flag=False, trainer={'iters': 3, 'dir': None})"
@@ -48,38 +63,82 @@ TREE = "CfgNode(seed=1, rate=0.5, name='x', flag=False, trainer={'iters': 3, 'di
 
 @generator("merge_from_args", 2)
 def merge_from_args(draw):
-    options = [("--seed=7", "seed", 7), ("--rate=2", "rate", 2.0), ("--name=3", "name", "3"),
-               ("--flag", "flag", True), ("--flag=True", "flag", True),
-               ("--trainer.iters=9", "trainer.iters", 9), ("--trainer.dir=out", "trainer.dir", "out"),
-               ("--trainer.iters=None", "trainer.iters", None)]
+    options = [
+        ("--seed=7", "seed", 7),
+        ("--rate=2", "rate", 2.0),
+        ("--name=3", "name", "3"),
+        ("--flag", "flag", True),
+        ("--flag=True", "flag", True),
+        ("--trainer.iters=9", "trainer.iters", 9),
+        ("--trainer.dir=out", "trainer.dir", "out"),
+        ("--trainer.iters=None", "trainer.iters", None),
+    ]
     chosen = draw.sample(options, draw.randint(0, 4))
     chosen = list({name: (arg, name, value) for arg, name, value in chosen}.values())
     args = [arg for arg, _, _ in chosen]
 
     def right(result, args):
         leaves = dict(result.leaves())
-        expected = {"seed": 1, "rate": 0.5, "name": "x", "flag": False, "trainer.iters": 3,
-                    "trainer.dir": None}
+        expected = {
+            "seed": 1,
+            "rate": 0.5,
+            "name": "x",
+            "flag": False,
+            "trainer.iters": 3,
+            "trainer.dir": None,
+        }
         expected |= {name: value for _, name, value in chosen}
         assert leaves == expected and list(map(type, leaves.values())) == [
-            type(expected[name]) for name in leaves]
+            type(expected[name]) for name in leaves
+        ]
 
-    wrong = ["['--sed=1']", "['seed=1']", "['--seed']", "['--seed=x']", "['--trainer=3']",
-             "['--trainer.iter=3']", "['--flag=1']", "['--']", "['']", "['--=3']", "[3]", "None",
-             "'--seed=1'", "['--seed', '1.5']", "['--rate=True']", "['--trainer.iters.x=1']",
-             "['-seed=1']"]
+    wrong = [
+        "['--sed=1']",
+        "['seed=1']",
+        "['--seed']",
+        "['--seed=x']",
+        "['--trainer=3']",
+        "['--trainer.iter=3']",
+        "['--flag=1']",
+        "['--']",
+        "['']",
+        "['--=3']",
+        "[3]",
+        "None",
+        "'--seed=1'",
+        "['--seed', '1.5']",
+        "['--rate=True']",
+        "['--trainer.iters.x=1']",
+        "['-seed=1']",
+    ]
     setup = [f"config = {TREE}", "merge = lambda args: config.merge_from_args(args) or config"]
-    return Plan("merge", {"_args": repr(args)}, right, {"_args": wrong}, setup,
-                {"_args": "option|argument|must be|--"})
+    return Plan(
+        "merge",
+        {"_args": repr(args)},
+        right,
+        {"_args": wrong},
+        setup,
+        {"_args": "option|argument|must be|--"},
+    )
 
 
 @generator("CfgNode")
 def plain_values(draw):
-    source, expected = draw.choice([
-        ("np.float64(0.5)", 0.5), ("np.int64(3)", 3), ("Path('a/b')", "a/b"), ("np.bool_(True)", True),
-        ("torch.device('cpu')", "cpu"), ("np.array([1, 2])", [1, 2]), ("torch.tensor(3)", 3),
-        ("(np.float32(0.5), 1)", (0.5, 1)), ("[Path('x')]", ["x"]), ("None", None), ("'a'", "a"),
-    ])
+    source, expected = draw.choice(
+        [
+            ("np.float64(0.5)", 0.5),
+            ("np.int64(3)", 3),
+            ("Path('a/b')", "a/b"),
+            ("np.bool_(True)", True),
+            ("torch.device('cpu')", "cpu"),
+            ("np.array([1, 2])", [1, 2]),
+            ("torch.tensor(3)", 3),
+            ("(np.float32(0.5), 1)", (0.5, 1)),
+            ("[Path('x')]", ["x"]),
+            ("None", None),
+            ("'a'", "a"),
+        ]
+    )
 
     def right(result, value):
         assert result.value == expected and type(result.value) is type(expected)
@@ -90,29 +149,50 @@ def plain_values(draw):
 @generator("check_numbers")
 def check_numbers(draw):
     value = draw.choice(["1", "0.5", "np.float64(2)", "np.int32(3)", "0", "10"])
-    wrong = {"_1config": [
-        f"CfgNode(x={v})" for v in ("None", "'1'", "math.nan", "math.inf", "True", "-1", "11", "[1]",
-                                    "{}", "1j")] + ["CfgNode()", "CfgNode(y=1)"]}
+    wrong = {
+        "_1config": [
+            f"CfgNode(x={v})"
+            for v in ("None", "'1'", "math.nan", "math.inf", "True", "-1", "11", "[1]", "{}", "1j")
+        ]
+        + ["CfgNode()", "CfgNode(y=1)"]
+    }
     arguments = {"_1config": f"CfgNode(x={value})", "_2name": "'x'", "low": "0", "high": "10"}
-    return Plan("check_numbers", arguments, lambda result, **rest: None, wrong,
-                alias={"_1config": "x="+"|'x'"})
+    return Plan(
+        "check_numbers",
+        arguments,
+        lambda result, **rest: None,
+        wrong,
+        alias={"_1config": "x=" + "|'x'"},
+    )
 
 
 @generator("check_booleans")
 def check_booleans(draw):
     wrong = [f"CfgNode(x={v})" for v in ("None", "'True'", "1", "0", "[]", "1.0")] + ["CfgNode()"]
-    arguments = {"_1config": draw.choice(["CfgNode(x=True)", "CfgNode(x=np.bool_(False))"]),
-                 "_2name": "'x'"}
-    return Plan("check_booleans", arguments, lambda result, **rest: None, {"_1config": wrong},
-                alias={"_1config": "x=|'x'"})
+    arguments = {
+        "_1config": draw.choice(["CfgNode(x=True)", "CfgNode(x=np.bool_(False))"]),
+        "_2name": "'x'",
+    }
+    return Plan(
+        "check_booleans",
+        arguments,
+        lambda result, **rest: None,
+        {"_1config": wrong},
+        alias={"_1config": "x=|'x'"},
+    )
 
 
 @generator("merge_from_dict")
 def merge_from_dict(draw):
     arguments = {"_options": draw.choice(["{'a': 1}", "{}", "{'a': {'b': 2}, 'c': Path('x')}"])}
     wrong = {"_options": ["None", "3", "[1]", "'abc'", "{3: 4}", "[('a', 1)]"]}
-    return Plan("CfgNode().merge_from_dict", arguments, lambda result, options: None, wrong,
-                alias={"_options": "option|name"})
+    return Plan(
+        "CfgNode().merge_from_dict",
+        arguments,
+        lambda result, options: None,
+        wrong,
+        alias={"_options": "option|name"},
+    )
 
 
 @generator("set_seed")
@@ -134,8 +214,20 @@ def pick_device(draw):
     def right(result, device):
         assert result.type == "cpu"
 
-    wrong = ["'tpu'", "'cuda'", "'cuda:7'", "'mps'", "None", "3", "''", "['cpu']", "'cpu:x'", "'meta'",
-             "math.nan", "b'cpu'"]
+    wrong = [
+        "'tpu'",
+        "'cuda'",
+        "'cuda:7'",
+        "'mps'",
+        "None",
+        "3",
+        "''",
+        "['cpu']",
+        "'cpu:x'",
+        "'meta'",
+        "math.nan",
+        "b'cpu'",
+    ]
     arguments = {"_device": draw.choice(["'cpu'", "'auto'", "torch.device('cpu')"])}
     if torch.cuda.is_available():
         wrong, arguments = ["'tpu'"], {"_device": "'cpu'"}
@@ -176,8 +268,16 @@ def adamw(draw):
 
     wrong = {
         "learning_rate": ["-1", "'x'", "None", "math.nan"],
-        "betas": ["(0.9,)", "None", "(0.9, 1.0)", "'ab'", "0.9", "(0.9, None)", "(-0.1, 0.5)",
-                  "(0.1, 0.2, 0.3)"],
+        "betas": [
+            "(0.9,)",
+            "None",
+            "(0.9, 1.0)",
+            "'ab'",
+            "0.9",
+            "(0.9, None)",
+            "(-0.1, 0.5)",
+            "(0.1, 0.2, 0.3)",
+        ],
         "eps": ["-1", "None", "'x'", "math.nan"],
         "weight_decay": ["-1", "None", "'x'", "math.inf"],
     }
@@ -189,16 +289,26 @@ def adamw_without(draw):
     name = draw.choice(["learning_rate", "betas", "weight_decay"])
     good = "Trainer.get_default_config()"
     wrong = ["None", "{}", "'x'", "CfgNode()", f"without({good}, {name!r})"]
-    return Plan("gpt(0).configure_optimizers", {"_config": good}, lambda result, config: None,
-                {"_config": wrong}, alias={"_config": "config|" + name})
+    return Plan(
+        "gpt(0).configure_optimizers",
+        {"_config": good},
+        lambda result, config: None,
+        {"_config": wrong},
+        alias={"_config": "config|" + name},
+    )
 
 
 @generator("import_extra")
 def import_extra(draw):
     wrong = {"module": ["'no_such_module'", "'no_such.module'"]}
-    return Plan("import_extra", {"module": "'json'", "extra": "'test'"},
-                lambda result, **rest: result.dumps, wrong,
-                alias={"module": "no_such"}, raises=("ImportError",))
+    return Plan(
+        "import_extra",
+        {"module": "'json'", "extra": "'test'"},
+        lambda result, **rest: result.dumps,
+        wrong,
+        alias={"module": "no_such"},
+        raises=("ImportError",),
+    )
 
 
 assert math

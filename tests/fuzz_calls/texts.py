@@ -8,9 +8,23 @@ import torch
 from tests.fuzz import Draw, Plan, generator
 
 TEXTS = [
-    "", " ", "hello world", "I'm 7 now,  don't\n\n you", "naïve café", "日本語テキスト", "👩‍👩‍👧 🎉",
-    "a" * 300, "\t\r\n \u2028x\u00a0y", "<|endoftext|>", "e\u0301 ʼ’", "x\x00y\x1c", "١٢٣ ½ Ⅷ",
-    "\ud800", "a\udc00b \ud83d\ude00", "def f(x):\n    return x\n", "ﬁ Ĳ ẞ",
+    "",
+    " ",
+    "hello world",
+    "I'm 7 now,  don't\n\n you",
+    "naïve café",
+    "日本語テキスト",
+    "👩‍👩‍👧 🎉",
+    "a" * 300,
+    "\t\r\n \u2028x\u00a0y",
+    "<|endoftext|>",
+    "e\u0301 ʼ’",
+    "x\x00y\x1c",
+    "١٢٣ ½ Ⅷ",
+    "\ud800",
+    "a\udc00b \ud83d\ude00",
+    "def f(x):\n    return x\n",
+    "ﬁ Ĳ ẞ",
 ]
 ALPHABET = "abcde  \n.,!?'0189éßΩ日本🎉\ud800\udfff\u0301\u200d"
 NO_TEXTS = ["None", "3", "['a']", "b'abc'", "3.5", "{'a': 1}"]
@@ -39,8 +53,11 @@ def tiktoken_gpt2():
     from tests.fuzz_names import gpt2_tokenizer
 
     tokenizer = gpt2_tokenizer()
-    ranks = {text.encode("latin-1"): i for i, text in tokenizer.token_text.items()
-             if i != tokenizer.eot_token}
+    ranks = {
+        text.encode("latin-1"): i
+        for i, text in tokenizer.token_text.items()
+        if i != tokenizer.eot_token
+    }
     assert base64 and json_module
     return tiktoken.Encoding(
         "gpt2",
@@ -57,7 +74,8 @@ def encode(draw):
     def right(result, text, allowed_special=()):
         assert all(type(i) is int for i in result)
         expected = tiktoken_gpt2().encode(
-            text, allowed_special=set(allowed_special), disallowed_special=())
+            text, allowed_special=set(allowed_special), disallowed_special=()
+        )
         assert result == expected, f"tiktoken gives {expected}"
 
     wrong = {
@@ -65,23 +83,53 @@ def encode(draw):
         "allowed_special": ["['<|pad|>']", "3", "'<|endoftext|>'", "[3]", "None"],
     }
     arguments = {"_text": text(draw), "allowed_special": allowed}
-    return Plan("gpt2_tokenizer().encode", arguments, right, wrong,
-                alias={"allowed_special": "allowed_special|special"})
+    return Plan(
+        "gpt2_tokenizer().encode",
+        arguments,
+        right,
+        wrong,
+        alias={"allowed_special": "allowed_special|special"},
+    )
 
 
 @generator("BPETokenizer.decode", 2)
 def decode(draw):
     numbers = [draw.randrange(50257) for _ in range(draw.randint(0, 8))]
-    source = draw.choice([f"{numbers}", f"torch.tensor({numbers}, dtype=torch.long)",
-                          f"tuple({numbers})", f"np.array({numbers}, dtype=np.int64)"])
+    source = draw.choice(
+        [
+            f"{numbers}",
+            f"torch.tensor({numbers}, dtype=torch.long)",
+            f"tuple({numbers})",
+            f"np.array({numbers}, dtype=np.int64)",
+        ]
+    )
 
     def right(result, ids):
         assert result == tiktoken_gpt2().decode(list(map(int, ids)))
 
-    wrong = {"_ids": ["[50257]", "[-1]", "[[1, 2]]", "['a']", "None", "'abc'", "3", "[1.5]",
-                      "torch.tensor([[1, 2]])", "torch.tensor([1.0])", "[None]", "'1'"]}
-    return Plan("gpt2_tokenizer().decode", {"_ids": source}, right, wrong,
-                alias={"_ids": r"got|expected|id"})
+    wrong = {
+        "_ids": [
+            "[50257]",
+            "[-1]",
+            "[[1, 2]]",
+            "['a']",
+            "None",
+            "'abc'",
+            "3",
+            "[1.5]",
+            "torch.tensor([[1, 2]])",
+            "torch.tensor([1.0])",
+            "[None]",
+            "'1'",
+        ]
+    }
+    return Plan(
+        "gpt2_tokenizer().decode",
+        {"_ids": source},
+        right,
+        wrong,
+        alias={"_ids": r"got|expected|id"},
+    )
 
 
 @generator("BPETokenizer.call")
@@ -104,17 +152,24 @@ def show_work(draw):
         assert [i for part in parts for i in part["token_ix"]] == result["bpe_idx"]
         assert all(len(part["token_merged"]) == len(part["token_ix"]) for part in parts)
 
-    return Plan("gpt2_tokenizer().encode_and_show_work", {"_text": text(draw)}, right,
-                {"_text": NO_TEXTS})
+    return Plan(
+        "gpt2_tokenizer().encode_and_show_work", {"_text": text(draw)}, right, {"_text": NO_TEXTS}
+    )
 
 
 @generator("BPETokenizer.train", 2)
 def train(draw):
     size = draw.choice([257, 258, 262])
-    corpus = draw.choice([
-        "['the cat sat on the mat'] * 3", "['abab', 'baba abab']", "('one two', 'two three')",
-        "iter(['some text, some more text'])", r"['é\ud800é aa aa ab']", "['日本日本', 'aaaa bb']",
-    ])
+    corpus = draw.choice(
+        [
+            "['the cat sat on the mat'] * 3",
+            "['abab', 'baba abab']",
+            "('one two', 'two three')",
+            "iter(['some text, some more text'])",
+            r"['é\ud800é aa aa ab']",
+            "['日本日本', 'aaaa bb']",
+        ]
+    )
 
     def right(result, texts, vocab_size):
         assert result.vocab_size == vocab_size == len(result.vocab)
@@ -138,11 +193,19 @@ def train(draw):
 
 
 BROKEN_VOCABULARIES = [
-    ("vocab.json", "''"), ("vocab.json", "'[]'"), ("vocab.json", "'{'"),
-    ("vocab.json", "'{\"a\": \"b\"}'"), ("vocab.json", "'{\"a\": 1}'"),
-    ("vocab.json", "'é'.encode('latin-1')"), ("vocab.json", "'{}'.encode('utf-16')"),
-    ("vocab.json", "'[' * 100000"), ("merges.txt", "'a b c'"), ("merges.txt", "'\\xff'.encode('latin-1')"),
-    ("merges.txt", "'a zzzz'"), ("merges.txt", "'x'"), ("merges.txt", "b'\\xff\\xfea\\x00'"),
+    ("vocab.json", "''"),
+    ("vocab.json", "'[]'"),
+    ("vocab.json", "'{'"),
+    ("vocab.json", '\'{"a": "b"}\''),
+    ("vocab.json", "'{\"a\": 1}'"),
+    ("vocab.json", "'é'.encode('latin-1')"),
+    ("vocab.json", "'{}'.encode('utf-16')"),
+    ("vocab.json", "'[' * 100000"),
+    ("merges.txt", "'a b c'"),
+    ("merges.txt", "'\\xff'.encode('latin-1')"),
+    ("merges.txt", "'a zzzz'"),
+    ("merges.txt", "'x'"),
+    ("merges.txt", "b'\\xff\\xfea\\x00'"),
     ("vocab.json", "json.dumps(small_bpe().vocab | {'日本': 999})"),
     ("vocab.json", "json.dumps(small_bpe().vocab | {'zz': 1.5})"),
     ("vocab.json", "json.dumps(small_bpe().vocab | {'zz': True})"),
@@ -154,8 +217,11 @@ BROKEN_VOCABULARIES = [
 @generator("BPETokenizer.from_pretrained", 2)
 def load_tokenizer(draw):
     name, content = draw.choice(BROKEN_VOCABULARIES)
-    setup = ["small_bpe().save_pretrained(FOLDER / 'good')",
-             "small_bpe().save_pretrained(FOLDER / 'bad')", f"write('bad/{name}', {content})"]
+    setup = [
+        "small_bpe().save_pretrained(FOLDER / 'good')",
+        "small_bpe().save_pretrained(FOLDER / 'bad')",
+        f"write('bad/{name}', {content})",
+    ]
 
     def right(result, folder):
         from tests.fuzz_names import small_bpe
@@ -164,12 +230,22 @@ def load_tokenizer(draw):
         for line in ("the cat sat there", "日本 ab"):
             assert result.encode(line) == small_bpe().encode(line)
 
-    wrong = ["FOLDER / 'bad'", "FOLDER / 'bad'", "FOLDER / 'bad'", "FOLDER / 'missing'",
-             "FOLDER / 'good' / 'vocab.json'", *NO_PATHS]
-    return Plan("BPETokenizer.from_pretrained",
-                {"_folder": draw.choice(["FOLDER / 'good'", "str(FOLDER / 'good')"])}, right,
-                {"_folder": wrong}, setup,
-                {"_folder": "fuzz-|folder|path|vocabular|tokens|merges"})
+    wrong = [
+        "FOLDER / 'bad'",
+        "FOLDER / 'bad'",
+        "FOLDER / 'bad'",
+        "FOLDER / 'missing'",
+        "FOLDER / 'good' / 'vocab.json'",
+        *NO_PATHS,
+    ]
+    return Plan(
+        "BPETokenizer.from_pretrained",
+        {"_folder": draw.choice(["FOLDER / 'good'", "str(FOLDER / 'good')"])},
+        right,
+        {"_folder": wrong},
+        setup,
+        {"_folder": "fuzz-|folder|path|vocabular|tokens|merges"},
+    )
 
 
 @generator("BPETokenizer")
@@ -178,15 +254,33 @@ def make_tokenizer(draw):
         assert result.vocab_size == len(vocab)
 
     wrong = {
-        "vocab": ["None", "{}", "{'a': 1}", "[]", "'vocab'", "3",
-                  "small_bpe().vocab | {'日': 500}", "small_bpe().vocab | {3: 500}",
-                  "small_bpe().vocab | {'zz': 'x'}", "small_bpe().vocab | {'zz': 0}"],
-        "merges": ["None", "[('a', 'zzz')]", "['ab']", "3", "[('a', 'b', 'c')]", "[(1, 2)]",
-                   "'ab'", "[None]"],
+        "vocab": [
+            "None",
+            "{}",
+            "{'a': 1}",
+            "[]",
+            "'vocab'",
+            "3",
+            "small_bpe().vocab | {'日': 500}",
+            "small_bpe().vocab | {3: 500}",
+            "small_bpe().vocab | {'zz': 'x'}",
+            "small_bpe().vocab | {'zz': 0}",
+        ],
+        "merges": [
+            "None",
+            "[('a', 'zzz')]",
+            "['ab']",
+            "3",
+            "[('a', 'b', 'c')]",
+            "[(1, 2)]",
+            "'ab'",
+            "[None]",
+        ],
     }
     arguments = {"vocab": "small_bpe().vocab", "merges": "small_bpe().merge_list"}
-    return Plan("BPETokenizer", arguments, right, wrong,
-                alias={"vocab": "vocab|token", "merges": "merges"})
+    return Plan(
+        "BPETokenizer", arguments, right, wrong, alias={"vocab": "vocab|token", "merges": "merges"}
+    )
 
 
 # --------------------------------------------------------------------------------------------------
@@ -199,8 +293,9 @@ def chars_encode(draw):
         assert result == ["abcdefghij".index(char) for char in text]
 
     wrong = {"_text": ["'xyz'", r"'\ud800'", *NO_TEXTS]}
-    return Plan("LETTERS.encode", {"_text": word(draw)}, right, wrong,
-                alias={"_text": "character|text"})
+    return Plan(
+        "LETTERS.encode", {"_text": word(draw)}, right, wrong, alias={"_text": "character|text"}
+    )
 
 
 @generator("CharTokenizer.decode")
@@ -211,8 +306,21 @@ def chars_decode(draw):
     def right(result, ids):
         assert result == "".join("abcdefghij"[int(i)] for i in ids)
 
-    wrong = {"_ids": ["[11]", "[-1]", "[[1]]", "['a']", "None", "3", "[1.5]", "'abc'",
-                      "torch.tensor([[1, 2]])", "torch.tensor([1.0])", "[None]"]}
+    wrong = {
+        "_ids": [
+            "[11]",
+            "[-1]",
+            "[[1]]",
+            "['a']",
+            "None",
+            "3",
+            "[1.5]",
+            "'abc'",
+            "torch.tensor([[1, 2]])",
+            "torch.tensor([1.0])",
+            "[None]",
+        ]
+    }
     return Plan("LETTERS.decode", {"_ids": source}, right, wrong, alias={"_ids": "id|vocabulary"})
 
 
@@ -221,10 +329,16 @@ def make_chars(draw):
     def right(result, chars):
         assert result.vocab_size == len(chars) + 1
 
-    wrong = {"_chars": ["'aa'", "['ab']", "[1, 2]", "None", "3", "['']", "[None]", "b'ab'",
-                        "{'a': 1}"]}
-    return Plan("CharTokenizer", {"_chars": draw.choice(["'abc'", "['x', 'y']", "tuple('ab')"])},
-                right, wrong, alias={"_chars": "char"})
+    wrong = {
+        "_chars": ["'aa'", "['ab']", "[1, 2]", "None", "3", "['']", "[None]", "b'ab'", "{'a': 1}"]
+    }
+    return Plan(
+        "CharTokenizer",
+        {"_chars": draw.choice(["'abc'", "['x', 'y']", "tuple('ab')"])},
+        right,
+        wrong,
+        alias={"_chars": "char"},
+    )
 
 
 @generator("CharTokenizer.train")
@@ -247,48 +361,102 @@ def train_chars(draw):
 
 @generator("CharTokenizer.from_pretrained")
 def load_chars(draw):
-    content = draw.choice(["''", "'{}'", "'[1]'", "'[\"ab\"]'", "'[\"a\", \"a\"]'", "'['", "'null'",
-                           "'[\"é\"]'.encode('latin-1')", "'[]'.encode('utf-16')", "'[' * 100000"])
-    setup = ["CharTokenizer('abc').save_pretrained(FOLDER / 'good')",
-             f"write('bad/chars.json', {content})"]
+    content = draw.choice(
+        [
+            "''",
+            "'{}'",
+            "'[1]'",
+            "'[\"ab\"]'",
+            '\'["a", "a"]\'',
+            "'['",
+            "'null'",
+            "'[\"é\"]'.encode('latin-1')",
+            "'[]'.encode('utf-16')",
+            "'[' * 100000",
+        ]
+    )
+    setup = [
+        "CharTokenizer('abc').save_pretrained(FOLDER / 'good')",
+        f"write('bad/chars.json', {content})",
+    ]
 
     def right(result, folder):
         assert result.chars == ["a", "b", "c"]
 
     wrong = ["FOLDER / 'bad'", "FOLDER / 'bad'", "FOLDER / 'missing'", *NO_PATHS]
-    return Plan("CharTokenizer.from_pretrained", {"_folder": "FOLDER / 'good'"}, right,
-                {"_folder": wrong}, setup, {"_folder": "fuzz-|chars|path|folder"})
+    return Plan(
+        "CharTokenizer.from_pretrained",
+        {"_folder": "FOLDER / 'good'"},
+        right,
+        {"_folder": wrong},
+        setup,
+        {"_folder": "fuzz-|chars|path|folder"},
+    )
 
 
 # --------------------------------------------------------------------------------------------------
 # Files and rows
 
 
-BROKEN_TEXT_FILES = ["'é'.encode('latin-1')", "'text'.encode('utf-16')", "b'\\xff\\xfe\\x00'",
-                     "b'a\\x80'", r"b'\xed\xa0\x80'"]
+BROKEN_TEXT_FILES = [
+    "'é'.encode('latin-1')",
+    "'text'.encode('utf-16')",
+    "b'\\xff\\xfe\\x00'",
+    "b'a\\x80'",
+    r"b'\xed\xa0\x80'",
+]
 
 
 @generator("read_text")
 def read_text(draw):
     content = draw.choice(["plain", "", "two\r\nlines\r", "\ufeffmark", "日本 🎉"])
-    setup = [f"write('good.txt', {content!r})", f"write('bad.txt', {draw.choice(BROKEN_TEXT_FILES)})"]
+    setup = [
+        f"write('good.txt', {content!r})",
+        f"write('bad.txt', {draw.choice(BROKEN_TEXT_FILES)})",
+    ]
 
     def right(result, path):
         expected = content.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
         assert result == expected
 
-    wrong = ["FOLDER / 'bad.txt'", "FOLDER / 'bad.txt'", "FOLDER / 'missing.txt'", "FOLDER",
-             *NO_PATHS, "'\\0'", "'x' * 5000"]
-    return Plan("datasets_read_text", {"_path": "FOLDER / 'good.txt'"}, right, {"_path": wrong},
-                setup, {"_path": "fuzz-|path|file"})
+    wrong = [
+        "FOLDER / 'bad.txt'",
+        "FOLDER / 'bad.txt'",
+        "FOLDER / 'missing.txt'",
+        "FOLDER",
+        *NO_PATHS,
+        "'\\0'",
+        "'x' * 5000",
+    ]
+    return Plan(
+        "datasets_read_text",
+        {"_path": "FOLDER / 'good.txt'"},
+        right,
+        {"_path": wrong},
+        setup,
+        {"_path": "fuzz-|path|file"},
+    )
 
 
 BROKEN_LINES = [
-    "'{'", "'[1]'", "'null'", "'3'", "'{\"text\": 3}'", "'{\"other\": \"x\"}'",
-    "'{\"text\": null}'", "'{\"text\": [\"a\"]}'", "'é'.encode('latin-1')", "'{}'.encode('utf-16')",
-    "'{\"text\": \"é\"}'.encode('latin-1')", "'{\"text\": \"x\"}'.encode('utf-16')",
-    "'{\"text\": \"a\"} {\"text\": \"b\"}'", "'[' * 100000", "'{\"a\":' * 100000",
-    "'{\"text\": {\"text\": \"a\"}}'", "'{\"text\": ' + '9' * 5000 + '}'", "b'\\x00'",
+    "'{'",
+    "'[1]'",
+    "'null'",
+    "'3'",
+    "'{\"text\": 3}'",
+    '\'{"other": "x"}\'',
+    "'{\"text\": null}'",
+    '\'{"text": ["a"]}\'',
+    "'é'.encode('latin-1')",
+    "'{}'.encode('utf-16')",
+    "'{\"text\": \"é\"}'.encode('latin-1')",
+    "'{\"text\": \"x\"}'.encode('utf-16')",
+    '\'{"text": "a"} {"text": "b"}\'',
+    "'[' * 100000",
+    "'{\"a\":' * 100000",
+    '\'{"text": {"text": "a"}}\'',
+    "'{\"text\": ' + '9' * 5000 + '}'",
+    "b'\\x00'",
 ]
 
 
@@ -301,16 +469,25 @@ def read_jsonl(draw):
     content = "\n".join(lines) + draw.choice(["", "\n", "\n\n"])
     good_line = '{"text": "good"}\n' if draw.likely(0.5) else ""
     bad = draw.choice(BROKEN_LINES)
-    setup = [f"write('good.jsonl', {content!r})", f"bad = {bad}",
-             "bad = bad.encode() if isinstance(bad, str) else bad",
-             f"write('bad.jsonl', {good_line.encode()!r} + bad)"]
+    setup = [
+        f"write('good.jsonl', {content!r})",
+        f"bad = {bad}",
+        "bad = bad.encode() if isinstance(bad, str) else bad",
+        f"write('bad.jsonl', {good_line.encode()!r} + bad)",
+    ]
 
     def right(result, path, field):
         assert result == rows
 
     wrong = {
-        "_1path": ["FOLDER / 'bad.jsonl'", "FOLDER / 'bad.jsonl'", "FOLDER / 'bad.jsonl'",
-                   "FOLDER / 'no.jsonl'", "FOLDER", *NO_PATHS],
+        "_1path": [
+            "FOLDER / 'bad.jsonl'",
+            "FOLDER / 'bad.jsonl'",
+            "FOLDER / 'bad.jsonl'",
+            "FOLDER / 'no.jsonl'",
+            "FOLDER",
+            *NO_PATHS,
+        ],
     }
     arguments = {"_1path": "FOLDER / 'good.jsonl'", "_2field": "'text'"}
 
@@ -341,25 +518,55 @@ def split_rows(draw):
         assert sum(map(len, result.values())) == len(rows)
 
     wrong = {
-        "rows": ["None", "3", "[{'text': 3}]", "[{}]", "['a']", "[None]", "[{'t': 'x'}]", "'abc'",
-                 "{'text': 'x'}"],
+        "rows": [
+            "None",
+            "3",
+            "[{'text': 3}]",
+            "[{}]",
+            "['a']",
+            "[None]",
+            "[{'t': 'x'}]",
+            "'abc'",
+            "{'text': 'x'}",
+        ],
         "key": ["'missing'", "None", "3"],
     }
     arguments = {"rows": f"{[{'text': t} for t in texts]!r}", "key": "'text'"}
     if not texts:
         wrong.pop("key")
-    return Plan("split_rows", arguments, right, wrong,
-                alias={"key": "field|row|key", "rows": "row"})
+    return Plan(
+        "split_rows", arguments, right, wrong, alias={"key": "field|row|key", "rows": "row"}
+    )
 
 
 # Wrong rows, in the terms of each dataset's fields: {field} stands for one of them.
 def wrong_rows(good: str, *fields: str) -> list[str]:
     """Lists of rows with one that is wrong: `good` is the source of a right one."""
-    wrong = ["None", "3", "'text'", "['text']", "[None]", "[3]", "[[1, 2]]", "[{}]",
-             f"[{good}, None]", f"[{good}, 'x']", "{'prompt': 'a'}", "[b'x']"]
+    wrong = [
+        "None",
+        "3",
+        "'text'",
+        "['text']",
+        "[None]",
+        "[3]",
+        "[[1, 2]]",
+        "[{}]",
+        f"[{good}, None]",
+        f"[{good}, 'x']",
+        "{'prompt': 'a'}",
+        "[b'x']",
+    ]
     for field in fields:
-        for value in ("None", "3", "['a', 3]", "{'role': 'user'}", "b'abc'", "True", "[[['a']]]",
-                      "math.nan"):
+        for value in (
+            "None",
+            "3",
+            "['a', 3]",
+            "{'role': 'user'}",
+            "b'abc'",
+            "True",
+            "[[['a']]]",
+            "math.nan",
+        ):
             wrong.append(f"[{good}, {{**{good}, {field!r}: {value}}}]")
         wrong.append(f"[{good}, {{k: v for k, v in {good}.items() if k != {field!r}}}]")
         wrong.append(f"[{{**{good}, {field!r}: 'a' * 500}}]")
@@ -368,8 +575,10 @@ def wrong_rows(good: str, *fields: str) -> list[str]:
 
 @generator("Completions", 2)
 def completions(draw):
-    rows = [{"prompt": eval(word(draw)), "completion": eval(word(draw))}
-            for _ in range(draw.randint(1, 4))]
+    rows = [
+        {"prompt": eval(word(draw)), "completion": eval(word(draw))}
+        for _ in range(draw.randint(1, 4))
+    ]
     if draw.likely(0.3):
         rows = [{"text": row["completion"]} for row in rows]
     elif draw.likely(0.3):
@@ -388,17 +597,28 @@ def completions(draw):
 
     good = "{'prompt': 'ab', 'completion': 'cd'}"
     wrong_prompts = wrong_rows(good, "prompt")
-    wrong_prompts = [w for w in wrong_prompts if not w.endswith(" if k != 'prompt'}]")
-                     and "'prompt': None" not in w]
+    wrong_prompts = [
+        w
+        for w in wrong_prompts
+        if not w.endswith(" if k != 'prompt'}]") and "'prompt': None" not in w
+    ]
     wrong = {
-        "rows": [*wrong_rows(good, "completion"), *wrong_prompts, "[{'prompt': 'a'}]",
-                 "[{'completion': 'xyz'}]", r"[{'completion': '\ud800'}]"],
+        "rows": [
+            *wrong_rows(good, "completion"),
+            *wrong_prompts,
+            "[{'prompt': 'a'}]",
+            "[{'completion': 'xyz'}]",
+            r"[{'completion': '\ud800'}]",
+        ],
         "tokenizer": ["None", "BareTokenizer()", "3", "'gpt2'", "CharTokenizer"],
         "block_size": ["1", "0", "None", "'12'", "-3", "math.nan", "12.5", "True"],
     }
     arguments = {"rows": repr(rows), "tokenizer": "LETTERS", "block_size": "12"}
-    alias = {"rows": "row|text|character", "tokenizer": "tokenizer|end token|encode",
-             "block_size": "row|block_size"}
+    alias = {
+        "rows": "row|text|character",
+        "tokenizer": "tokenizer|end token|encode",
+        "block_size": "row|block_size",
+    }
     return Plan("Completions", arguments, right, wrong, alias=alias)
 
 
@@ -432,18 +652,25 @@ def comparisons(draw):
     wrong = {
         "rows": [
             *wrong_rows(good, "chosen", "rejected"),
-            f"[{{**{good}, 'ended': [1, 0]}}]", f"[{{**{good}, 'ended': 'yes'}}]",
-            f"[{{**{good}, 'ended': [True]}}]", f"[{{**{good}, 'ended': None}}]",
-            f"[{{**{good}, 'rejected': []}}]", f"[{good}, {{**{good}, 'rejected': ['a', 'b']}}]",
+            f"[{{**{good}, 'ended': [1, 0]}}]",
+            f"[{{**{good}, 'ended': 'yes'}}]",
+            f"[{{**{good}, 'ended': [True]}}]",
+            f"[{{**{good}, 'ended': None}}]",
+            f"[{{**{good}, 'rejected': []}}]",
+            f"[{good}, {{**{good}, 'rejected': ['a', 'b']}}]",
             f"[{{**{good}, 'chosen': '', 'ended': [False, True]}}]",
-            f"[{{**{good}, 'rejected': 'xyz'}}]", f"[{{**{good}, 'prompt': 3}}]",
+            f"[{{**{good}, 'rejected': 'xyz'}}]",
+            f"[{{**{good}, 'prompt': 3}}]",
         ],
         "tokenizer": ["None", "BareTokenizer()", "3", "'gpt2'"],
         "block_size": ["1", "0", "None", "'12'", "-3", "math.nan", "12.5"],
     }
     arguments = {"rows": repr(rows), "tokenizer": "LETTERS", "block_size": "12"}
-    alias = {"rows": "row|text|character", "tokenizer": "tokenizer|end token|encode",
-             "block_size": "row|block_size"}
+    alias = {
+        "rows": "row|text|character",
+        "tokenizer": "tokenizer|end token|encode",
+        "block_size": "row|block_size",
+    }
     return Plan("Comparisons", arguments, right, wrong, alias=alias)
 
 
@@ -472,12 +699,35 @@ def prompts(draw):
 
     wrong = {
         "prompts": [
-            "None", "3", "'abc'", "{'prompt': 'a'}", "[3]", "[None]", "[[]]", "['']", "[[1.9, 2.2]]",
-            "[[True]]", "[['a']]", "[{}]", "[{'prompt': 3}]", "[{'prompt': None}]", "[b'ab']",
-            "[{'prompt': 'a', 'x': 1}, {'prompt': 'b'}]", "[{'prompt': 'a'}, {'prompt': 'b', 'x': 1}]",
-            "[{'prompt': 'a', 'completions': 1}]", "[{'prompt': 'a', 3: 1}]", "[[1], [1.5]]",
-            "torch.ones(2, 3)", "torch.ones(2, 2, 2).long()", "[[[1]]]", "['xyz']", r"['\ud800']",
-            "torch.tensor(3)", "[[1, 'a']]", "[[10**30]]", "[{'a': 1}]",
+            "None",
+            "3",
+            "'abc'",
+            "{'prompt': 'a'}",
+            "[3]",
+            "[None]",
+            "[[]]",
+            "['']",
+            "[[1.9, 2.2]]",
+            "[[True]]",
+            "[['a']]",
+            "[{}]",
+            "[{'prompt': 3}]",
+            "[{'prompt': None}]",
+            "[b'ab']",
+            "[{'prompt': 'a', 'x': 1}, {'prompt': 'b'}]",
+            "[{'prompt': 'a'}, {'prompt': 'b', 'x': 1}]",
+            "[{'prompt': 'a', 'completions': 1}]",
+            "[{'prompt': 'a', 3: 1}]",
+            "[[1], [1.5]]",
+            "torch.ones(2, 3)",
+            "torch.ones(2, 2, 2).long()",
+            "[[[1]]]",
+            "['xyz']",
+            r"['\ud800']",
+            "torch.tensor(3)",
+            "[[1, 'a']]",
+            "[[10**30]]",
+            "[{'a': 1}]",
         ],
     }
     if kind in ("text", "rows"):
@@ -502,8 +752,18 @@ def pad(draw):
             no = [False] * (T - len(row))
             assert bits.tolist() == (no + ones if left else ones + no)
 
-    wrong = {"rows": ["None", "[]", "[[1, 2]]", "3", "'ab'", "[None]", "[torch.ones(2, 2)]",
-                      "[torch.tensor(3)]"]}
+    wrong = {
+        "rows": [
+            "None",
+            "[]",
+            "[[1, 2]]",
+            "3",
+            "'ab'",
+            "[None]",
+            "[torch.ones(2, 2)]",
+            "[torch.tensor(3)]",
+        ]
+    }
     arguments = {"rows": f"[{', '.join(rows)}]", "left": left}
     return Plan("pad_and_mask", arguments, right, wrong, alias={"rows": "row"})
 
@@ -512,12 +772,28 @@ def pad(draw):
 def end_token(draw):
     def right(result, tokenizer):
         assert result == {"Letters": 10, "BareTokenizer": None, "NoneType": None}.get(
-            type(tokenizer).__name__, 7)
+            type(tokenizer).__name__, 7
+        )
 
-    good = draw.choice(["LETTERS", "BareTokenizer()", "None",
-                        "type('T', (), {'eos_token_id': 7})()",
-                        "type('T', (), {'eot_token': None, 'eos_token_id': np.int64(7)})()"])
-    wrong = ["type('T', (), {'eot_token': 'x'})()", "type('T', (), {'eos_token_id': [1]})()",
-             "type('T', (), {'eos_token_id': 1.5})()", "type('T', (), {'eot_token': -1})()"]
-    return Plan("end_token", {"_tokenizer": good}, right, {"_tokenizer": wrong},
-                alias={"_tokenizer": "eot_token|eos_token_id"})
+    good = draw.choice(
+        [
+            "LETTERS",
+            "BareTokenizer()",
+            "None",
+            "type('T', (), {'eos_token_id': 7})()",
+            "type('T', (), {'eot_token': None, 'eos_token_id': np.int64(7)})()",
+        ]
+    )
+    wrong = [
+        "type('T', (), {'eot_token': 'x'})()",
+        "type('T', (), {'eos_token_id': [1]})()",
+        "type('T', (), {'eos_token_id': 1.5})()",
+        "type('T', (), {'eot_token': -1})()",
+    ]
+    return Plan(
+        "end_token",
+        {"_tokenizer": good},
+        right,
+        {"_tokenizer": wrong},
+        alias={"_tokenizer": "eot_token|eos_token_id"},
+    )
