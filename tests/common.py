@@ -75,6 +75,11 @@ def tiny_gpt(seed=0, **options):
     return model.eval()
 
 
+def random_ids(*lengths):
+    """A list of 1-D tensors of random token ids, for tiny_gpt."""
+    return [torch.randint(11, (length,)) for length in lengths]
+
+
 def timeless(folder):
     """The metrics of a run in this folder, without the ones that differ from run to run."""
     rows = read_metrics(folder / "metrics.jsonl")

@@ -73,7 +73,7 @@ def held_out_loss(model: GPT, texts: list[str], tokenizer) -> float:
     The texts are read in consecutive windows.
     """
     windows = data.Windows(texts, tokenizer, model.config.block_size, consecutive=True)
-    device = model.transformer.wte.weight.device
+    device = model.transformer.embedding.weight.device
     total, count = 0.0, 0
     for x, y in DataLoader(windows, batch_size=256):
         characters = (y >= 0).sum().item()
