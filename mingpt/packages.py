@@ -36,9 +36,10 @@ ARCHIVES = ("*.whl", "*.tar.gz", "*.zip")
 # What Python's readers of archives raise; RuntimeError where one is encrypted.
 BROKEN_ARCHIVE = (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError, RuntimeError)
 
-# To be sure of a source distribution's name, pip asks the package's build system for it, which
-# runs the package's setup.py. This stands in for that build system, setuptools, and gives the
-# answer: {name} and {version} are what we asked for, and the SHA-256 has already been checked.
+# To be sure of a source distribution's name, pip asks the package's build system for it. That is
+# setuptools, if the package does not bring its own, and it would run the package's setup.py. This
+# stands in for setuptools and just gives the answer: {name} and {version} are what we asked for,
+# and the SHA-256 has already been checked.
 BUILD_SYSTEM = """
 import os
 import sys
