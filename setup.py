@@ -38,6 +38,8 @@ setup(
             "tensorboard>=2.15",
             "gguf>=0.17",  # the numbers in llama.cpp's files
         ],
+        # The page of projects/chat.
+        "chat": ["starlette>=0.45", "uvicorn>=0.34"],
         # What projects/bench compares with.
         "bench": [
             "transformers>=4.57",
@@ -59,6 +61,7 @@ setup(
             "gguf>=0.17",
             "nbclient>=0.10",
             "ipykernel>=6.29",
+            "playwright>=1.50",  # drives the Chromium that the system has
         ],
         # What a change must pass before it is committed: `ruff check` and `mypy mingpt`.
         "dev": ["ruff>=0.14", "mypy>=1.18", "types-requests", "types-regex", "types-tqdm"],

@@ -156,7 +156,14 @@ class Pretrained(nn.Module):
 
         With a language model whose `special_tokens` are known, also generation_config.json. All
         of them or, if the process is killed, none: then the older ones stay.
+
+        ValueError for a model with adapters (lora.py).
         """
+        if hasattr(self.transformer, "adapters"):
+            raise ValueError(
+                "the model has adapters, which these files cannot hold: lora.merge(model) first, "
+                "or save the adapter with lora.save_pretrained(model, folder)"
+            )
         family = FAMILIES[self.config.architecture]
         tensors = {}
         for name, parameter in self.named_parameters():  # a tied head is among them once

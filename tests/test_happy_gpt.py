@@ -20,9 +20,10 @@ import torch
 from mingpt.chars import CharTokenizer
 from mingpt.datasets import split_rows
 from mingpt.run_folder import read_metrics
-from tests.common import ROOT, TempDirTestCase, load_script, tiny_gpt
+from tests.common import NO_POINTS, ROOT, TempDirTestCase, load_script, tiny_gpt
 
 sys.path.insert(0, str(ROOT / "projects" / "happy_gpt"))
+import compare
 import data
 import preferences
 import report
@@ -332,6 +333,7 @@ class ScriptTestCase(TempDirTestCase):
         process = self.start_in(name, *args)
         printed = process.communicate()
         self.assertEqual(process.returncode, code, printed)
+        self.assertNotIn(NO_POINTS, printed[1])
         return printed
 
     def summary(self, name):
@@ -479,6 +481,10 @@ class TestFamily(ScriptTestCase):
         for row in looks:
             for name in ("eval/kl", "eval/scores", "eval/vader"):
                 self.assertTrue(math.isfinite(row[name]))
+        # compare.py draws such runs. This one stands for that without a penalty.
+        with self.assertNoLogs("mingpt", "WARNING"):
+            compare.plot("human", {"kl_coef 0": self.folder / "human"}, self.folder / "human.png")
+        self.assertGreater((self.folder / "human.png").stat().st_size, 0)
 
     def check_compare(self):
         process = self.start(
@@ -491,6 +497,7 @@ class TestFamily(ScriptTestCase):
         )
         printed, complaint = process.communicate()
         self.assertEqual(process.returncode, 0, complaint)
+        self.assertNotIn(NO_POINTS, complaint)
         rows = r"\| reinforce \| -?0\.\d+ .*\n\| best of 16 \| 0\.\d+ \| ≤ 1\.84 "
         self.assertRegex(printed, rows)
         self.assertGreater((self.folder / "family.png").stat().st_size, 0)
