@@ -169,7 +169,9 @@ def generate_in_batches(
     batches = []
     with evaluation_mode(policy):
         starts = range(0, len(prompts), batch_size)
-        for first in tqdm(starts, "samples", disable=None, leave=False):
+        # None: a bar on a terminal only. For a single batch it would show nothing.
+        hides_bar = True if len(starts) == 1 else None
+        for first in tqdm(starts, "samples", disable=hides_bar, leave=False):
             batch = prompts[first : first + batch_size]
             batches.append(generate_batch(policy, batch, longest, generator, **options))
     # From a tuple of tensors for each batch to one tensor of each kind.
