@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 from mingpt import rewards
 from mingpt.config import CfgNode, check_numbers
-from mingpt.datasets import encode_prompts, end_token, left_pad
+from mingpt.datasets import default_stop_token, encode_prompts, left_pad, stop_tokens
 from mingpt.model import stop_ids
 from mingpt.prefix import needed_mask
 from mingpt.rewards import RewardFn
@@ -112,7 +112,7 @@ def sample(
     check_numbers(CfgNode(n=n, batch_size=batch_size), "n", "batch_size", low=1, whole=True)
     check_stop_strings(stop_strings)
     if stop_token is None:
-        stop_token = end_token(tokenizer)
+        stop_token = default_stop_token(tokenizer)
 
     # n completions of a prompt are one completion of each of n equal prompts.
     prompts = [prompt for prompt in prompts for _ in range(n)]
@@ -127,7 +127,7 @@ def sample(
     )
 
     # Decode them, cut them, judge them.
-    left_out = {end_token(tokenizer), *stop_ids(stop_token)}
+    left_out = {*stop_tokens(tokenizer), *stop_ids(stop_token)}
     samples = decoded(*sampled, tokenizer, stop_token, left_out)
     samples = cut_at_stop_strings(samples, stop_strings, tokenizer, left_out)
     if reward_fn is not None:
