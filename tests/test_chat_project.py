@@ -1,6 +1,7 @@
 """projects/chat: the labels, their page and its server."""
 
 import contextlib
+import copy
 import http.client
 import importlib.util
 import io
@@ -25,7 +26,7 @@ from unittest import mock
 import torch
 
 from mingpt.datasets import read_jsonl
-from tests import chat_stub
+from tests import tiny_chat
 from tests.common import ROOT, TempDirTestCase, printed
 
 sys.path.insert(0, str(ROOT / "projects" / "chat"))
@@ -923,7 +924,8 @@ class PromptTests(TempDirTestCase):
 class PairTests(unittest.TestCase):
     @classmethod
     def setUpClass(cls):
-        cls.model = chat_stub.load()
+        folder = cls.enterClassContext(tempfile.TemporaryDirectory())
+        cls.model = answers.ChatModel.load(tiny_chat.write_tiny_chat(folder), "cpu")
         cls.ask = answers.get_ask_config()
         cls.ask.max_new_tokens = 12
 
@@ -936,8 +938,9 @@ class PairTests(unittest.TestCase):
         self.assertEqual(pair.sampling["seed"], 3)
         for answer in (pair.left, pair.right):
             self.assertEqual(answer.model, self.model.hash)
-            self.assertEqual(answer.text, self.model.chat.decode(answer.ids).strip())
-            self.assertEqual(answer.ended, answer.ids[-1] == chat_stub.END)
+            written = answer.ids[: -1 if answer.ended else None]
+            self.assertEqual(answer.text, self.model.chat.decode(written).strip())
+            self.assertEqual(answer.ended, answer.ids[-1] == tiny_chat.END)
             self.assertLessEqual(len(answer.ids), 12)
         self.assertNotEqual(pair.left.text, pair.right.text)
 
@@ -963,24 +966,26 @@ class PairTests(unittest.TestCase):
 
     def test_a_prompt_that_leaves_no_room_is_refused(self):
         with self.assertRaisesRegex(ValueError, "leaves -?[0-9]+ for the answer"):
-            self.model.encode(self.ask, "x" * 150)
+            self.model.encode(self.ask, "x" * 200)
 
     def test_the_hash_tells_models_apart(self):
-        other = chat_stub.tiny_llama(seed=1)
+        other = copy.deepcopy(self.model.model)
+        self.assertEqual(answers.hash_of(other), self.model.hash)
+        with torch.no_grad():
+            next(other.parameters())[0, 0] += 1
         self.assertNotEqual(answers.hash_of(other), self.model.hash)
-        self.assertEqual(answers.hash_of(self.model.model), self.model.hash)
 
 
 class LabellerTests(TempDirTestCase):
     def setUp(self):
         super().setUp()
-        self.enterContext(mock.patch.object(answers.ChatModel, "load", chat_stub.load))
+        self.model = tiny_chat.write_tiny_chat(self.folder / "tiny")
         self.enterContext(mock.patch.object(label, "log_to_console", lambda: None))
 
     def label(self, work_dir, *options):
         """The labels of a labeller, as what one can compare."""
-        args = [f"--work_dir={self.folder / work_dir}", "--ask.max_new_tokens=8", *options]
-        label.main(args)
+        fixed = [f"--work_dir={self.folder / work_dir}", f"--model={self.model}", "--device=cpu"]
+        label.main([*fixed, "--ask.max_new_tokens=8", *options])
         database = Store(self.folder / work_dir / "labels.db")
         self.addCleanup(database.close)
         return [(row.id, row.choice, row.pair.left.text) for row in database.labels()]
@@ -1069,7 +1074,7 @@ class RuleTests(unittest.TestCase):
 class TalkTests(TempDirTestCase):
     def setUp(self):
         super().setUp()
-        self.enterContext(mock.patch.object(answers.ChatModel, "load", chat_stub.load))
+        self.model = tiny_chat.write_tiny_chat(self.folder / "tiny", block_size=160)
         self.enterContext(mock.patch.object(talk, "log_to_console", lambda: None))
 
     def talk(self, lines, *options):
@@ -1080,13 +1085,14 @@ class TalkTests(TempDirTestCase):
             contextlib.redirect_stdout(out),
             contextlib.redirect_stderr(err),
         ):
-            talk.main(["--max_new_tokens=10", f"--save={self.folder / 'said.jsonl'}", *options])
+            saved = f"--save={self.folder / 'said.jsonl'}"
+            talk.main([f"--model={self.model}", "--max_new_tokens=10", saved, *options])
         return out.getvalue(), err.getvalue()
 
     def conversation(self, **options):
         config = talk.get_config()
         config.merge_from_dict({"max_new_tokens": 10, **options})
-        return talk.Conversation(config, chat_stub.load())
+        return talk.Conversation(config, answers.ChatModel.load(self.model, "cpu"))
 
     def test_a_pipe_gets_the_answers_and_nothing_else(self):
         out, err = self.talk("Hello?\n\nWhy?\n")
@@ -1110,8 +1116,8 @@ class TalkTests(TempDirTestCase):
     def test_half_a_character_is_never_shown(self):
         conversation = self.conversation()
         conversation.ask("Hello?")
-        written = [chat_stub.FIRST_BYTE + byte for byte in "a\u00e9\U0001f600.".encode()]
-        columns = [torch.tensor([[token]]) for token in [*written, chat_stub.END]]
+        written = [*"a\u00e9\U0001f600.".encode(), tiny_chat.END]
+        columns = [torch.tensor([[token]]) for token in written]
         with mock.patch.object(conversation.model, "stream", lambda *args, **kwargs: iter(columns)):
             pieces = list(conversation.answer([5]))
         self.assertEqual("".join(pieces), "a\u00e9\U0001f600.")
@@ -1143,7 +1149,7 @@ class TalkTests(TempDirTestCase):
     def test_ctrl_c_stops_an_answer_and_keeps_what_was_written(self):
         conversation = self.conversation()
         conversation.ask("Hello?")
-        token = torch.tensor([[chat_stub.FIRST_BYTE + ord("a")]])
+        token = torch.tensor([[ord("a")]])
 
         def stream(*args, **kwargs):
             yield token
@@ -1184,7 +1190,7 @@ class TalkTests(TempDirTestCase):
 
     def test_through_a_real_pipe(self):
         result = subprocess.run(
-            [sys.executable, ROOT / "tests" / "chat_stub.py", "talk.py", "--max_new_tokens=5"],
+            [sys.executable, PROJECT / "talk.py", f"--model={self.model}", "--max_new_tokens=5"],
             input=b"What is the capital of France?\n\xff\xfe\n",
             capture_output=True,
             cwd=self.folder,
