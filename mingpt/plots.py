@@ -27,8 +27,9 @@ def plot_metrics(
 
     panels: {panel title: {label: (xs, ys)}}. Points whose y is None or NaN are left out, and so are
     curves without points, and panels without curves. Where nothing remains, no file is written.
-    Needs matplotlib (extra `projects`).
+    Needs matplotlib (extra `projects`). ValueError for panels of another form.
     """
+    check_panels(panels)
     plt = import_extra("matplotlib.pyplot", "projects")
     plt.switch_backend("Agg")  # draws into memory: needs neither a window nor a display
 
@@ -49,6 +50,27 @@ def plot_metrics(
     with atomic_write(path) as f:
         figure.savefig(f, dpi=110, format="png")
     plt.close(figure)
+
+
+def check_panels(panels: Any) -> None:
+    """ValueError unless panels is {panel title: {label: (xs, ys)}}."""
+    form = "expected {panel title: {label: (xs, ys)}}"
+    if not isinstance(panels, dict):
+        raise ValueError(f"panels is {panels!r:.60}; {form}")
+    for title, curves in panels.items():
+        if not isinstance(curves, dict):
+            raise ValueError(f"panel {title!r} is {curves!r:.60}; {form}")
+        for label, curve in curves.items():
+            try:
+                xs, ys = curve
+                numbers = [float(y) for _, y in zip(xs, ys, strict=True) if y is not None]
+            except (TypeError, ValueError):
+                numbers = None
+            if numbers is None:
+                raise ValueError(
+                    f"curve {label!r} of panel {title!r} is {curve!r:.60}; expected as many xs as "
+                    "ys, which are numbers or None"
+                )
 
 
 def without_empty_curves(panels: dict, name: str) -> dict:
