@@ -21,6 +21,7 @@ import re
 import shutil
 import signal
 import sys
+import textwrap
 import threading
 import zipfile
 from collections.abc import Callable, Iterator
@@ -482,6 +483,18 @@ def replace_what_cannot_be_printed() -> None:
         sys.stdout.reconfigure(errors="replace")
 
 
+def wrapped(text: str) -> str:
+    """The text for standard error: on a terminal, lines end between words."""
+    if not sys.stderr.isatty():
+        return text
+    columns = shutil.get_terminal_size().columns
+    lines = [
+        textwrap.fill(line, columns, break_long_words=False, break_on_hyphens=False)
+        for line in text.splitlines()
+    ]
+    return "\n".join(lines)
+
+
 def run_script(main: Callable[[list[str]], None]) -> NoReturn:
     """Run main(command line) for a script, and exit.
 
@@ -496,7 +509,7 @@ def run_script(main: Callable[[list[str]], None]) -> NoReturn:
     try:
         main(sys.argv[1:])
     except (ValueError, OSError, ImportError, FloatingPointError) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(wrapped(f"error: {error}"))
     except KeyboardInterrupt:
         exit_code = interrupted
     except SystemExit as stop:

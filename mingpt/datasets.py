@@ -8,6 +8,10 @@ They come as rows, that is dicts, most often the lines of a JSON Lines file:
     {"prompt": ..., "chosen": ..., "rejected": ...}    comparisons, for a reward model or DPO
     {"prompt": ..., "answer": ...}                     prompts for RL, with further columns for the
                                                        reward function, here `answer`
+    {"messages": [...]}                                conversations: demonstrations, or prompts
+
+A text in them can also be a list of messages, {"role": "user", "content": "Hi!"}, as the prompt of
+a conversation. Then the tokenizer is a `Chat`, which knows how the model reads them.
 
 For example, a reward model learns from comparisons like this:
 
@@ -78,7 +82,7 @@ def read_jsonl(path: str | Path, *fields: str) -> list[dict]:
     """The objects in a file of JSON lines; blank lines are skipped.
 
     Raises ValueError, with its number, for a line that is not an object with all `fields`
-    as text, and for what `read_text` refuses.
+    as text or messages, and for what `read_text` refuses.
     """
     rows = []
     # Not str.splitlines(), which also splits at U+2028, and that may stand inside a JSON string.
@@ -86,13 +90,25 @@ def read_jsonl(path: str | Path, *fields: str) -> list[dict]:
         if not line.strip():
             continue
         row = parse_line(line)
-        if row is None or not all(isinstance(row.get(field), str) for field in fields):
+        if row is None or not all(is_text(row.get(field)) for field in fields):
             example = json.dumps(dict.fromkeys(fields, "..."))
             raise ValueError(
                 f"{path}, line {number}: must be JSON like {example}, not {line[:60]!r}"
             )
         rows.append(row)
     return rows
+
+
+def is_text(value: Any) -> bool:
+    """Whether a field holds a text, or messages, which a `Chat` makes a text of."""
+    return isinstance(value, str) or is_messages(value)
+
+
+def is_messages(value: Any) -> bool:
+    """Whether a value is a list of messages, that is of dicts."""
+    if not isinstance(value, (list, tuple)) or not value:
+        return False
+    return all(isinstance(message, Mapping) for message in value)
 
 
 def parse_line(line: str) -> dict | None:
@@ -124,10 +140,18 @@ def split_of(text: str) -> str:
 
 
 def split_rows(rows: Iterable[dict], key: str) -> dict[str, list[dict]]:
-    """{"train": rows, "valid": rows, "test": rows}, by `split_of` the text in the field `key`."""
+    """{"train": rows, "valid": rows, "test": rows}, by `split_of` the text in the field `key`.
+
+    Messages in that field are split by their JSON.
+    """
     splits: dict[str, list[dict]] = {"train": [], "valid": [], "test": []}
     for i, row in enumerate(rows):
-        splits[split_of(text_field(i, row, key))].append(row)
+        check_row(i, row)
+        if is_messages(row.get(key)):
+            text = json.dumps(row[key], sort_keys=True)
+        else:
+            text = text_field(i, row, key)
+        splits[split_of(text)].append(row)
     return splits
 
 
@@ -158,6 +182,21 @@ def end_token(tokenizer: Any) -> int | None:
             check_numbers(CfgNode(**{name: token}), name, whole=True)
             return int(token)
     return None
+
+
+def stop_tokens(tokenizer: Any) -> list[int]:
+    """The ids that end a completion: a `Chat`'s stop_tokens, or else the `end_token`, if any."""
+    stops = getattr(tokenizer, "stop_tokens", None)
+    if stops is None:
+        end = end_token(tokenizer)
+        stops = [] if end is None else [end]
+    return [int(token) for token in stops]
+
+
+def default_stop_token(tokenizer: Any) -> int | list[int] | None:
+    """What `generate` should stop at: all of a `Chat`'s stop_tokens, or else the `end_token`."""
+    stops = stop_tokens(tokenizer)
+    return stops if len(stops) > 1 else end_token(tokenizer)
 
 
 def required_end_token(tokenizer: Tokenizer) -> int:
@@ -206,9 +245,35 @@ def text_field(i: int, row: dict, *names: str) -> str:
     return row[name]
 
 
+def encode_messages(
+    i: int,
+    messages: Sequence[Mapping],
+    tokenizer: Any,
+    **options: Any,
+) -> Any:
+    """What `tokenizer.encode(messages, **options)` makes of the messages of row number i.
+
+    Raises ValueError, with the row's number, where the tokenizer is no `Chat`, or refuses them.
+    """
+    if not hasattr(tokenizer, "stop_tokens"):
+        raise ValueError(
+            f"row {i} has messages, {short(messages)}: pass a Chat as the tokenizer, "
+            "for instance Chat.from_pretrained(...)"
+        )
+    try:
+        return tokenizer.encode(messages, **options)
+    except ValueError as error:
+        raise ValueError(f"row {i}: {error}") from None
+
+
 def encode_prompt_field(i: int, row: dict, tokenizer: Tokenizer, end: int) -> list[int]:
-    """The ids of a row's prompt. Without a prompt, they are the end token alone."""
+    """The ids of a row's prompt. Without a prompt, they are the end token alone.
+
+    Messages are followed by the generation prompt, with which the assistant's answer begins.
+    """
     check_row(i, row)
+    if is_messages(row.get("prompt")):
+        return encode_messages(i, row["prompt"], tokenizer, add_generation_prompt=True)
     # A model must read something before it can predict the first token. It has learned that a new
     # text begins after the end of another.
     if row.get("prompt") in (None, ""):
@@ -242,9 +307,10 @@ class Completions(Dataset):
         Trainer(config, model, data, collate_fn=data.collate, weight_fn=data.weight)
 
     rows: dicts with `prompt` and `completion`, or with `text`, which is a completion of the
-    end token. Each completion ends with the end token. An item is (x, y), (T,) each: y[t]
-    is the token to predict after x[t], or -1 where that belongs to the prompt. With p for
-    the prompt's tokens:
+    end token. Each completion ends with the end token. Or with `messages`: what the assistant
+    says is completion, the ends of its turns included, and all else is prompt. An item is
+    (x, y), (T,) each: y[t] is the token to predict after x[t], or -1 where that belongs to the
+    prompt. With p for the prompt's tokens:
 
         ids    p    p    a    b    <eot>
         x      p    p    a    b              ids[:-1]
@@ -259,13 +325,12 @@ class Completions(Dataset):
         check_numbers(CfgNode(block_size=block_size), "block_size", low=1, whole=True)
         self.items: list[tuple[Tensor, Tensor]] = []
         for i, row in enumerate(rows):
-            prompt = encode_prompt_field(i, row, tokenizer, end)
-            completion = [*tokenizer.encode(text_field(i, row, "completion", "text")), end]
-            ids = prompt + completion
+            ids, is_completion = encode_demonstration(i, row, tokenizer, end)
             # The last token is only predicted, never read, so one more than block_size fits.
             check_length(i, ids, block_size + 1)
             # The prompt's last token already predicts the first one of the completion.
-            targets = [IGNORED] * (len(prompt) - 1) + completion
+            pairs = zip(ids[1:], is_completion[1:], strict=True)
+            targets = [token if learned else IGNORED for token, learned in pairs]
             self.items.append((torch.tensor(ids[:-1]), torch.tensor(targets)))
 
     def __len__(self) -> int:
@@ -290,12 +355,35 @@ class Completions(Dataset):
         return int((targets != IGNORED).sum())
 
 
+def encode_demonstration(
+    i: int,
+    row: dict,
+    tokenizer: Tokenizer,
+    end: int,
+) -> tuple[list[int], list[bool]]:
+    """The ids of row number i, and which of them are completion."""
+    check_row(i, row)
+    if "messages" not in row:
+        prompt = encode_prompt_field(i, row, tokenizer, end)
+        completion = [*tokenizer.encode(text_field(i, row, "completion", "text")), end]
+        return prompt + completion, [False] * len(prompt) + [True] * len(completion)
+    if not is_messages(row["messages"]):
+        raise ValueError(f"row {i} has messages={short(row['messages'])}; expected a list of dicts")
+    ids, is_completion = encode_messages(i, row["messages"], tokenizer, return_mask=True)
+    if not any(is_completion):
+        raise ValueError(f"row {i} has no message of the assistant to learn from: leave it out")
+    # Nothing is learned from what the template writes behind the last answer.
+    length = max(place for place, learned in enumerate(is_completion) if learned) + 1
+    return ids[:length], is_completion[:length]
+
+
 class Comparisons(Dataset):
     """Completions of one prompt, of which people chose one, for `comparison_loss` and `DPOLoss`.
 
     rows: dicts with these fields:
-      prompt     text; may be empty or missing
-      chosen     the completion that people preferred
+      prompt     text; may be empty or missing; or messages
+      chosen     the completion that people preferred: text, or a list of one message of the
+                 assistant's; then the prompt must be messages, too
       rejected   the other one, or a list of others, of the same length in every row
       ended      optional: a list of bools, the chosen one's first. True (the default): the
                  completion ends with the end token. False: the sampler was cut off before
@@ -321,7 +409,7 @@ class Comparisons(Dataset):
             # The end token marks a completion that ended by itself.
             completions = []
             for text, has_ended in zip(texts, ended, strict=True):
-                ids = list(tokenizer.encode(text))
+                ids = encode_answer(i, row, text, tokenizer, prompt)
                 completions.append([*ids, end] if has_ended else ids)
             if not all(completions):
                 raise ValueError(
@@ -369,16 +457,48 @@ class Comparisons(Dataset):
         return idx.view(shape), attention_mask.view(shape), completion_mask.view(shape)
 
 
-def compared_texts(i: int, row: dict) -> list[str]:
-    """The chosen completion of row number i, then the rejected ones."""
-    chosen = text_field(i, row, "chosen")
+def compared_texts(i: int, row: dict) -> list[Any]:
+    """The chosen completion of row number i, then the rejected ones: texts, or messages."""
+    chosen = answer_field(i, row, "chosen")
     rejected = row.get("rejected")
-    if not isinstance(rejected, (list, tuple)):
-        return [chosen, text_field(i, row, "rejected")]
+    if not isinstance(rejected, (list, tuple)) or is_messages(rejected):
+        return [chosen, answer_field(i, row, "rejected")]
     for text in rejected:
-        if not isinstance(text, str):
+        if not is_text(text):
             raise ValueError(f"row {i} has {short(text)} in its list rejected; expected text")
     return [chosen, *rejected]
+
+
+def answer_field(i: int, row: dict, name: str) -> Any:
+    """The text in a field of row number i, or its messages."""
+    return row[name] if is_messages(row.get(name)) else text_field(i, row, name)
+
+
+def encode_answer(
+    i: int,
+    row: dict,
+    answer: Any,
+    tokenizer: Tokenizer,
+    prompt: list[int],
+) -> list[int]:
+    """The ids of a completion, text or a message, without its end. prompt: the ids of the prompt.
+
+    Raises ValueError, with the row's number, for messages that are no single answer.
+    """
+    if isinstance(answer, str):
+        return list(tokenizer.encode(answer))
+    if len(answer) != 1 or answer[0].get("role") != "assistant" or not is_messages(row["prompt"]):
+        raise ValueError(
+            f"row {i} has {short(answer)} to compare; expected one message of the assistant's, "
+            "and a prompt that is messages, too"
+        )
+    messages = [*row["prompt"], *answer]
+    ids, is_answer = encode_messages(i, messages, tokenizer, return_mask=True)
+    length = max(place for place, written in enumerate(is_answer) if written) + 1
+    if ids[:len(prompt)] != prompt:
+        raise ValueError(f"row {i}: with its answer, the prompt is encoded in another way")
+    answer_ids = ids[len(prompt):length]
+    return answer_ids[:-1] if answer_ids[-1] in stop_tokens(tokenizer) else answer_ids
 
 
 def ended_field(i: int, row: dict, n_completions: int) -> list[bool]:
@@ -400,9 +520,9 @@ def ended_field(i: int, row: dict, n_completions: int) -> list[bool]:
 class Prompts(Dataset):
     """Prompts to sample completions of, with what a reward function may want to know about each.
 
-    prompts: texts, or lists of token ids, or an (N, T) LongTensor, or dicts with the field
-    `prompt` (text or ids) and any further ones, such as a gold answer. tokenizer: what
-    encodes text.
+    prompts: texts, or lists of token ids, or an (N, T) LongTensor, or lists of messages, or
+    dicts with the field `prompt` (any of these; messages may also stand in `messages`) and any
+    further ones, such as a gold answer. tokenizer: what encodes text, and for messages a `Chat`.
 
     ids: the N prompts as 1-D LongTensors. columns: the further fields, {name: list of N
     values}. An item is (ids, i). The number i goes with the prompt through the trainer, and
@@ -421,6 +541,9 @@ class Prompts(Dataset):
             raise ValueError(f"prompts is {prompts!r}; expected (N, T) token ids")
         # A bare prompt is a row without further columns.
         rows = [row if isinstance(row, Mapping) else {"prompt": row} for row in prompts]
+        if rows and all("role" in row for row in rows):
+            raise TypeError(f"prompts is one list of messages, {short(rows)}; expected several")
+        rows = [with_prompt(row) for row in rows]
         for i, row in enumerate(rows):
             if "prompt" not in row:
                 raise ValueError(f"row {i} has no field 'prompt', only {list(row)}: add it")
@@ -445,6 +568,13 @@ class Prompts(Dataset):
         return {name: [values[i] for i in numbers] for name, values in self.columns.items()}
 
 
+def with_prompt(row: Mapping) -> Mapping:
+    """The row, with its messages as the prompt where it has no other."""
+    if "prompt" in row or "messages" not in row:
+        return row
+    return {"prompt" if name == "messages" else name: value for name, value in row.items()}
+
+
 def further_columns(rows: Sequence[Mapping]) -> dict[str, list]:
     """The fields beside `prompt`, column by column: {name: list of len(rows)}."""
     # The first row says which columns there are ...
@@ -466,10 +596,10 @@ def further_columns(rows: Sequence[Mapping]) -> dict[str, list]:
 
 
 def encode_prompts(prompts: Iterable, tokenizer: Tokenizer | None = None) -> list[Tensor]:
-    """Prompts as a list of 1-D LongTensors. They may be text, lists of ids, or an (N, T) tensor.
+    """Prompts as a list of 1-D LongTensors. They may be text, messages, ids, or an (N, T) tensor.
 
     Raises ValueError, with the prompt's number, for an empty one, for text without a
-    tokenizer, and for anything else.
+    tokenizer, for messages without a `Chat`, and for anything else.
     """
     encoded = []
     for i, prompt in enumerate(prompts):
@@ -480,6 +610,8 @@ def encode_prompts(prompts: Iterable, tokenizer: Tokenizer | None = None) -> lis
                 )
             check_tokenizer(tokenizer, "encode")
             prompt = tokenizer.encode(prompt)
+        elif is_messages(prompt):
+            prompt = encode_messages(i, prompt, tokenizer, add_generation_prompt=True)
         encoded.append(ids_of(i, prompt))
     return encoded
 

@@ -32,7 +32,13 @@ from tqdm import tqdm
 
 from mingpt import rewards
 from mingpt.config import CfgNode, check_numbers
-from mingpt.datasets import check_tokenizer, encode_prompts, end_token, left_pad
+from mingpt.datasets import (
+    check_tokenizer,
+    default_stop_token,
+    encode_prompts,
+    left_pad,
+    stop_tokens,
+)
 from mingpt.model import stop_ids
 from mingpt.prefix import needed_mask
 from mingpt.rewards import RewardFn
@@ -118,7 +124,7 @@ def sample(
     if isinstance(prompts, (str, Mapping)) or not isinstance(prompts, Iterable):
         raise TypeError(f"prompts is {type(prompts).__name__} {prompts!r:.60}; expected a list")
     if stop_token is None:
-        stop_token = end_token(tokenizer)
+        stop_token = default_stop_token(tokenizer)
 
     # n completions of a prompt are one completion of each of n equal prompts.
     prompts = [prompt for prompt in prompts for _ in range(n)]
@@ -133,7 +139,7 @@ def sample(
     )
 
     # Decode them, cut them, judge them.
-    left_out = {end_token(tokenizer), *stop_ids(stop_token)}
+    left_out = {*stop_tokens(tokenizer), *stop_ids(stop_token)}
     samples = decoded(*sampled, tokenizer, stop_token, left_out)
     samples = cut_at_stop_strings(samples, stop_strings, tokenizer, left_out)
     if reward_fn is not None:
@@ -148,7 +154,7 @@ def decoded(
     log_probs: Tensor,
     tokenizer: Any,
     stop_token: int | list[int] | tuple[int, ...] | None,
-    left_out: set[int | None],
+    left_out: set[int],
 ) -> Samples:
     """The `Samples` of what was generated. left_out: ids that do not appear in the texts."""
     return Samples(
@@ -175,7 +181,9 @@ def generate_in_batches(
     batches = []
     with evaluation_mode(policy):
         starts = range(0, len(prompts), batch_size)
-        for first in tqdm(starts, "samples", disable=None, leave=False):
+        # None: a bar on a terminal only. For a single batch it would show nothing.
+        hides_bar = True if len(starts) == 1 else None
+        for first in tqdm(starts, "samples", disable=hides_bar, leave=False):
             batch = prompts[first : first + batch_size]
             batches.append(generate_batch(policy, batch, longest, generator, **options))
     # From a tuple of tensors for each batch to one tensor of each kind.
@@ -225,7 +233,7 @@ def generate_batch(
 
 
 def cut_at_stop_strings(
-    samples: Samples, stop_strings: Sequence[str], tokenizer: Any, left_out: set[int | None]
+    samples: Samples, stop_strings: Sequence[str], tokenizer: Any, left_out: set[int]
 ) -> Samples:
     """The samples, cut where their first stop string is complete.
 
@@ -257,7 +265,7 @@ def cut_at_stop_strings(
 
 
 def before_stop_string(
-    ids: list[int], stop_strings: Sequence[str], tokenizer: Any, left_out: set[int | None]
+    ids: list[int], stop_strings: Sequence[str], tokenizer: Any, left_out: set[int]
 ) -> tuple[str, int]:
     """(the text before its first stop string, how many of the ids complete that string)."""
     # Add token by token until a string is there. It may begin and end within a token, so that it
@@ -272,14 +280,14 @@ def before_stop_string(
 
 
 def decode_rows(
-    idx: Tensor, mask: Tensor, tokenizer: Any, left_out: set[int | None]
+    idx: Tensor, mask: Tensor, tokenizer: Any, left_out: set[int]
 ) -> list[str]:
     """The text on the mask of each row, (N, T) both."""
     rows = zip(idx.cpu(), mask.cpu(), strict=True)
     return [decode(ids[mask].tolist(), tokenizer, left_out) for ids, mask in rows]
 
 
-def decode(ids: list[int], tokenizer: Any, left_out: set[int | None]) -> str:
+def decode(ids: list[int], tokenizer: Any, left_out: set[int]) -> str:
     """The text of ids, without some special tokens."""
     return tokenizer.decode([token for token in ids if token not in left_out])
 

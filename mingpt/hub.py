@@ -93,7 +93,10 @@ def hub_folder(name: str, revision: str, weights: bool = True) -> Path:
         )
 
     if not (folder / "config.json").exists():
-        logger.info("%r is no file or folder here: asking %s for a model of that name", name, host)
+        # A warning, because that also shows where nobody has set up logging.
+        logger.warning(
+            "%r is no file or folder here: asking %s for a model of that name", name, host
+        )
     fetch("config.json")
     if weights:
         fetch_weights(fetch, folder, name, endpoint)

@@ -1,8 +1,8 @@
 """
 Curves of metrics, as PNG files.
 
-A plot with an empty panel looks broken. So a curve without any point is left out, and a warning
-says which one that is.
+A plot with an empty panel looks broken. So a curve without any points is left out, and a warning
+names it.
 """
 
 import logging
@@ -76,16 +76,19 @@ def check_panels(panels: Any) -> None:
 def without_empty_curves(panels: dict, name: str) -> dict:
     """The panels with only those curves that have points, and of each curve only its points.
 
-    name: of the plot, for the warning about a curve that has none.
+    name: of the plot, for the warning about curves that have none.
     """
     drawn: dict = {}
+    empty = []
     for title, curves in panels.items():
         for label, (xs, ys) in curves.items():
             points = [(x, y) for x, y in zip(xs, ys, strict=True) if y is not None and y == y]
             if points:
                 drawn.setdefault(title, {})[label] = tuple(zip(*points, strict=True))
             else:
-                logger.warning("%s: no points for %s (%s), so it is left out", name, label, title)
+                empty.append(f"{title}: {label}")
+    if empty:
+        logger.warning("%s has no points for %s", name, "; ".join(empty))
     return drawn
 
 

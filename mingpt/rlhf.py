@@ -63,7 +63,7 @@ from torch.nn import functional as F
 from mingpt import distributed, lora
 from mingpt.checkpoint import get_rng_state, set_rng_state
 from mingpt.config import CfgNode as CN, check_booleans, check_numbers, documented
-from mingpt.datasets import Prompts, check_tokenizer, end_token
+from mingpt.datasets import Prompts, check_tokenizer, default_stop_token
 from mingpt.heads import ActorCritic, RewardModel, ValueHead, ValueModel, first_column
 from mingpt.model import GPT, check_mask_values, last_real, stop_ids
 from mingpt.rewards import RewardError, RewardFn, Scores, TextReward, check_reward_fn, score
@@ -1102,7 +1102,7 @@ class PPOTrainer(Trainer):
         self.tokenizer = tokenizer
         self.stop_token = config.stop_token
         if self.stop_token is None:
-            self.stop_token = end_token(tokenizer)
+            self.stop_token = default_stop_token(tokenizer)
         # A policy that is no GPT may have no limit to its context.
         policy_config = getattr(policy, "config", None)
         self.block_size: float = getattr(policy_config, "block_size", math.inf)

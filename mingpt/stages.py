@@ -122,13 +122,20 @@ class Stages:
         trainer.run()
         # What is left for the next stage. finished.json comes last: where it is, all else is.
         if distributed.rank() == 0:
-            plain(model).save_pretrained(self.folder / name / "model")
-            if tokenizer is not None:
-                tokenizer.save_pretrained(self.folder / name / "model")
+            self.save_model(model, self.folder / name / "model", tokenizer)
             figures = {"iterations": trainer.iter_num, "seconds": trainer.seconds}
             write_json(self.folder / name / "finished.json", figures)
         distributed.gather(None)  # no process goes on before the model is there
         return trainer
+
+    def save_model(self, model: Any, folder: Path, tokenizer: Any) -> None:
+        """Write a stage's model, with a tokenizer if there is one, for the next stage to read.
+
+        An adapter is merged into the model. A subclass may save it by itself.
+        """
+        plain(model).save_pretrained(folder)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
 
     def trainer_config(self, name: str) -> CfgNode:
         """The options of a stage's Trainer: its section, without extras, with overrides."""

@@ -654,12 +654,13 @@ class Trainer:
         if state is None:
             return
         self.load_state_dict(state)
-        logger.info(
-            "%s: continues from %s, after iteration %d",
-            self.run_name,
-            self.folder.checkpoint,
-            self.iter_num,
-        )
+        if self.iter_num:  # a script may save its model as it is before the first iteration
+            logger.info(
+                "%s: continues from %s, after iteration %d",
+                self.run_name,
+                self.folder.checkpoint,
+                self.iter_num,
+            )
 
     # -- checks ------------------------------------------------------------------------------------
 

@@ -443,7 +443,11 @@ def check_names(
     hint = ""
     if "head.weight" in missing:  # a language model was loaded as a reward or value model
         hint = ": to put a new head on its trunk, use from_gpt(GPT.from_pretrained(...))"
+    differences = []
+    if missing:
+        differences.append(f"missing {missing[:5]}")
+    if unexpected:
+        differences.append(f"unexpected {unexpected[:5]}")
     raise ValueError(
-        f"{path} does not fit a {cls.__name__} with its config; "
-        f"missing {missing[:5]}, unexpected {unexpected[:5]}{hint}"
+        f"{path} does not fit a {cls.__name__} with its config; {', '.join(differences)}{hint}"
     )
