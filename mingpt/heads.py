@@ -8,7 +8,8 @@ Models that give a number instead of a token, and the policy joined with one of 
 
 RewardModel and ValueModel are a trunk as GPT has it, which gives a vector of C channels
 for each token, and a linear head from that vector to one number. They differ in where the
-number is read.
+number is read. Each has a trunk of its own, or stands on the policy's with an adapter of its own
+(`on`, see lora.py).
 
 Shapes: B rows, T tokens, C channels (n_embd). Several rows may continue the same prompt; then
 it is a prefix that is read once for all of them (see prefix.py).
@@ -17,15 +18,18 @@ Sources: Ziegler et al. 2019 (arXiv:1909.08593), Stiennon et al. 2020 (arXiv:200
 Huang et al. 2024 (arXiv:2403.17031).
 """
 
+from collections.abc import Sequence
 from typing import Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mingpt import lora
 from mingpt.config import CfgNode as CN
 from mingpt.model import GPT, last_real, new_trunk, resolve_config, token_log_probs
 from mingpt.prefix import hidden_states, needed_mask
+from mingpt.trunk import Trunk
 from mingpt.utils import adamw
 from mingpt.weights import Pretrained
 
@@ -50,11 +54,12 @@ class ScalarModel(Pretrained, nn.Module):
     presets = GPT.presets  # the names that from_pretrained knows
     task = "TokenClassification"  # transformers' name for a number at every token
     head_scale = 0.0  # the head's weights start as N(0, head_scale² / (C + 1))
+    adapter = "value"  # what `on` calls its adapter
 
-    def __init__(self, config: CN):
+    def __init__(self, config: CN, transformer: Trunk | None = None):
         super().__init__(resolve_config(config))
         # The trunk reads the text, (B, T) -> (B, T, C). The head turns each vector into a number.
-        self.transformer = new_trunk(self.config)
+        self.transformer = new_trunk(self.config) if transformer is None else transformer
         self.head = nn.Linear(self.config.n_embd, 1)
         nn.init.normal_(self.head.weight, std=self.head_scale * (self.config.n_embd + 1) ** -0.5)
         nn.init.zeros_(self.head.bias)
@@ -70,13 +75,41 @@ class ScalarModel(Pretrained, nn.Module):
 
         What the trunk has learned about language helps to judge texts, too. If `model` is
         itself a reward or value model, the head is copied as well. Otherwise the head is new.
+        If it has an adapter on (lora.py), that is merged into the copy.
         """
         new = cls(model.config)
-        new.transformer.load_state_dict(model.transformer.state_dict())
+        new.transformer.load_state_dict(lora.merged_weights(model.transformer))
         new.special_tokens = dict(model.special_tokens)
         if isinstance(model, ScalarModel):
             new.head.load_state_dict(model.head.state_dict())
         return new.to(next(model.parameters()).device)
+
+    @classmethod
+    def on(
+        cls,
+        model: "GPT | ScalarModel",
+        adapter: str | None = None,
+        rank: int | None = None,
+        alpha: float | None = None,
+        dropout: float | None = None,
+        layers: Sequence[str] | None = None,
+    ) -> Self:
+        """A new model that stands on the trunk of `model`: a head, and an adapter (lora.py).
+
+        The trunk is frozen, and belongs to `model` alone. Only the adapter and the head are
+        parameters of the new model. If `model` has an adapter on, ours starts as its copy, and if
+        it is itself a reward or value model, so does the head. With any of rank, alpha, dropout and
+        layers, which `lora.add` explains, the adapter starts afresh.
+
+        adapter: its name, by default `value` or `reward`. An earlier one of that name stays with
+        the model that has it.
+        """
+        name = cls.adapter if adapter is None else adapter
+        new = cls(model.config, lora.stand_on(model, name, rank, alpha, dropout, layers))
+        new.special_tokens = dict(model.special_tokens)
+        if isinstance(model, ScalarModel):
+            new.head.load_state_dict(model.head.state_dict())
+        return new.to(next(model.parameters()).device).train(model.training)
 
     def scores(
         self,
@@ -131,6 +164,7 @@ class RewardModel(ScalarModel):
 
     task = "SequenceClassification"  # transformers' name for a number for a whole text
     head_scale = 1.0
+    adapter = "reward"
 
     def forward(
         self,

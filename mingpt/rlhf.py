@@ -47,12 +47,10 @@ Ziegler et al. 2019 (RL on language models, arXiv:1909.08593), Stiennon et al. 2
 """
 
 import contextlib
-import copy
 import dataclasses
 import functools
 import math
 import numbers
-import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -62,13 +60,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mingpt import distributed
+from mingpt import distributed, lora
 from mingpt.checkpoint import get_rng_state, set_rng_state
 from mingpt.config import CfgNode as CN, check_booleans, check_numbers, documented
 from mingpt.datasets import Prompts, end_token
 from mingpt.heads import ActorCritic, RewardModel, ValueHead, ValueModel, first_column
 from mingpt.model import GPT, check_mask_values, last_real, stop_ids
 from mingpt.rewards import RewardError, RewardFn, Scores, TextReward, check_reward_fn, score
+from mingpt.run_folder import checksum
 from mingpt.trainer import Trainer
 from mingpt.utils import evaluation_mode
 
@@ -566,7 +565,8 @@ class DPOLoss:
     """The Trainer's loss_fn for DPO, IPO or SimPO; the model to train is ActorCritic(policy).
 
     ref_policy: where the policy starts from (or the policy itself, before it is trained); a frozen
-        copy is kept. SimPO has no reference: pass None.
+        copy is kept. Of a policy with adapters it is its trunk with the adapter off, or a copy of
+        the adapter alone, as `lora.snapshot` says. SimPO has no reference: pass None.
     beta: β of the loss, by default 0.1 for dpo and ipo, 2.0 for simpo.
     loss: dpo, ipo or simpo.
     gamma: the target margin of simpo, by default 1.0; the others have none.
@@ -603,7 +603,7 @@ class DPOLoss:
         self.reference: ActorCritic | None = None
         if ref_policy is not None:
             # An ActorCritic without a value function. It reads each prompt only once.
-            self.reference = ActorCritic(copy.deepcopy(ref_policy)).eval().requires_grad_(False)
+            self.reference = ActorCritic(lora.snapshot(ref_policy)).eval().requires_grad_(False)
 
     def __call__(self, model: nn.Module, batch: tuple[Tensor, ...]) -> tuple[Tensor, dict]:
         """(loss, accuracy): how often the chosen completion has the larger implicit reward."""
@@ -932,8 +932,10 @@ class PPOTrainer(Trainer):
         completion_mask, all (B, T), that returns rewards (B,).
     prompts: a list of texts (needs the tokenizer), a list of lists of token ids, an (N, T)
         LongTensor, or dicts with "prompt" and further columns for a TextReward's functions.
-    value_model: by default `ValueModel.from_gpt(policy)`, for algorithms that need one.
-    ref_policy: by default a frozen copy of the policy.
+    value_model: by default `ValueModel.from_gpt(policy)`, for algorithms that need one, or
+        `ValueModel.on(policy)` where the policy has adapters.
+    ref_policy: by default the policy as it is now: a frozen copy of it, or with adapters its trunk
+        with the adapter off, or with a frozen copy of the adapter (`lora.snapshot`).
 
     One iteration of the Trainer's loop is a rollout, its scores, advantages and the update, all
     without dropout. If the reward function fails, a RewardError names the sample. With one
@@ -1031,12 +1033,13 @@ class PPOTrainer(Trainer):
             reward_fn.to(self.device).eval()
         self.ref_policy = self.make_reference(ref_policy)
         check_vocabularies(policy, self.ref_policy, value_model, reward_fn)
-        self.ref_checksum = checksum(self.ref_policy)  # a resumed run must have the same one
+        # A resumed run must have the same one.
+        self.ref_checksum = checksum(self.ref_policy.state_dict().values())
         self.last_rollout: Rollout | None = None
 
     def make_reference(self, ref_policy: nn.Module | None) -> nn.Module:
-        """The frozen policy π_ref that the KL is measured against: by default, a copy of ours."""
-        reference = copy.deepcopy(self.policy) if ref_policy is None else ref_policy
+        """The frozen policy π_ref that the KL is measured against: by default, ours as it is."""
+        reference = lora.snapshot(self.policy) if ref_policy is None else ref_policy
         reference.to(self.device).eval().requires_grad_(False)
         return reference
 
@@ -1057,7 +1060,8 @@ class PPOTrainer(Trainer):
                 "shared_trunk=True makes a value function on the policy's trunk, and a value_model "
                 "was passed: leave one of them out"
             )
-        # The caller's, or one that starts from the policy: as a head on it, or as a copy.
+        # The caller's, or one that starts from the policy: as a head on it, as a copy, or with an
+        # adapter of its own on the policy's trunk.
         if value_model is not None:
             return value_model
         if not isinstance(policy, GPT):
@@ -1068,6 +1072,8 @@ class PPOTrainer(Trainer):
             )
         if config.shared_trunk:
             return ValueHead(policy.config.n_embd)
+        if lora.is_adapted(policy):
+            return ValueModel.on(policy)
         return ValueModel.from_gpt(policy)
 
     # -- one iteration -----------------------------------------------------------------------------
@@ -1758,12 +1764,3 @@ def mean_by_name(rows: list[dict[str, float]]) -> dict[str, float]:
         for name, value in row.items():
             by_name[name].append(value)
     return {name: sum(values) / len(values) for name, values in by_name.items()}
-
-
-def checksum(module: nn.Module) -> int:
-    """CRC-32 of a module's weights and buffers, to tell one reference policy from another."""
-    crc = 0
-    for x in module.state_dict().values():
-        bytes_of_x = x.detach().cpu().reshape(-1).contiguous().view(torch.uint8)
-        crc = zlib.crc32(bytes_of_x.numpy(), crc)
-    return crc

@@ -20,8 +20,9 @@ import errno
 import json
 import logging
 import os
+import zlib
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -375,6 +376,43 @@ def check_kinds(state: dict[str, Any], path: Path) -> None:
         raise ValueError(f"{path} is damaged: its iter_num is {state['iter_num']}")
 
 
+def trained_state(model: nn.Module) -> dict[str, Any]:
+    """The state dict of a model without those parameters that are frozen.
+
+    It is what a checkpoint needs of a model with adapters (lora.py): a small part of it.
+    """
+    parameters = model.named_parameters(remove_duplicate=False)  # a tied one has two names
+    frozen = {name for name, p in parameters if not p.requires_grad}
+    state = model.state_dict()
+    for name in frozen:
+        del state[name]
+    return state
+
+
+def base_checksum(model: nn.Module) -> int | None:
+    """CRC-32 of the weights that a model uses and does not train; None if there are none.
+
+    They are its frozen parameters, and those of a trunk of another model that it stands on: a
+    module that does has them as `base_parameters()`.
+    """
+    frozen = [p for p in model.parameters() if not p.requires_grad]
+    for module in model.modules():
+        if hasattr(module, "base_parameters"):
+            base: Any = module
+            frozen += base.base_parameters()
+    different = {id(p): p for p in frozen}  # policy and value function may stand on one trunk
+    return checksum(different.values()) if different else None
+
+
+def checksum(tensors: Iterable[torch.Tensor]) -> int:
+    """CRC-32 of the numbers in some tensors, to tell one model from another."""
+    crc = 0
+    for x in tensors:
+        bytes_of_x = x.detach().cpu().reshape(-1).contiguous().view(torch.uint8)
+        crc = zlib.crc32(bytes_of_x.numpy().data, crc)
+    return crc
+
+
 def check_fits(
     state: dict[str, Any],
     model: nn.Module,
@@ -390,7 +428,7 @@ def check_fits(
     if missing:
         raise ValueError(f"{source} is damaged: it lacks {missing}")
     then = {name: kind_of(x) for name, x in state["model"].items()}
-    now = {name: kind_of(x) for name, x in model.state_dict().items()}
+    now = {name: kind_of(x) for name, x in trained_state(model).items()}
     different = [name for name in then | now if then.get(name) != now.get(name)]
     if different:
         name = different[0]

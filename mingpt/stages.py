@@ -32,7 +32,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from mingpt import distributed
+from mingpt import distributed, lora
 from mingpt.checkpoint import read_json, to_json, write_text
 from mingpt.config import CfgNode
 from mingpt.heads import ActorCritic
@@ -40,6 +40,7 @@ from mingpt.model import GPT
 from mingpt.run_folder import RunFolder, as_json
 from mingpt.trainer import FREE_TO_CHANGE, Trainer
 from mingpt.utils import pick_device
+from mingpt.weights import Pretrained
 
 logger = logging.getLogger("mingpt")
 
@@ -119,7 +120,7 @@ class Stages:
         trainer.run()
         # What is left for the next stage. finished.json comes last: where it is, all else is.
         if distributed.rank() == 0:
-            model.save_pretrained(self.folder / name / "model")
+            plain(model).save_pretrained(self.folder / name / "model")
             if tokenizer is not None:
                 tokenizer.save_pretrained(self.folder / name / "model")
             figures = {"iterations": trainer.iter_num, "seconds": trainer.seconds}
@@ -368,6 +369,12 @@ def model_to_save(trainer: Trainer) -> Any:
             "save_pretrained(folder) and from_pretrained(folder)"
         )
     return model
+
+
+def plain(model: Any) -> Any:
+    """A model as `save_pretrained` takes it: of one with adapters, a copy that has them merged."""
+    is_adapted = isinstance(model, Pretrained) and lora.is_adapted(model)
+    return lora.merged_copy(model) if is_adapted else model
 
 
 def has_begun(folder: Path) -> bool:

@@ -42,12 +42,13 @@ from mingpt.checkpoint import (
     deferred_signals,
     follow_the_parent,
     get_rng_state,
+    interrupt_without_traceback,
     raise_signal,
     set_rng_state,
 )
 from mingpt.config import CfgNode as CN, check_booleans, check_numbers, documented
 from mingpt.progress import Progress, console
-from mingpt.run_folder import RunFolder, check_fits
+from mingpt.run_folder import RunFolder, base_checksum, check_fits, trained_state
 from mingpt.shuffle import shuffled
 from mingpt.utils import adamw, keep_freed_memory, pick_device, pick_precision, set_seed
 
@@ -163,7 +164,9 @@ class Trainer:
         # the forward of DDP's wrapper, which exchanges the gradients.
         keep_freed_memory()  # trains faster on a CPU
         self.precision = pick_precision(config.precision, self.device)
+        check_trained(model)
         self.model = model.to(self.device)
+        self.base_checksum = base_checksum(model)  # a resumed run must have the same base
         if config.compile:
             model.compile()
         make_optimizer = getattr(model, "configure_optimizers", None)
@@ -201,11 +204,12 @@ class Trainer:
     def run(self) -> None:
         """Train until max_iters or epochs is reached. Starts from the checkpoint, if any.
 
-        Ctrl-C finishes the iteration, saves a checkpoint and raises KeyboardInterrupt. SIGTERM does
-        the same and raises SystemExit(143). ValueError if another run is writing to work_dir.
+        Ctrl-C finishes the iteration, saves a checkpoint and raises KeyboardInterrupt, which ends
+        a script without a traceback. SIGTERM does the same and raises SystemExit(143). ValueError
+        if another run is writing to work_dir.
         """
         is_silent = self.rank > 0  # one process speaks for all
-        with console(is_silent), self.folder.in_use():
+        with console(is_silent), interrupt_without_traceback(), self.folder.in_use():
             self.model.train()
             self.resume()
             self.announce()
@@ -286,6 +290,10 @@ class Trainer:
         all_signals, terminations = distributed.total(received)
         if all_signals:
             self.save_checkpoint()
+            result = "nothing is kept: no work_dir"
+            if self.folder.path:
+                result = f"saved in {self.folder.path}: the same command continues from there"
+            logger.info("%s: stopped after iteration %d, %s", self.run_name, self.iter_num, result)
             raise_signal(signal.SIGTERM if terminations else signal.SIGINT)
 
     def announce(self) -> None:
@@ -523,7 +531,7 @@ class Trainer:
         self.valid_loss = means.get("loss", math.nan)  # NaN where no batch had any weight
         if self.valid_loss < self.best_valid_loss:
             self.best_valid_loss = self.valid_loss
-            self.folder.save_best(self.model.state_dict(), self.model_options())
+            self.folder.save_best(trained_state(self.model), self.model_options())
         self.trigger_callbacks("on_evaluate")
         return self.valid_loss
 
@@ -559,7 +567,8 @@ class Trainer:
             "finished": self.iter_num == self.max_iters,
             "config": self.config.to_dict(),
             "rng": distributed.gather(get_rng_state()),
-            "model": self.model.state_dict(),
+            "model": trained_state(self.model),
+            "base_checksum": self.base_checksum,
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "model_args": self.model_options(),
@@ -586,7 +595,8 @@ class Trainer:
         self.best_valid_loss = state["best_valid_loss"]
         self.seconds = state["seconds"]
         self.resumed_seconds = state["seconds"]
-        self.model.load_state_dict(state["model"])
+        # check_state has compared the names. What is frozen is not among them.
+        self.model.load_state_dict(state["model"], strict=self.base_checksum is None)
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         set_rng_state(state["rng"][self.rank])
@@ -594,6 +604,11 @@ class Trainer:
     def check_state(self, state: dict[str, Any]) -> None:
         """ValueError unless the state is of a run with this model and as much data."""
         check_fits(state, self.model, self.optimizer, self.folder.checkpoint)
+        if state.get("base_checksum") != self.base_checksum:
+            raise ValueError(
+                f"{self.folder.path} holds a run on other frozen weights: start from the same "
+                "model, or choose another work_dir"
+            )
         check_rng_state(state["rng"][self.rank])
         # Older checkpoints do not say how many examples there were.
         examples = state.get("examples", len(self.train_dataset))
@@ -738,6 +753,15 @@ def weighted_means(sums: dict[str, float], total_weight: float) -> dict[str, flo
         names += [name for name in names_of_a_process if name not in names]
     totals = distributed.total([sums.get(name, 0.0) for name in names])
     return {name: total / total_weight for name, total in zip(names, totals, strict=True)}
+
+
+def check_trained(model: nn.Module) -> None:
+    """ValueError for a model of which nothing is trained."""
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ValueError(
+            f"no parameter of the {type(model).__name__} requires gradients, so there is nothing "
+            "to train: add an adapter (lora.add), or call model.requires_grad_()"
+        )
 
 
 def check_event(onevent: str) -> None:

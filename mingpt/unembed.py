@@ -43,11 +43,13 @@ class Unembed(torch.autograd.Function):
         ctx.save_for_backward(*inputs)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None]:
         """The gradients of x (grad W) and of the weight (gradᵀ x); grad is (B, T, V)."""
         x, weight = ctx.saved_tensors
         # Under autocast, grad is in half precision and what was saved is not.
         grad_x = grad @ weight.to(grad.dtype)
+        if not ctx.needs_input_grad[1]:  # it is frozen (lora.py)
+            return grad_x, None
         grad_weight = grad.flatten(0, 1).t() @ x.flatten(0, 1).to(grad.dtype)
         return grad_x, grad_weight.to(weight.dtype)
 

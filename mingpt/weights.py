@@ -156,7 +156,14 @@ class Pretrained(nn.Module):
 
         With a language model whose `special_tokens` are known, also generation_config.json. All
         of them or, if the process is killed, none: then the older ones stay.
+
+        ValueError for a model with adapters (lora.py).
         """
+        if hasattr(self.transformer, "adapters"):
+            raise ValueError(
+                "the model has adapters, which these files cannot hold: lora.merge(model) first, "
+                "or save the adapter with lora.save_pretrained(model, folder)"
+            )
         family = FAMILIES[self.config.architecture]
         tensors = {}
         for name, parameter in self.named_parameters():  # a tied head is among them once
@@ -230,8 +237,10 @@ def read_gguf(path: Path) -> ModelFiles:
     gguf = importlib.import_module("mingpt.gguf")  # it needs an extra: only where it is used
 
     options, tensors, vocabulary, _ = gguf.read(path)
-    names = {name: vocabulary[name] for name in SPECIAL_TOKENS if vocabulary.get(name) is not None}
-    return ModelFiles(path, tensors, names, options)
+    names = {name: vocabulary.get(name) for name in SPECIAL_TOKENS}
+    names["pad_token_id"] = vocabulary.get("padding_token_id")
+    placeholders = {name: torch.empty(tensors.shape(name), device="meta") for name in tensors}
+    return ModelFiles(path, placeholders, names, options, unread=tensors)
 
 
 def our_name(name: str) -> str:

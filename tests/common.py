@@ -17,6 +17,7 @@ from mingpt.run_folder import read_metrics
 from mingpt.utils import set_seed
 
 ROOT = Path(__file__).resolve().parents[1]
+NO_POINTS = "no points for"  # what a project logs when it draws a plot that lacks a curve
 
 
 def load_script(path):
