@@ -6,7 +6,6 @@ as the hub's own. HF_ENDPOINT and HF_TOKEN are honoured, as in Hugging Face's pr
 """
 
 import contextlib
-import importlib
 import logging
 import os
 import re
@@ -14,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import quote, urlsplit
 
+from mingpt import gguf
 from mingpt.checkpoint import finish_write, read_json, read_text, write_text
 from mingpt.download import NotFound, download, home
 
@@ -56,7 +56,6 @@ def find_pretrained(name_or_path: str | Path, revision: str = "main", weights: b
         finish_write(path if path.is_dir() else path.parent)
         return path
     if str(name_or_path) == "smollm2":
-        gguf = importlib.import_module("mingpt.gguf")  # it needs an extra: only where it is used
         return gguf.smollm2()
     return hub_folder(str(name_or_path), revision, weights)
 

@@ -22,7 +22,6 @@ The three kinds of models are saved as the classes that transformers has for the
     ValueModel     ...ForTokenClassification with one label
 """
 
-import importlib
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -33,7 +32,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from mingpt import weights_gpt2, weights_llama
+from mingpt import gguf, weights_gpt2, weights_llama
 from mingpt.checkpoint import atomic_write, read_json, to_json, write_text, write_together
 from mingpt.config import CfgNode
 from mingpt.hub import find_pretrained, shards, weights_file
@@ -234,8 +233,6 @@ def read_files(path: Path) -> ModelFiles:
 
 def read_gguf(path: Path) -> ModelFiles:
     """What a file of llama.cpp's holds: its options and tensors."""
-    gguf = importlib.import_module("mingpt.gguf")  # it needs an extra: only where it is used
-
     options, tensors, vocabulary, _ = gguf.read(path)
     names = {name: vocabulary.get(name) for name in SPECIAL_TOKENS}
     names["pad_token_id"] = vocabulary.get("padding_token_id")
