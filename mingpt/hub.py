@@ -118,16 +118,16 @@ def fetch_others(fetch: Callable[..., Path], folder: Path) -> None:
     note = folder / ABSENT
     absent = set(read_text(note).split()) if note.exists() else set()
     asked = [file for file in OTHER_FILES if file not in absent and not (folder / file).exists()]
-    for file in asked:
-        try:
-            fetch(file, tries=1)
-        except NotFound:
-            absent.add(file)
-        except ConnectionError as error:  # whoever needs the file will say so
-            logger.warning("going on without %s: %s", file, error)
-            return
-    if asked:
-        write_text(note, "".join(f"{file}\n" for file in sorted(absent)))
+    try:
+        for file in asked:
+            try:
+                fetch(file, tries=1)
+            except NotFound:
+                absent.add(file)
+        if asked:
+            write_text(note, "".join(f"{file}\n" for file in sorted(absent)))
+    except (OSError, ValueError) as error:  # no network, say. Whoever needs a file will miss it
+        logger.warning("going on without files that a model need not have: %s", error)
 
 
 def hub_headers() -> dict[str, str]:
