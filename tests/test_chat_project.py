@@ -1,8 +1,10 @@
 """projects/chat: the labels, their page and its server."""
 
 import contextlib
+import copy
 import http.client
 import importlib.util
+import io
 import json
 import os
 import random
@@ -21,12 +23,20 @@ import unittest
 from pathlib import Path
 from unittest import mock
 
-from tests.common import ROOT, TempDirTestCase
+import torch
+
+from mingpt.datasets import read_jsonl
+from tests import tiny_chat
+from tests.common import ROOT, TempDirTestCase, printed
 
 sys.path.insert(0, str(ROOT / "projects" / "chat"))
+import answers
 import desk
 import exchange
+import label
+import labellers
 import server
+import talk
 from store import Answer, Pair, Refused, Store, StoreError
 
 PROJECT = ROOT / "projects" / "chat"
@@ -864,7 +874,7 @@ class ExchangeTests(TempDirTestCase):
             ({"prompt": []}, "the prompt must be text, or messages"),
             ({"prompt": ["Hi"]}, "is no message"),
             ({"prompt": [message, {"role": "assistant", "content": "?"}]}, "must be the user's"),
-            ({"chosen": ""}, "chosen must be text"),
+            ({"chosen": None}, "chosen must be text"),
             ({"chosen": [message, message]}, "chosen must be text"),
             ({"rejected": 7}, "rejected must be text"),
             ({"chosen": "\ud800"}, "half a character"),
@@ -875,6 +885,319 @@ class ExchangeTests(TempDirTestCase):
             with self.subTest(wrong), self.assertRaisesRegex(ValueError, f"row 2: .*{expected}"):
                 exchange.import_labels(self.store, self.path, "me")
         self.assertEqual(self.store.labels(), [])
+
+
+# --------------------------------------------------------------------------------------------------
+# Pairs of a model, and labellers that are programs
+
+
+class PromptTests(TempDirTestCase):
+    def test_300_prompts_come_with_the_project_and_100_fresh_ones(self):
+        prompts = answers.read_prompts("")
+        fresh = answers.read_prompts(str(PROJECT / "fresh.txt"))
+        questions = [row["question"] for row in read_jsonl(PROJECT / "known.jsonl", "question")]
+        self.assertEqual((len(prompts), len(fresh), len(questions)), (300, 100, 30))
+        together = prompts + fresh + questions
+        self.assertEqual(len(set(together)), len(together))
+        self.assertLess(max(map(len, together)), 100)
+
+    def test_each_prompt_comes_once_before_any_comes_again(self):
+        prompts = [f"prompt {n}" for n in range(7)]
+        order = [answers.prompt_number(prompts, i, seed=1) for i in range(14)]
+        self.assertEqual(set(order[:7]), set(prompts))
+        self.assertEqual(set(order[7:]), set(prompts))
+        self.assertNotEqual(order[:7], order[7:])
+        self.assertNotEqual(order[:7], [answers.prompt_number(prompts, i, 2) for i in range(7)])
+
+    def test_comments_blank_lines_and_repeated_prompts_are_left_out(self):
+        path = self.folder / "prompts.txt"
+        path.write_text("# mine\n\n  Hello? \nHello?\nWhy?\n")
+        self.assertEqual(answers.read_prompts(str(path)), ["Hello?", "Why?"])
+
+    def test_a_file_without_prompts_is_refused(self):
+        path = self.folder / "prompts.txt"
+        path.write_text("# nothing\n")
+        with self.assertRaisesRegex(ValueError, "prompts.txt holds no prompts: write one a line"):
+            answers.read_prompts(str(path))
+
+
+class PairTests(unittest.TestCase):
+    @classmethod
+    def setUpClass(cls):
+        folder = cls.enterClassContext(tempfile.TemporaryDirectory())
+        cls.model = answers.ChatModel.load(tiny_chat.write_tiny_chat(folder), "cpu")
+        cls.ask = answers.get_ask_config()
+        cls.ask.max_new_tokens = 12
+
+    def test_a_pair_knows_how_it_was_sampled(self):
+        pair = answers.sample_pair(self.model, self.ask, "Why?", seed=3)
+        self.assertEqual(pair.prompt, "Why?")
+        question = "Why? Answer in one short sentence."
+        self.assertEqual(pair.messages, [{"role": "user", "content": question}])
+        self.assertEqual(pair.sampling["temperature"], 0.7)
+        self.assertEqual(pair.sampling["seed"], 3)
+        for answer in (pair.left, pair.right):
+            self.assertEqual(answer.model, self.model.hash)
+            written = answer.ids[: -1 if answer.ended else None]
+            self.assertEqual(answer.text, self.model.chat.decode(written).strip())
+            self.assertEqual(answer.ended, answer.ids[-1] == tiny_chat.END)
+            self.assertLessEqual(len(answer.ids), 12)
+        self.assertNotEqual(pair.left.text, pair.right.text)
+
+    def test_the_same_seed_gives_the_same_pair(self):
+        pairs = [answers.sample_pair(self.model, self.ask, "Why?", seed=3) for _ in range(2)]
+        self.assertEqual(*pairs)
+
+    def test_equal_answers_are_sampled_again(self):
+        texts = iter([["a", "a"], ["a", "a"], ["a", "b"]])
+
+        def same(ask, prompts, n, seed):
+            return [[Answer(text) for text in next(texts)]]
+
+        with mock.patch.object(self.model, "answers", same):
+            pair = answers.sample_pair(self.model, self.ask, "Why?", seed=3)
+        self.assertEqual((pair.left.text, pair.right.text), ("a", "b"))
+
+    def test_a_system_prompt_stands_before_the_question(self):
+        ask = answers.get_ask_config()
+        ask.system, ask.request = "Be brief.", ""
+        roles = [message["role"] for message in answers.messages_for(ask, "Why?")]
+        self.assertEqual(roles, ["system", "user"])
+
+    def test_a_prompt_that_leaves_no_room_is_refused(self):
+        with self.assertRaisesRegex(ValueError, "leaves -?[0-9]+ for the answer"):
+            self.model.encode(self.ask, "x" * 200)
+
+    def test_the_hash_tells_models_apart(self):
+        other = copy.deepcopy(self.model.model)
+        self.assertEqual(answers.hash_of(other), self.model.hash)
+        with torch.no_grad():
+            next(other.parameters())[0, 0] += 1
+        self.assertNotEqual(answers.hash_of(other), self.model.hash)
+
+
+class LabellerTests(TempDirTestCase):
+    def setUp(self):
+        super().setUp()
+        self.model = tiny_chat.write_tiny_chat(self.folder / "tiny")
+        self.enterContext(mock.patch.object(label, "log_to_console", lambda: None))
+
+    def label(self, work_dir, *options):
+        """The labels of a labeller, as what one can compare."""
+        fixed = [f"--work_dir={self.folder / work_dir}", f"--model={self.model}", "--device=cpu"]
+        label.main([*fixed, "--ask.max_new_tokens=8", *options])
+        database = Store(self.folder / work_dir / "labels.db")
+        self.addCleanup(database.close)
+        return [(row.id, row.choice, row.pair.left.text) for row in database.labels()]
+
+    def test_a_rule_labels_until_there_are_enough(self):
+        labels = self.label("a", "--labeller=simple", "--number=20")
+        self.assertEqual(sum(choice in ("left", "right") for _, choice, _ in labels), 20)
+
+    def test_the_same_seed_gives_the_same_labels(self):
+        options = ["--labeller=simple", "--number=20"]
+        labels = self.label("a", *options)
+        self.assertEqual(labels, self.label("b", *options))
+        other = self.label("c", *options, "--seed=1")
+        self.assertNotEqual([row[1:] for row in other], [row[1:] for row in labels])
+
+    def test_a_stopped_labeller_goes_on_to_the_same_labels(self):
+        whole = self.label("a", "--labeller=simple", "--number=20")
+        self.label("b", "--labeller=simple", "--number=7")
+        self.assertEqual(self.label("b", "--labeller=simple", "--number=20"), whole)
+
+    def test_some_answers_are_flipped(self):
+        right = self.label("a", "--labeller=simple", "--number=40", "--flip=0")
+        flipped = self.label("b", "--labeller=simple", "--number=40")
+        n_flipped = sum(a[1] != b[1] for a, b in zip(right, flipped, strict=True))
+        self.assertIn(n_flipped, range(1, 12))
+
+    def test_a_rule_that_finds_all_equal_is_given_up(self):
+        with (
+            mock.patch.object(label, "PATIENCE", 1),
+            mock.patch.dict(labellers.RULES, {"short": lambda: lambda answer: 0}),
+            self.assertRaisesRegex(ValueError, "the rule short found all of .* choose another"),
+        ):
+            self.label("a", "--labeller=short")
+
+    def test_options_that_cannot_be_are_refused_before_a_model_is_loaded(self):
+        for option, message in (
+            ("--labeller=shrt", "--labeller=shrt must be one of short, warm, simple"),
+            ("--flip=1.5", "flip=1.5 must be a number in"),
+            ("--number=0", "number=0 must be a whole number"),
+            ("--port=70000", "port=70000 must be"),
+            ("--ask.temperature=0", "temperature=0.0 must be"),
+            ("--prompts=nowhere.txt", "nowhere.txt: there is no such file"),
+        ):
+            with (
+                self.subTest(option),
+                mock.patch.object(answers.ChatModel, "load", side_effect=AssertionError),
+                self.assertRaisesRegex(ValueError, message),
+            ):
+                label.main([f"--work_dir={self.folder}", option])
+
+    def test_export_and_import_on_the_command_line(self):
+        self.label("a", "--labeller=simple", "--number=5")
+        path = self.folder / "labels.jsonl"
+        self.label("a", f"--export={path}")
+        self.label("b", f"--import={path}")
+        again = self.folder / "again.jsonl"
+        self.label("b", f"--export={again}")
+        self.assertEqual(again.read_text(), path.read_text())
+        self.assertEqual(len(path.read_text().splitlines()), 5)
+
+
+class RuleTests(unittest.TestCase):
+    def decide(self, name, left, right):
+        pair = a_pair()
+        pair.left, pair.right = left, right
+        return labellers.decide(labellers.get_rule(name), pair)
+
+    def test_short_prefers_the_end_and_then_fewer_tokens(self):
+        ended, cut = Answer("x", [1] * 9, True), Answer("y", [1] * 3, False)
+        self.assertEqual(self.decide("short", ended, cut), "left")
+        self.assertEqual(self.decide("short", ended, Answer("z", [1] * 3, True)), "right")
+        self.assertEqual(self.decide("short", ended, Answer("z", [2] * 9, True)), "skip")
+
+    def test_warm_prefers_the_happier_answer(self):
+        self.assertEqual(self.decide("warm", Answer("I love it!"), Answer("I see.")), "left")
+
+    def test_simple_prefers_short_words(self):
+        self.assertEqual(self.decide("simple", Answer("incredible"), Answer("a cat")), "right")
+        self.assertEqual(self.decide("simple", Answer("..."), Answer("incredible")), "right")
+
+
+# --------------------------------------------------------------------------------------------------
+# talk.py
+
+
+class TalkTests(TempDirTestCase):
+    def setUp(self):
+        super().setUp()
+        self.model = tiny_chat.write_tiny_chat(self.folder / "tiny", block_size=160)
+        self.enterContext(mock.patch.object(talk, "log_to_console", lambda: None))
+
+    def talk(self, lines, *options):
+        """(stdout, stderr) of a conversation through a pipe."""
+        out, err = io.StringIO(), io.StringIO()
+        with (
+            mock.patch.object(sys, "stdin", io.StringIO(lines)),
+            contextlib.redirect_stdout(out),
+            contextlib.redirect_stderr(err),
+        ):
+            saved = f"--save={self.folder / 'said.jsonl'}"
+            talk.main([f"--model={self.model}", "--max_new_tokens=10", saved, *options])
+        return out.getvalue(), err.getvalue()
+
+    def conversation(self, **options):
+        config = talk.get_config()
+        config.merge_from_dict({"max_new_tokens": 10, **options})
+        return talk.Conversation(config, answers.ChatModel.load(self.model, "cpu"))
+
+    def test_a_pipe_gets_the_answers_and_nothing_else(self):
+        out, err = self.talk("Hello?\n\nWhy?\n")
+        self.assertEqual(out.count("\n"), 2 + out.strip().count("\n") - 1)
+        self.assertNotIn("help", out + err)
+        self.assertEqual(self.talk("Hello?\n\nWhy?\n")[0], out)
+
+    def test_the_streamed_answer_is_what_generate_gives(self):
+        conversation = self.conversation(temperature=0.0, top_p=None)
+        conversation.ask("Hello?")
+        ids, _ = conversation.make_room()
+        text = "".join(conversation.answer(ids))
+        chat = conversation.chat
+        expected = conversation.model.generate(
+            torch.tensor([ids]), 10, temperature=0, stop_token=list(chat.stop_tokens)
+        )[0, len(ids) :].tolist()
+        decoded = chat.decode([i for i in expected if i not in chat.stop_tokens])
+        self.assertEqual(text, decoded)
+        self.assertEqual(conversation.messages[-1]["content"], decoded.strip())
+
+    def test_half_a_character_is_never_shown(self):
+        conversation = self.conversation()
+        conversation.ask("Hello?")
+        written = [*"a\u00e9\U0001f600.".encode(), tiny_chat.END]
+        columns = [torch.tensor([[token]]) for token in written]
+        with mock.patch.object(conversation.model, "stream", lambda *args, **kwargs: iter(columns)):
+            pieces = list(conversation.answer([5]))
+        self.assertEqual("".join(pieces), "a\u00e9\U0001f600.")
+        self.assertNotIn(talk.UNFINISHED, "".join(pieces))
+        self.assertTrue(conversation.ended)
+
+    def test_what_a_terminal_obeys_is_not_passed_on(self):
+        self.assertEqual(talk.printable("a\x1b[2J\x07\n\tb\x9b"), "a\ufffd[2J\ufffd\n\tb\ufffd")
+
+    def test_a_long_conversation_drops_its_oldest_turns_and_says_so(self):
+        question = "x" * 40 + "\n"
+        _, err = self.talk(4 * question)
+        self.assertIn("longer than the model's 160 tokens: it has forgotten the oldest 2", err)
+        conversation = self.conversation(system="Be kind.")
+        for _ in range(4):
+            conversation.ask(question)
+            ids, _ = conversation.make_room()
+            self.assertLessEqual(len(ids) + 10, 160)
+            list(conversation.answer(ids))
+        roles = [message["role"] for message in conversation.visible()]
+        self.assertEqual(roles[:2], ["system", "user"])
+        self.assertEqual(len(conversation.messages), 8)
+
+    def test_a_question_that_is_too_long_is_refused_and_the_conversation_goes_on(self):
+        out, err = self.talk("Hello?\n" + "x" * 200 + "\nWhy?\n")
+        self.assertRegex(err, "error: this has 2[0-9]+ tokens, and there is room for 150")
+        self.assertEqual(out, self.talk("Hello?\nWhy?\n")[0])
+
+    def test_ctrl_c_stops_an_answer_and_keeps_what_was_written(self):
+        conversation = self.conversation()
+        conversation.ask("Hello?")
+        token = torch.tensor([[ord("a")]])
+
+        def stream(*args, **kwargs):
+            yield token
+            yield token
+            raise KeyboardInterrupt
+
+        terminal = talk.Terminal(conversation.config, conversation)
+        with mock.patch.object(conversation.model, "stream", stream):
+            shown = printed(terminal.show_answer)
+        self.assertEqual(shown, "aa ...\n")
+        answer = {"role": "assistant", "content": "aa"}
+        self.assertEqual(conversation.messages[-1], answer)
+
+    def test_retry_writes_another_answer_to_the_same_question(self):
+        out, _ = self.talk("Hello?\n/retry\n/save\n")
+        [row] = read_jsonl(self.folder / "said.jsonl")
+        self.assertEqual([message["role"] for message in row["messages"]], ["user", "assistant"])
+        said = talk.printable(row["messages"][1]["content"])
+        self.assertTrue(out.rstrip().endswith(said), (out, said))
+
+    def test_reset_forgets_and_system_stays(self):
+        self.talk("/system Be kind.\nHello?\n/reset\nWhy?\n/save\n")
+        [row] = read_jsonl(self.folder / "said.jsonl")
+        self.assertEqual(
+            [message["content"] for message in row["messages"][:2]], ["Be kind.", "Why?"]
+        )
+
+    def test_commands_that_cannot_be(self):
+        _, err = self.talk("/retry\n/save\n/resett\n")
+        self.assertIn("nothing has been asked yet", err)
+        self.assertIn("nothing has been said yet", err)
+        self.assertIn("there is no command /resett: choose from /reset, /system", err)
+
+    def test_a_file_that_cannot_be_written_is_an_error_of_one_line(self):
+        _, err = self.talk(f"Hello?\n/save {self.folder}\n")
+        self.assertIn("error: ", err)
+        self.assertIn("cannot be written", err)
+
+    def test_through_a_real_pipe(self):
+        result = subprocess.run(
+            [sys.executable, PROJECT / "talk.py", f"--model={self.model}", "--max_new_tokens=5"],
+            input=b"What is the capital of France?\n\xff\xfe\n",
+            capture_output=True,
+            cwd=self.folder,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+        )
+        self.assertEqual(result.returncode, 0, result.stderr)
+        self.assertGreaterEqual(result.stdout.count(b"\n"), 2)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -904,6 +1227,8 @@ class BrowserIsThereTests(unittest.TestCase):
 
 @unittest.skipIf(why_no_browser(), f"to test the page: {why_no_browser()}")
 class PageTests(TempDirTestCase):
+    MESSAGE_SAYS = "words => element('message').textContent.includes(words)"
+
     @classmethod
     def setUpClass(cls):
         from playwright.sync_api import sync_playwright
@@ -991,9 +1316,7 @@ class PageTests(TempDirTestCase):
         self.assertEqual(self.wait_for_pair(other), shown)
         self.press("ArrowLeft")
         other.keyboard.press("ArrowRight")
-        other.wait_for_function(
-            "() => element('message').textContent.includes('answered already, in another window')"
-        )
+        other.wait_for_function(self.MESSAGE_SAYS, arg="answered already, in another window")
         self.wait_for_pair(other, other_than=shown)
         self.press("ArrowRight", other)
         choices = self.labels()
@@ -1039,7 +1362,7 @@ class PageTests(TempDirTestCase):
     def test_without_the_token_the_page_shows_what_to_do(self):
         stranger = self.new_context().new_page()
         stranger.goto(self.desk.address.partition("#")[0])
-        stranger.wait_for_function("() => element('message').textContent.includes('terminal shows')")
+        stranger.wait_for_function(self.MESSAGE_SAYS, arg="terminal shows")
         self.assertTrue(stranger.is_disabled("[data-choice=left]"))
 
     def test_a_better_answer_by_keyboard(self):
@@ -1106,7 +1429,7 @@ class PageTests(TempDirTestCase):
         pair = self.wait_for_pair(self.page)
         self.desk.kill()
         self.page.keyboard.press("ArrowLeft")
-        self.page.wait_for_function("() => element('message').textContent.includes('does not answer')")
+        self.page.wait_for_function(self.MESSAGE_SAYS, arg="does not answer")
         self.assertTrue(self.page.is_disabled("[data-choice=left]"))
         self.desk.start()
         self.page.reload()
