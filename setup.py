@@ -20,7 +20,7 @@ setup(
     package_data={"mingpt": ["py.typed"]},
     python_requires=">=3.11",
     install_requires=[
-        "torch>=2.4",
+        "torch>=2.5",
         "numpy>=1.26",
         "requests>=2.31",
         "urllib3>=2.2",  # requests stands on it; older ones cannot read what has arrived so far
