@@ -142,7 +142,7 @@ def decoded(
     log_probs: Tensor,
     tokenizer: Any,
     stop_token: int | list[int] | tuple[int, ...] | None,
-    left_out: set[int | None],
+    left_out: set[int],
 ) -> Samples:
     """The `Samples` of what was generated. left_out: ids that do not appear in the texts."""
     return Samples(
@@ -219,7 +219,7 @@ def generate_batch(
 
 
 def cut_at_stop_strings(
-    samples: Samples, stop_strings: Sequence[str], tokenizer: Any, left_out: set[int | None]
+    samples: Samples, stop_strings: Sequence[str], tokenizer: Any, left_out: set[int]
 ) -> Samples:
     """The samples, cut where their first stop string is complete.
 
@@ -251,7 +251,7 @@ def cut_at_stop_strings(
 
 
 def before_stop_string(
-    ids: list[int], stop_strings: Sequence[str], tokenizer: Any, left_out: set[int | None]
+    ids: list[int], stop_strings: Sequence[str], tokenizer: Any, left_out: set[int]
 ) -> tuple[str, int]:
     """(the text before its first stop string, how many of the ids complete that string)."""
     # Add token by token until a string is there. It may begin and end within a token, so that it
@@ -266,14 +266,14 @@ def before_stop_string(
 
 
 def decode_rows(
-    idx: Tensor, mask: Tensor, tokenizer: Any, left_out: set[int | None]
+    idx: Tensor, mask: Tensor, tokenizer: Any, left_out: set[int]
 ) -> list[str]:
     """The text on the mask of each row, (N, T) both."""
     rows = zip(idx.cpu(), mask.cpu(), strict=True)
     return [decode(ids[mask].tolist(), tokenizer, left_out) for ids, mask in rows]
 
 
-def decode(ids: list[int], tokenizer: Any, left_out: set[int | None]) -> str:
+def decode(ids: list[int], tokenizer: Any, left_out: set[int]) -> str:
     """The text of ids, without some special tokens."""
     return tokenizer.decode([token for token in ids if token not in left_out])
 
