@@ -28,6 +28,7 @@ setup(
         "safetensors>=0.4.3",
         "tqdm>=4.66",
         "filelock>=3.16",
+        "jinja2>=3.1.6",  # chat templates; older ones let a template out of the sandbox
     ],
     extras_require={
         # What the scripts in projects/ use beside the library.
