@@ -63,6 +63,8 @@ setup(
             "ipykernel>=6.29",
             "playwright>=1.50",  # drives the Chromium that the system has
         ],
+        # What opens the notebooks: `jupyter lab demo.ipynb`.
+        "notebooks": ["jupyterlab>=4", "matplotlib>=3.8"],
         # What a change must pass before it is committed: `ruff check` and `mypy mingpt`.
         "dev": ["ruff>=0.14", "mypy>=1.18", "types-requests", "types-regex", "types-tqdm"],
     },

@@ -52,7 +52,7 @@ def find_pretrained(name_or_path: str | Path, revision: str = "main", weights: b
     Raises ValueError for a name or path that does not exist.
     """
     path = Path(name_or_path).expanduser()
-    if path.exists():
+    if os.path.exists(path):  # Path.exists raises for a name that is too long
         finish_write(path if path.is_dir() else path.parent)
         return path
     if str(name_or_path) == "smollm2":
@@ -67,7 +67,7 @@ def hub_folder(name: str, revision: str, weights: bool = True) -> Path:
     Raises ValueError where the hub has no such model, or no weights of it that we read.
     """
     # The name becomes a part of a path on this machine: "../.." must not get through.
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):
+    if not re.fullmatch(r"[\w.-]{1,96}(/[\w.-]{1,96})?", name) or name.startswith("."):
         raise ValueError(
             f"got {name!r}; expected an existing file or folder, "
             "or a name on the hub, like 'gpt2' or 'user/repo'"
@@ -93,7 +93,10 @@ def hub_folder(name: str, revision: str, weights: bool = True) -> Path:
         )
 
     if not (folder / "config.json").exists():
-        logger.info("%r is no file or folder here: asking %s for a model of that name", name, host)
+        # A warning, because that also shows where nobody has set up logging.
+        logger.warning(
+            "%r is no file or folder here: asking %s for a model of that name", name, host
+        )
     fetch("config.json")
     if weights:
         fetch_weights(fetch, folder, name, endpoint)

@@ -141,9 +141,12 @@ class Pretrained(nn.Module):
         check_known(options, config, family)
         config.merge_from_dict(family.read_options(files, config, cls.presets, options))
         # 4. Build the model with empty parameters, and put the files' tensors in their place.
-        if config.n_layer > DEEP:
-            fit(cls, config, shapes_of_one_block(cls, config), files)
-        model = empty_model(cls, config)
+        try:
+            if config.n_layer > DEEP:
+                fit(cls, config, shapes_of_one_block(cls, config), files)
+            model = empty_model(cls, config)
+        except ValueError as error:
+            raise ValueError(f"{path} cannot be loaded: {error}") from None
         # A tied head is the embedding, and counts once.
         shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
         fit(cls, config, shapes, files)
@@ -282,7 +285,7 @@ def family_of(files: ModelFiles) -> ModuleType:
         is_llama = "transformer.embed_tokens.weight" in files.tensors
         return weights_llama if is_llama else weights_gpt2
     for family in FAMILIES.values():
-        if model_type in family.MODEL_TYPES:
+        if isinstance(model_type, str) and model_type in family.MODEL_TYPES:
             return family
     known = ", ".join(name for family in FAMILIES.values() for name in family.MODEL_TYPES)
     raise ValueError(
@@ -440,7 +443,11 @@ def check_names(
     hint = ""
     if "head.weight" in missing:  # a language model was loaded as a reward or value model
         hint = ": to put a new head on its trunk, use from_gpt(GPT.from_pretrained(...))"
+    differences = []
+    if missing:
+        differences.append(f"missing {missing[:5]}")
+    if unexpected:
+        differences.append(f"unexpected {unexpected[:5]}")
     raise ValueError(
-        f"{path} does not fit a {cls.__name__} with its config; "
-        f"missing {missing[:5]}, unexpected {unexpected[:5]}{hint}"
+        f"{path} does not fit a {cls.__name__} with its config; {', '.join(differences)}{hint}"
     )

@@ -536,7 +536,7 @@ class TestHub(TempDirTestCase):
 
     def test_it_says_that_it_asks_the_hub(self):
         self.serve("one", "t2/modle")
-        with self.assertLogs("mingpt", "INFO") as logs:
+        with self.assertLogs("mingpt", "WARNING") as logs:
             assert_loads(self.theirs, "t2/modle")
         self.assertIn("'t2/modle' is no file or folder here: asking 127.0.0.1", logs.output[0])
 
