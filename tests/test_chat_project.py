@@ -1284,13 +1284,15 @@ class TeachTests(TempDirTestCase):
         self.assertEqual(base["sha256"], answers.ChatModel.load(self.model, "cpu").hash)
         taught = answers.ChatModel.load(str(folder), "cpu")
         self.assertNotEqual(taught.hash, base["sha256"])
+        self.assertEqual(answers.hash_of(GPT.from_pretrained(folder)), taught.hash)
 
     def test_an_adapter_of_another_base_is_refused(self):
         folder = self.folder / "adapter"
         shutil.copytree(self.ppo / "rl" / "model", folder)
         other = tiny_chat.write_tiny_chat(self.folder / "other", seed=1)
-        base = json.loads((folder / "base.json").read_text())
-        (folder / "base.json").write_text(json.dumps({**base, "name": other}))
+        config = json.loads((folder / "adapter_config.json").read_text())
+        config["base_model_name_or_path"] = other
+        (folder / "adapter_config.json").write_text(json.dumps(config))
         with self.assertRaisesRegex(ValueError, "an adapter of another .*: get that base again"):
             answers.ChatModel.load(str(folder), "cpu")
 

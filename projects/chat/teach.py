@@ -226,7 +226,7 @@ def make_stages(config: CfgNode, material: Lessons, model: ChatModel) -> Adapter
 
 def load_base(config: CfgNode) -> ChatModel:
     """The base model, without any adapter."""
-    if answers.base_of(config.model.name) is not None:
+    if (Path(config.model.name) / "adapter_config.json").exists():
         raise ValueError(
             f"--model.name={config.model.name} is an adapter: give its base, or merge it first "
             "(teach.py --merge)"
