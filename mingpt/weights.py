@@ -5,7 +5,8 @@ Every model here has the two methods of `Pretrained`, `from_pretrained` and `sav
 
     GPT.from_pretrained("gpt2")        a name on the Hugging Face hub, "user/repo" as well
     GPT.from_pretrained("smollm2")     a small chat model that pip brings
-    GPT.from_pretrained("out/sft")     a folder that transformers or save_pretrained wrote
+    GPT.from_pretrained("out/sft")     a folder that transformers or save_pretrained wrote, or one
+                                       with an adapter (lora.py) that names its base
     GPT.from_pretrained("ckpt.pt")     one file: .safetensors, .gguf, or what torch.save wrote
 
 Both families of models, GPT-2 and Llama, are read and written. What their files call things stands
@@ -132,6 +133,13 @@ class Pretrained(nn.Module):
         or could run code, and for weights that do not fit their config.
         """
         check_dtype(dtype)
+        adapter = Path(name_or_path) / "adapter_config.json"
+        if adapter.is_file():
+            # An adapter stands on another model: read that first.
+            lora = importlib.import_module("mingpt.lora")  # it imports this file
+            model = cls.from_pretrained(lora.base_of(name_or_path), revision, dtype, **options)
+            lora.load(model, name_or_path)
+            return model.eval()
         # 1. Find the files: on this machine, or else on the hub.
         path = find_pretrained(name_or_path, revision)
         # 2. Read their tensors, under our names.
