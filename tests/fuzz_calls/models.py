@@ -363,7 +363,8 @@ def make_from_nothing(draw):
     """A config that is none, or lacks an option."""
     cls = draw.choice(["GPT", "RewardModel", "ValueModel"])
     name = draw.choice(["n_layer", "vocab_size", "tie_weights", "attn_pdrop", "model_type"])
-    good = f"options({cls}.get_default_config, n_layer=1, n_head=1, n_embd=8, vocab_size=5, block_size=4)"
+    sizes = "n_layer=1, n_head=1, n_embd=8, vocab_size=5, block_size=4"
+    good = f"options({cls}.get_default_config, {sizes})"
     wrong = [
         "None",
         "{}",
@@ -611,11 +612,11 @@ BROKEN_MODELS = [
     "write('m/model.safetensors', good[:-1])",
     "write('m/model.safetensors', bytes([255] * 8) + good[8:])",
     "write('m/pytorch_model.bin', b'junk')",
-    "torch.save([1, 2], FOLDER / 'm' / 'pytorch_model.bin')",
-    "torch.save({{'a': torch.ones(2)}}, FOLDER / 'm' / 'pytorch_model.bin')",
-    "torch.save({{'model': 3}}, FOLDER / 'm' / 'pytorch_model.bin')",
-    "torch.save({{'model_args': 3, 'model': gpt(0).state_dict()}}, FOLDER / 'm' / 'pytorch_model.bin')",
-    "torch.save({{'x': torch.zeros(1).expand(10**6)}}, FOLDER / 'm' / 'pytorch_model.bin')",
+    "torch.save([1, 2], BIN)",
+    "torch.save({{'a': torch.ones(2)}}, BIN)",
+    "torch.save({{'model': 3}}, BIN)",
+    "torch.save({{'model_args': 3, 'model': gpt(0).state_dict()}}, BIN)",
+    "torch.save({{'x': torch.zeros(1).expand(10**6)}}, BIN)",
     "write('m/model.safetensors.index.json', '{{}}')",
     'write(\'m/model.safetensors.index.json\', \'{{"weight_map": {{"a": "../x"}}}}\')',
     "write('m/model.safetensors.index.json', '[1]')",
@@ -664,6 +665,7 @@ def from_pretrained(draw):
         assert result.config.n_head == 2
 
     setup = [
+        "BIN = FOLDER / 'm' / 'pytorch_model.bin'",
         f"{model}.save_pretrained(FOLDER / 'good')",
         "good = (FOLDER / 'good' / 'model.safetensors').read_bytes()",
         "shutil.copytree(FOLDER / 'good', FOLDER / 'm')",
