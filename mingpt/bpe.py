@@ -29,21 +29,36 @@ in Hugging Face's libraries.
 """
 
 import heapq
+import importlib
 import importlib.util
 import json
-import re
+import logging
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from itertools import chain, groupby, pairwise, repeat
+from dataclasses import replace
+from itertools import chain, pairwise, repeat
 from pathlib import Path
 from typing import Any, Self
 
-import regex
 import torch
 
 from mingpt.checkpoint import finish_write, read_json, read_text, write_text, write_together
 from mingpt.download import download, home
+from mingpt.hub import find_pretrained
+from mingpt.tokenizer_files import (
+    AddedToken,
+    AddedTokens,
+    Vocabulary,
+    from_gguf,
+    nfc,
+    read_tokenizer_json,
+    to_tokenizer_config,
+    to_tokenizer_json,
+)
+from mingpt.words import GPT2, WordRule
+
+logger = logging.getLogger("mingpt")
 
 END_OF_TEXT = "<|endoftext|>"  # the token that GPT-2 puts between two texts
 
@@ -95,43 +110,8 @@ def replace_pair(ids: list[int], pair: Pair, new_id: int) -> list[int]:
 # Bytes: GPT-2 takes a text as UTF-8, so 256 tokens are enough to write anything, emoji included.
 # Words: it splits the text first and never merges across a border. Otherwise "dog", "dog." and
 # "dog!" would each become a token. A word carries the space before it: "a dog" is "a" and " dog".
-
-# What counts as a letter or a number follows the Unicode version of the installed `regex`.
-# tiktoken has a version of its own: on characters newer than that, the two can differ.
-SPLIT = regex.compile(
-    "|".join(
-        [
-            r"'s|'t|'re|'ve|'m|'ll|'d",  # the ends of English contractions: "I'm" is "I" and "'m"
-            r" ?\p{L}+",  # letters
-            r" ?\p{N}+",  # digits and other numbers
-            r" ?[^\s\p{L}\p{N}]+",  # all other signs
-            r"\s+(?!\S)",  # whitespace; where a word follows, all of it but the last character
-            r"\s+",  # that last character, if it is no space to go with the word: "\n" in "a\nb"
-        ]
-    )
-)
-
-# The same for ASCII text, where the standard library's `re` is several times faster than `regex`.
-# re.ASCII because the \s of `re` otherwise matches \x1c to \x1f, which Unicode does not count as
-# whitespace. Letters come first because they are the most frequent; that changes no match.
-ASCII_SPLIT = re.compile(
-    r" ?[A-Za-z]+|'(?:[stmd]|re|ve|ll)| ?[0-9]+| ?[^\sA-Za-z0-9]+|\s+(?!\S)|\s+", re.ASCII
-)
-
-# Where a text can be cut without cutting a word: after a newline between two non-blank characters.
-LINE_START = re.compile(r"(?<=\S\n)(?=\S)")
-
-
-def split_words(text: str) -> list[str]:
-    """The words of a text, which joined give it back: "I'm 7 now" -> ["I", "'m", " 7", " now"]."""
-    if text.isascii():
-        return ASCII_SPLIT.findall(text)
-    # Most lines of most texts are ASCII: split those fast, and only the others with `regex`.
-    words = []
-    for is_ascii, lines in groupby(LINE_START.split(text), str.isascii):
-        pattern = ASCII_SPLIT if is_ascii else SPLIT
-        words += pattern.findall("".join(lines))
-    return words
+# The rule that GPT-2 has for this, and those of other models, are in words.py: "I'm 7 now" is
+# "I", "'m", " 7" and " now".
 
 
 def bytes_to_unicode() -> dict[int, str]:
@@ -311,6 +291,9 @@ def merge_in_word(word: list[int], pair: Pair, new_id: int) -> list[tuple[Pair, 
 
 # --- 5. Encoder ----------------------------------------------------------------------------------
 
+# The bytes that every vocabulary must have: those of "\n" and of the visible ASCII characters.
+COMMON_BYTES = [ord("\n"), *range(ord(" "), ord("~") + 1)]
+
 
 class WordCache(dict[str, tuple[int, ...]]):
     """{word: its ids}, filled when a word is first asked for.
@@ -345,38 +328,64 @@ def without_lone_surrogates(text: str) -> str:
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
+def gpt2_vocabulary(vocab: dict[str, int], merges: list[tuple[str, str]]) -> Vocabulary:
+    """A vocabulary with GPT-2's rules: its only special token is <|endoftext|>, where it has it."""
+    added_tokens: tuple[AddedToken, ...] = ()
+    if END_OF_TEXT in vocab:
+        added_tokens = (AddedToken(END_OF_TEXT, vocab[END_OF_TEXT]),)
+    return Vocabulary(vocab=vocab, merges=merges, added_tokens=added_tokens)
+
+
 class Encoder:
     """A byte-level BPE vocabulary: `encode(text) -> list of ids` and `decode(ids) -> text`.
 
     vocab: {token: id}, the tokens written as in `bytes_to_unicode`. merges: [(left, right), ...],
-    in the order of learning. Raises ValueError where the two do not fit each other.
+    in the order of learning. rules: what else a `Vocabulary` has, GPT-2's by default. Raises
+    ValueError where these do not fit each other.
+
+    special: {token: id} of the special tokens, as "<|im_end|>" in Qwen's vocabulary.
     """
 
-    def __init__(self, vocab: dict[str, int], merges: list[tuple[str, str]]):
+    def __init__(self, vocab: dict[str, int], merges: list[tuple[str, str]], **rules: Any):
+        self.vocabulary = replace(gpt2_vocabulary(vocab, merges), **rules)
         self.vocab = vocab
         self.merge_list = merges
-        self.special = {END_OF_TEXT: vocab[END_OF_TEXT]} if END_OF_TEXT in vocab else {}
+        self.word_rule: WordRule = self.vocabulary.words
+        added = {token.content for token in self.vocabulary.added_tokens}
+        self.added = AddedTokens(self.vocabulary.added_tokens, self.vocabulary.normalize)
+        self.special = {token.content: token.id for token in self.added.tokens if token.special}
+
+        # Each byte as a token. Real vocabularies lack some that are rare in texts.
         characters = bytes_to_unicode()
         missing = [character for character in characters.values() if character not in vocab]
-        if missing:
+        if not vocab.keys() >= {characters[byte] for byte in COMMON_BYTES}:
             raise ValueError(
                 f"the vocabulary has no token for {len(missing)} of the 256 bytes "
                 f"({missing[:5]} ...): pass one of byte-level BPE, like GPT-2's"
             )
-        self.byte_ids = [vocab[characters[byte]] for byte in range(256)]
+        self.unknown_id = GONE
+        if self.vocabulary.unknown is not None:
+            self.unknown_id = vocab.get(self.vocabulary.unknown, GONE)
+        self.byte_ids = [vocab.get(characters[byte], self.unknown_id) for byte in range(256)]
+        self.lacks_bytes = bool(missing)
+
         # The bytes of each token, as a string in which character b stands for byte b (Latin-1):
         # str.join, which decode spends its time in, takes half as long as bytes.join.
-        latin = {character: chr(byte) for byte, character in characters.items()}
-        strange = [t for t in vocab if t not in self.special and not latin.keys() >= set(t)]
+        self.latin = {character: chr(byte) for byte, character in characters.items()}
+        strange = [t for t in vocab if t not in added and not self.latin.keys() >= set(t)]
         if strange:
             raise ValueError(
-                f"the vocabulary has tokens that are not written in bytes ({strange[:5]}): "
-                f"{END_OF_TEXT} is the only special token that is known here"
+                f"the vocabulary has tokens that are not written in bytes ({strange[:5]}), and "
+                f"that are not among its added tokens, {sorted(added)[:5]}"
             )
         self.token_text = {
-            i: token if token in self.special else "".join(latin[c] for c in token)
+            i: "".join(self.latin[c] for c in token)
             for token, i in vocab.items()
+            if token not in added
         }
+        for token in self.added.tokens:
+            self.token_text[token.id] = token.content.encode("utf-8").decode("latin-1")
+
         try:
             self.merges: list[Merge] = [(vocab[a], vocab[b], vocab[a + b]) for a, b in merges]
         except KeyError as error:
@@ -385,43 +394,69 @@ class Encoder:
                 "pass the vocabulary and the merges of the same tokenizer"
             ) from None
         self.ranks = {(left, right): rank for rank, (left, right, _) in enumerate(self.merges)}
+        self.check_special_tokens()
+
+        # Where merges are ignored, a word that is a token by itself: {its bytes in Latin-1: its id}
+        self.whole_words: dict[str, int] = {}
+        if self.vocabulary.ignore_merges:
+            added_ids = {token.id for token in self.added.tokens}
+            token_text = self.token_text.items()
+            self.whole_words = {text: i for i, text in token_text if i not in added_ids}
         self.words = WordCache(self.encode_word)
+
+    def check_special_tokens(self) -> None:
+        """ValueError for a special token that the bytes of a text could become by merging."""
+        from_text = {*self.byte_ids, *(new_id for _, _, new_id in self.merges)}
+        from_text.discard(self.unknown_id)
+        unsafe = [token for token, i in self.special.items() if i in from_text]
+        if unsafe:
+            raise ValueError(
+                f"the special tokens {unsafe} are also what ordinary text becomes, so a text could "
+                "contain them by itself: take them out of the added tokens"
+            )
 
     def encode(self, text: str, allowed_special: Iterable[str] = ()) -> list[int]:
         """The ids of a text, as a list.
 
-        `<|endoftext|>` in the text is plain text like any other, unless allowed_special names it:
-        what a user writes must not end a text by itself. A lone surrogate, which is no character,
-        becomes U+FFFD, as in tiktoken. ValueError for a special token that the vocabulary does not
-        have, TypeError for anything but text.
+        A special token in the text, `<|endoftext|>` for instance, is plain text like any other,
+        unless allowed_special names it: what a user writes must not end a text by itself. Nothing
+        is put around the ids either. A lone surrogate, which is no character, becomes U+FFFD, as
+        in tiktoken. ValueError for a special token that the vocabulary does not have, TypeError
+        for anything but text.
         """
         if not isinstance(text, str):
             raise TypeError(f"got {type(text).__name__} {text!r:.60}; encode takes a text")
         allowed_special = set(allowed_special)
-        if not allowed_special:
-            # the usual way: split, look up each word, and put the ids of all words in one list
-            try:
-                return list(chain.from_iterable(map(self.words.__getitem__, split_words(text))))
-            except UnicodeEncodeError:
-                return self.encode(without_lone_surrogates(text))
         unknown = sorted(allowed_special - self.special.keys())
         if unknown:
             raise ValueError(
                 f"got allowed_special={unknown}; this vocabulary has {sorted(self.special)}"
             )
-        # cut the text at the special tokens, and encode what is between them
-        ids = []
-        any_special = "|".join(map(re.escape, allowed_special))
-        for piece in re.split(f"({any_special})", text):  # the brackets keep the separators
-            if piece in allowed_special:
-                ids.append(self.special[piece])
-            else:
-                ids += self.encode(piece)
-        return ids
+        try:
+            if not allowed_special and not self.added.has_ordinary:
+                return self.encode_ordinary(nfc(text) if self.added.normalize else text)
+            # cut the text at the added tokens, and encode what is between them
+            ids = []
+            for piece in self.added.split(text, allowed_special):
+                ids += [piece] if isinstance(piece, int) else self.encode_ordinary(piece)
+            return ids
+        except UnicodeEncodeError:
+            return self.encode(without_lone_surrogates(text), allowed_special)
+
+    def encode_ordinary(self, text: str) -> list[int]:
+        """The ids of a text without added tokens: split it, look up each word, join the ids."""
+        return list(chain.from_iterable(map(self.words.__getitem__, self.word_rule.split(text))))
 
     def encode_word(self, word: bytes) -> tuple[int, ...]:
         """The ids of one word: its bytes, merged as far as the merges go."""
+        if self.whole_words:
+            whole = self.whole_words.get(word.decode("latin-1"))
+            if whole is not None:
+                return (whole,)
         ids = [self.byte_ids[byte] for byte in word]
+        if self.lacks_bytes and GONE in ids:
+            logger.warning("%r has bytes that the vocabulary lacks: they are left out", word)
+            ids = [i for i in ids if i != GONE]
         merge = merge_long if len(ids) > LONG_WORD else merge_short
         return merge(ids, self.ranks, self.merges)
 
@@ -446,7 +481,7 @@ class Encoder:
         """For teaching: the ids of a text (`bpe_idx`), and in `parts` how each word gets there."""
         characters = bytes_to_unicode()
         names = {i: token for token, i in self.vocab.items()}
-        words = split_words(text)
+        words = self.word_rule.split(text)
         parts = []
         for word in words:
             word_bytes = word.encode("utf-8")
@@ -478,14 +513,16 @@ class BPETokenizer(Encoder):
         self,
         vocab: dict[str, int] | None = None,
         merges: list[tuple[str, str]] | None = None,
+        **rules: Any,
     ):
         if vocab is None and merges is None:
             vocab, merges = read_files(gpt2_folder())
         if vocab is None or merges is None:
             raise ValueError("got only one of vocab and merges: pass both, or neither for GPT-2's")
-        super().__init__(vocab, merges)
-        self.vocab_size = len(self.vocab)
-        self.eot_token = self.special.get(END_OF_TEXT)
+        super().__init__(vocab, merges, **rules)
+        self.vocab_size = max(self.vocab.values()) + 1  # some vocabularies leave ids out
+        end = self.vocabulary.token_names.get("eos_token", END_OF_TEXT)
+        self.eot_token = self.special.get(end)
 
     def __call__(self, text: str) -> torch.Tensor:
         """The ids of a text as a (1, T) LongTensor: a batch of one row."""
@@ -506,7 +543,7 @@ class BPETokenizer(Encoder):
                 f"got vocab_size={vocab_size}; it must be 257 or more: "
                 "256 bytes and the end of a text come first"
             )
-        word_counts = Counter(chain.from_iterable(map(split_words, texts)))
+        word_counts = Counter(chain.from_iterable(map(GPT2.split, texts)))
         # GPT-2 orders the bytes by the characters that it writes them with
         characters = bytes_to_unicode()
         tokens = sorted(characters.values())
@@ -526,19 +563,41 @@ class BPETokenizer(Encoder):
         return cls({token: i for i, token in enumerate(tokens)}, merges)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write vocab.json and merges.txt, which `transformers` and `tokenizers` read as well."""
+        """Write what `from_pretrained`, `transformers` and `tokenizers` read.
+
+        vocab.json and merges.txt where they say everything, that is with GPT-2's rules and no
+        special token but <|endoftext|>; tokenizer.json and tokenizer_config.json otherwise.
+        """
         lines = ["#version: 0.2", *(f"{left} {right}" for left, right in self.merge_list)]
+        gpt2_files = {
+            "vocab.json": json.dumps(self.vocab, ensure_ascii=False),
+            "merges.txt": "\n".join(lines) + "\n",
+        }
+        content = to_tokenizer_json(self.vocabulary)
+        config = to_tokenizer_config(self.vocabulary)
+        other_files = {
+            "tokenizer.json": json.dumps(content, ensure_ascii=False),
+            "tokenizer_config.json": json.dumps(config, ensure_ascii=False, indent=2) + "\n",
+        }
+        gpt2_rules = gpt2_vocabulary(self.vocab, self.merge_list)
+        files = gpt2_files if self.vocabulary == gpt2_rules else other_files
         with write_together(folder) as new:
-            write_text(new / "vocab.json", json.dumps(self.vocab, ensure_ascii=False))
-            write_text(new / "merges.txt", "\n".join(lines) + "\n")
+            for name, text in files.items():
+                write_text(new / name, text)
+        # Files of the other kind are those of an older tokenizer.
+        for name in (gpt2_files | other_files).keys() - files.keys():
+            (Path(folder) / name).unlink(missing_ok=True)
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path) -> Self:
-        """Read vocab.json and merges.txt, or encoder.json and vocab.bpe, from a folder.
+    def from_pretrained(cls, name_or_path: str | Path) -> Self:
+        """Read the tokenizer of a folder, of a model on the hub, or of a .gguf file.
 
-        ValueError for a folder without them, and for files that hold no vocabulary or no merges.
+        A folder has tokenizer.json, or vocab.json and merges.txt, or encoder.json and vocab.bpe.
+        "smollm2" is known, too. ValueError for a folder without them, for damaged files, and for
+        a tokenizer that is no byte-level BPE with the rules of words.py.
         """
-        return cls(*read_files(folder))
+        path = find_pretrained(name_or_path, weights=False)
+        return cls(**vars(read_vocabulary(path)))
 
 
 def get_encoder() -> Encoder:
@@ -547,6 +606,23 @@ def get_encoder() -> Encoder:
 
 
 # --- 7. Files ------------------------------------------------------------------------------------
+
+
+
+def read_vocabulary(path: Path) -> Vocabulary:
+    """The vocabulary of a folder, or of a .gguf file, with its rules."""
+    if path.is_file():
+        if path.suffix == ".json":
+            return read_tokenizer_json(path)
+        gguf = importlib.import_module("mingpt.gguf")  # it needs an extra: only where it is used
+        _, _, vocabulary, _ = gguf.read(path)
+        return from_gguf(path, vocabulary)
+    finish_write(path)
+    if (path / "tokenizer.json").exists():
+        return read_tokenizer_json(path / "tokenizer.json")
+    vocab, merges = read_files(path)
+    return gpt2_vocabulary(vocab, merges)
+
 
 FILE_NAMES = [
     ("vocab.json", "merges.txt"),  # transformers' and ours

@@ -10,6 +10,7 @@ says what is kept where.
 import contextlib
 import io
 import json
+import logging
 import math
 import multiprocessing
 import os
@@ -24,12 +25,15 @@ import threading
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import TracebackType
 from typing import Any, BinaryIO, NoReturn
 
 import numpy as np
 import torch
 
 from mingpt import distributed
+
+logger = logging.getLogger("mingpt")
 
 # -- files -----------------------------------------------------------------------------------------
 
@@ -38,6 +42,9 @@ in_progress: set[Path] = set()
 
 # Where files wait that are complete, and take their places together: see `write_together`.
 COMPLETE = ".complete"
+
+# The note on a KeyboardInterrupt that is no surprise: see `interrupt_without_traceback`.
+EXPECTED = "stopped by Ctrl-C"
 
 
 @contextlib.contextmanager
@@ -396,7 +403,10 @@ def deferred_signals() -> Iterator[list[int]]:
     def handle(number: int, frame: Any) -> None:
         received.append(number)
         if received.count(signal.SIGINT) > 1:
+            logger.info("stopped in the middle of an iteration")
             raise KeyboardInterrupt
+        if number == signal.SIGINT:
+            logger.info("Ctrl-C: stops after this iteration (press it again to stop at once)")
 
     previous = {
         number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)
@@ -416,6 +426,29 @@ def raise_signal(number: int) -> NoReturn:
     if number == signal.SIGTERM:
         raise SystemExit(128 + number)
     raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def interrupt_without_traceback() -> Iterator[None]:
+    """Within, a KeyboardInterrupt that nobody catches ends the program without a traceback.
+
+    It stays a KeyboardInterrupt: a program can catch it, and where none does, the exit status is
+    that of Ctrl-C, 130 in a shell.
+    """
+    try:
+        yield
+    except KeyboardInterrupt as interrupt:
+        interrupt.add_note(EXPECTED)
+        show_traceback = sys.excepthook
+
+        def show_unless_expected(
+            kind: type[BaseException], error: BaseException, traceback: TracebackType | None
+        ) -> None:
+            if EXPECTED not in getattr(error, "__notes__", []):
+                show_traceback(kind, error, traceback)
+
+        sys.excepthook = show_unless_expected
+        raise
 
 
 def follow_the_parent(worker: int) -> None:

@@ -324,6 +324,7 @@ class LlamaTransformer(Trunk):
         check_numbers(config, "norm_eps", low=0, high=1)
         check_booleans(config, "attention_bias", "output_bias", "query_key_norm")
         config.rope_scaling = check_rope_scaling(config.rope_scaling)
+        check_combination(config)
         if config.n_head % config.n_kv_head != 0:
             raise ValueError(
                 f"n_head={config.n_head} is not divisible by n_kv_head={config.n_kv_head}: as many "
@@ -361,6 +362,25 @@ def fill_in_defaults(config: CN) -> None:
     for name, value in defaults.items():
         if getattr(config, name) is None:
             setattr(config, name, value)
+
+
+def check_combination(config: CN) -> None:
+    """ValueError for options that no model of the family has together.
+
+    transformers has a class for each model, and none for such a mixture: it could not be saved.
+    """
+    attention_bias, output_bias = config.attention_bias, config.output_bias
+    norm, window = config.query_key_norm, config.sliding_window
+    # Llama and Qwen3 have all four biases or none, and Qwen2 has three. Mistral has none.
+    wrong_biases = output_bias and not attention_bias
+    wrong_norm = norm and attention_bias != output_bias
+    wrong_window = window is not None and output_bias and not norm
+    if wrong_biases or wrong_norm or wrong_window:
+        raise ValueError(
+            f"no model of the family has attention_bias={attention_bias}, "
+            f"output_bias={output_bias}, query_key_norm={norm} and sliding_window={window} "
+            "together: leave out one of them"
+        )
 
 
 def check_rope_scaling(scaling: Any) -> dict[str, Any] | None:

@@ -10,6 +10,7 @@ Source: github.com/huggingface/safetensors for its format.
 
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -49,10 +50,14 @@ class ModelFiles:
     model_args: dict[str, Any] = field(default_factory=dict)
     # Of tensors in safetensors files, by our names: (the file, the name in it).
     origins: dict[str, tuple[Path, str]] = field(default_factory=dict)
+    # What is read of a .gguf file only when it is asked for; `tensors` has placeholders on "meta".
+    unread: Mapping[str, Tensor] = field(default_factory=dict)
 
     def load(self, name: str, dtype: torch.dtype) -> Tensor:
         """The tensor of this name, by ours, in the given type, and in memory or mapped."""
         tensor = self.tensors[name]
+        if tensor.is_meta:
+            return self.unread[name].to(dtype)
         if tensor.dtype == dtype or name not in self.origins:
             return tensor.to(dtype)
         # What has been read of a mapped file stays in memory until nothing maps the file any more.

@@ -1,12 +1,18 @@
 """
 Curves of metrics, as PNG files.
+
+A plot with an empty panel looks broken. So a curve without any point is left out, and a warning
+says which one that is.
 """
 
+import logging
 from pathlib import Path
 from typing import Any
 
 from mingpt.checkpoint import atomic_write
 from mingpt.utils import import_extra
+
+logger = logging.getLogger("mingpt")
 
 LONG_LEGEND = 5  # a panel with more curves than this has its legend beside it
 
@@ -19,12 +25,16 @@ def plot_metrics(
 ) -> None:
     """Draw panels of curves side by side into the PNG file `path`.
 
-    panels: {panel title: {label: (xs, ys)}}. Points whose y is None or NaN are left out. Needs
-    matplotlib (extra `projects`).
+    panels: {panel title: {label: (xs, ys)}}. Points whose y is None or NaN are left out, and so are
+    curves without points, and panels without curves. Where nothing remains, no file is written.
+    Needs matplotlib (extra `projects`).
     """
     plt = import_extra("matplotlib.pyplot", "projects")
     plt.switch_backend("Agg")  # draws into memory: needs neither a window nor a display
 
+    panels = without_empty_curves(panels, Path(path).name)
+    if not panels:
+        return
     width = 5 * len(panels)
     if any(len(curves) > LONG_LEGEND for curves in panels.values()):
         width += 3  # room for the legend
@@ -41,12 +51,27 @@ def plot_metrics(
     plt.close(figure)
 
 
+def without_empty_curves(panels: dict, name: str) -> dict:
+    """The panels with only those curves that have points, and of each curve only its points.
+
+    name: of the plot, for the warning about a curve that has none.
+    """
+    drawn: dict = {}
+    for title, curves in panels.items():
+        for label, (xs, ys) in curves.items():
+            points = [(x, y) for x, y in zip(xs, ys, strict=True) if y is not None and y == y]
+            if points:
+                drawn.setdefault(title, {})[label] = tuple(zip(*points, strict=True))
+            else:
+                logger.warning("%s: no points for %s (%s), so it is left out", name, label, title)
+    return drawn
+
+
 def draw_curves(axis: Any, curves: dict) -> None:
     """Draw {label: (xs, ys)} and a legend on a matplotlib axis."""
     for label, (xs, ys) in curves.items():
-        points = [(x, y) for x, y in zip(xs, ys, strict=True) if y is not None and y == y]
-        style = "-" if len(points) > 1 else "o"  # a line through one point is invisible
-        axis.plot([x for x, _ in points], [y for _, y in points], style, label=label, lw=1.5)
+        style = "-" if len(xs) > 1 else "o"  # a line through one point is invisible
+        axis.plot(xs, ys, style, label=label, lw=1.5)
     if len(curves) > LONG_LEGEND:
         # the legend's upper left corner at the upper right corner of the panel
         axis.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))

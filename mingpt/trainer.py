@@ -42,6 +42,7 @@ from mingpt.checkpoint import (
     deferred_signals,
     follow_the_parent,
     get_rng_state,
+    interrupt_without_traceback,
     raise_signal,
     set_rng_state,
 )
@@ -203,11 +204,12 @@ class Trainer:
     def run(self) -> None:
         """Train until max_iters or epochs is reached. Starts from the checkpoint, if any.
 
-        Ctrl-C finishes the iteration, saves a checkpoint and raises KeyboardInterrupt. SIGTERM does
-        the same and raises SystemExit(143). ValueError if another run is writing to work_dir.
+        Ctrl-C finishes the iteration, saves a checkpoint and raises KeyboardInterrupt, which ends
+        a script without a traceback. SIGTERM does the same and raises SystemExit(143). ValueError
+        if another run is writing to work_dir.
         """
         is_silent = self.rank > 0  # one process speaks for all
-        with console(is_silent), self.folder.in_use():
+        with console(is_silent), interrupt_without_traceback(), self.folder.in_use():
             self.model.train()
             self.resume()
             self.announce()
@@ -288,6 +290,10 @@ class Trainer:
         all_signals, terminations = distributed.total(received)
         if all_signals:
             self.save_checkpoint()
+            result = "nothing is kept: no work_dir"
+            if self.folder.path:
+                result = f"saved in {self.folder.path}: the same command continues from there"
+            logger.info("%s: stopped after iteration %d, %s", self.run_name, self.iter_num, result)
             raise_signal(signal.SIGTERM if terminations else signal.SIGINT)
 
     def announce(self) -> None:

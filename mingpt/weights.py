@@ -237,8 +237,10 @@ def read_gguf(path: Path) -> ModelFiles:
     gguf = importlib.import_module("mingpt.gguf")  # it needs an extra: only where it is used
 
     options, tensors, vocabulary, _ = gguf.read(path)
-    names = {name: vocabulary[name] for name in SPECIAL_TOKENS if vocabulary.get(name) is not None}
-    return ModelFiles(path, tensors, names, options)
+    names = {name: vocabulary.get(name) for name in SPECIAL_TOKENS}
+    names["pad_token_id"] = vocabulary.get("padding_token_id")
+    placeholders = {name: torch.empty(tensors.shape(name), device="meta") for name in tensors}
+    return ModelFiles(path, placeholders, names, options, unread=tensors)
 
 
 def our_name(name: str) -> str:

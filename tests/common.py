@@ -17,6 +17,7 @@ from mingpt.run_folder import read_metrics
 from mingpt.utils import set_seed
 
 ROOT = Path(__file__).resolve().parents[1]
+NO_POINTS = "no points for"  # what a project logs when it draws a plot that lacks a curve
 
 
 def load_script(path):
@@ -73,6 +74,11 @@ def tiny_gpt(seed=0, **options):
             else:
                 p.add_(0.1 * torch.randn_like(p))
     return model.eval()
+
+
+def random_ids(*lengths):
+    """A list of 1-D tensors of random token ids, for tiny_gpt."""
+    return [torch.randint(11, (length,)) for length in lengths]
 
 
 def timeless(folder):

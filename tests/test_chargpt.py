@@ -13,7 +13,15 @@ import torch
 
 from mingpt.chars import CharTokenizer
 from mingpt.model import GPT
-from tests.common import ROOT, Server, TempDirTestCase, load_script, printed, readme_examples
+from tests.common import (
+    NO_POINTS,
+    ROOT,
+    Server,
+    TempDirTestCase,
+    load_script,
+    printed,
+    readme_examples,
+)
 
 chargpt = load_script(ROOT / "projects" / "chargpt" / "chargpt.py")
 
@@ -116,8 +124,9 @@ class TestScript(TempDirTestCase):
         ]
 
     def test_from_text_to_samples(self):
-        with self.assertLogs("mingpt.chargpt", "INFO") as logs:
+        with self.assertLogs("mingpt", "INFO") as logs:
             result = printed(chargpt.main, self.options)
+        self.assertNotIn(NO_POINTS, "\n".join(logs.output))
         self.assertIn("2000 characters, 10 different ones: 1800 train, 200 valid", logs.output[0])
 
         summary = json.loads((self.out / "summary.json").read_text(encoding="utf-8"))

@@ -8,12 +8,7 @@ from torch import nn
 from mingpt.datasets import left_pad, pad_and_mask
 from mingpt.heads import ActorCritic, RewardModel, ValueHead, ValueModel
 from mingpt.prefix import needed_mask
-from tests.common import tiny_gpt
-
-
-def random_ids(*lengths):
-    """A list of 1-D tensors of random token ids."""
-    return [torch.randint(11, (length,)) for length in lengths]
+from tests.common import random_ids, tiny_gpt
 
 
 class TestScalarModels(unittest.TestCase):
@@ -75,86 +70,6 @@ class TestNormalize(unittest.TestCase):
     def test_equal_scores_have_no_variance(self):
         with self.assertRaisesRegex(ValueError, "5 equal scores cannot be scaled to variance 1"):
             self.model.normalize(torch.ones(5), unit_variance=True)
-
-
-class TestSharedPrompts(unittest.TestCase):
-    """Two prompts with three completions each, all of unlike lengths."""
-
-    PREFIX_LENGTH = 5  # the prompts have 6 columns, and the last one holds the first state
-
-    def setUp(self):
-        prompts = random_ids(6, 3)
-        completions = random_ids(4, 1, 2, 3, 4, 2)
-        left, front = left_pad([prompt for prompt in prompts for _ in range(3)])
-        right, written = pad_and_mask(completions)
-        self.idx = torch.cat([left, right], dim=1)
-        self.mask = torch.cat([front, written], dim=1)
-        self.completion_mask = torch.cat([torch.zeros_like(front), written], dim=1)
-        self.written = self.completion_mask[:, 1:]
-        self.gpt = tiny_gpt()
-
-    def rewards(self, model, rows_per_prompt):
-        return model(self.idx, self.mask, self.completion_mask, rows_per_prompt)
-
-    def log_probs_and_values(self, value_model, rows_per_prompt):
-        """The completions' log-probs, and then the values of the same states."""
-        model = ActorCritic(self.gpt, value_model)
-        log_probs, values = model(self.idx, self.mask, 0.7, self.PREFIX_LENGTH, rows_per_prompt)
-        return torch.cat([log_probs[self.written], values[self.written]])
-
-    def check(self, function, model):
-        """function(model, rows_per_prompt) and its gradient, with prompts read once or row by row.
-
-        The gradient is taken by the policy's positions and the model's weights.
-        """
-        shared = function(model, 3)
-        separate = function(model, 1)
-        torch.testing.assert_close(shared, separate, rtol=0, atol=1e-5)
-        weights = [self.gpt.transformer.wpe.weight, *model.parameters()]
-        gradients = [
-            torch.autograd.grad(
-                (x**2).sum(), weights, allow_unused=True, materialize_grads=True
-            )
-            for x in (shared, separate)
-        ]
-        torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-4)
-
-    def test_a_prompt_that_rows_share_is_read_once(self):
-        read = []
-        self.gpt.transformer.wte.register_forward_hook(
-            lambda module, inputs, output: read.append(tuple(inputs[0].shape))
-        )
-        self.log_probs_and_values(None, 3)
-        self.assertEqual(read, [(2, 5), (6, 4)])  # the prompts, then what follows them
-        read.clear()
-        self.log_probs_and_values(None, 1)
-        self.assertEqual(read, [(6, 9)])
-
-    def test_a_reward_model_gives_the_same(self):
-        self.check(self.rewards, RewardModel.from_gpt(self.gpt))
-
-    def test_a_value_model_gives_the_same(self):
-        value_model = ValueModel.from_gpt(RewardModel.from_gpt(self.gpt))
-        self.check(self.log_probs_and_values, value_model)
-
-    def test_a_value_head_gives_the_same(self):
-        head = ValueHead(16)
-        nn.init.normal_(head.weight)
-        self.check(self.log_probs_and_values, head)
-
-    def test_the_log_probs_are_those_of_the_policy(self):
-        found = self.log_probs_and_values(None, 3)[: self.written.sum()]
-        expected = self.gpt.log_probs(self.idx, self.mask, 0.7)[self.written]
-        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
-
-    def test_prompts_do_not_go_through_the_matrix_of_the_vocabulary(self):
-        positions = []
-        self.gpt.lm_head.register_forward_hook(
-            lambda module, inputs, output: positions.append(inputs[0].size(1))
-        )
-        log_probs, _ = ActorCritic(self.gpt)(self.idx, self.mask, 0.7, self.PREFIX_LENGTH)
-        self.assertFalse(log_probs[:, : self.PREFIX_LENGTH].any())
-        self.assertEqual(positions, [4])
 
 
 class TestValueHead(unittest.TestCase):

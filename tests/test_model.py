@@ -12,7 +12,6 @@ import torch
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from mingpt.datasets import pad, pad_and_mask
 from mingpt.model import GPT, PRESETS, next_token_log_probs
 from tests.common import tiny_gpt
 
@@ -135,51 +134,6 @@ class TestForward(unittest.TestCase):
         scaled = 0.02 / math.sqrt(8)  # 4 layers, two residual projections each
         self.assertAlmostEqual(std["transformer.h.3.mlp.c_proj.weight"], scaled, delta=0.0005)
 
-    def test_padding_on_either_side_changes_no_row(self):
-        model = tiny_gpt()
-        rows = [torch.randint(11, (n,)) for n in (7, 3, 1, 5)]
-        for left in (True, False):
-            idx = pad(rows, 5, left)
-            mask = pad([torch.ones_like(row) for row in rows], 0, left)
-            logits, _ = model(idx, attention_mask=mask)
-            log_probs = model.log_probs(idx, mask)
-            self.assertTrue(torch.isfinite(logits).all())
-            self.assertTrue(torch.isfinite(log_probs).all())
-            for b, row in enumerate(rows):
-                start = 7 - len(row) if left else 0
-                end = start + len(row)
-                expected = model(row[None])[0][0]
-                torch.testing.assert_close(logits[b, start:end], expected, atol=1e-5, rtol=0)
-                if len(row) > 1:
-                    expected = model.log_probs(row[None])[0]
-                    ours = log_probs[b, start:end - 1]
-                    torch.testing.assert_close(ours, expected, atol=1e-5, rtol=0)
-
-    def test_padding_gets_no_gradient(self):
-        model = tiny_gpt()
-        idx, mask = torch.tensor([[9, 9, 1, 2, 3]]), torch.tensor([[0, 0, 1, 1, 1]])
-        padded = model.log_probs(idx, mask) * mask[:, 1:] * mask[:, :-1]
-        bare = model.log_probs(idx[:, 2:])
-        parameters = list(model.parameters())
-        ours = torch.autograd.grad(padded.sum(), parameters)
-        expected = torch.autograd.grad(bare.sum(), parameters)
-        torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-4)
-
-    def test_log_probs_are_those_of_the_softmax(self):
-        model = tiny_gpt()
-        idx = torch.randint(11, (2, 13))  # one more than block_size: the last is only predicted
-        probs = (model(idx[:, :-1])[0] / 0.7).softmax(-1)
-        expected = probs.log().gather(2, idx[:, 1:, None])[:, :, 0]
-        ours = model.log_probs(idx, temperature=0.7)
-        torch.testing.assert_close(ours, expected, atol=5e-6, rtol=0)
-
-    def test_reading_in_pieces_with_a_cache_equals_reading_at_once(self):
-        model, idx = tiny_gpt(), torch.randint(11, (2, 10))
-        cache = model.transformer.new_cache(2, 12)
-        pieces = [model(piece, cache=cache)[0] for piece in idx.split([4, 3, 1, 2], dim=1)]
-        self.assertEqual(cache.length, 10)
-        torch.testing.assert_close(torch.cat(pieces, 1), model(idx)[0], atol=1e-5, rtol=0)
-
     def test_a_new_cache_has_the_trunks_type_and_room_for_max_length(self):
         cache = tiny_gpt().bfloat16().transformer.new_cache(3, 7)
         self.assertEqual(cache.length, 0)
@@ -237,31 +191,6 @@ class TestGenerate(unittest.TestCase):
     def test_greedy_equals_recomputing_also_past_block_size(self):
         model, idx = tiny_gpt(), torch.randint(11, (3, 4))
         self.assertEqual(model.generate(idx, 20).tolist(), slow_greedy(model, idx, 20))
-
-    def test_a_row_does_not_depend_on_its_neighbours_or_padding(self):
-        model = tiny_gpt()
-        rows = [torch.randint(11, (n,)) for n in (5, 2, 1)]
-        for left in (True, False):
-            idx, mask = pad_and_mask(rows, left)
-            out = model.generate(idx, 7, attention_mask=mask)
-            for row, new in zip(rows, out[:, 5:], strict=True):
-                expected = model.generate(row[None], 7)[0, len(row):]
-                self.assertEqual(new.tolist(), expected.tolist())
-
-    def test_recorded_log_probs_equal_recomputed_ones(self):
-        model, idx = tiny_gpt(), torch.randint(11, (3, 3))
-        mask = torch.tensor([[0, 0, 1], [0, 1, 1], [1, 1, 1]])
-        out, log_probs = model.generate(
-            idx,
-            9,
-            temperature=1.3,
-            do_sample=True,
-            attention_mask=mask,
-            return_log_probs=True,
-        )
-        full_mask = F.pad(mask, (0, 9), value=1)
-        recomputed = model.log_probs(out, full_mask, temperature=1.3)[:, 2:]
-        torch.testing.assert_close(log_probs, recomputed, atol=1e-5, rtol=0)
 
     def check_samples(self, q, **options):
         """4000 samples after one prompt are distributed as q (V,), and their log-probs say so."""

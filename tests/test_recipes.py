@@ -182,6 +182,14 @@ class TestRecipes(RecipeTestCase):
         self.assertGreater(best, theirs)
         self.assertAlmostEqual(best, played, delta=0.4)
 
+    def test_12_conversations_of_several_turns(self):
+        names, printed = self.run_recipe(12)
+        # The last answer is only right for a model that has read the first turn.
+        self.assertEqual(printed, block(12, "text"))
+        # A prompt is all that was said before, and the loss is on the answer.
+        prompt = "user: I like cats.\nassistant: Me too!\nuser: What do I like?\nassistant:"
+        self.assertEqual(names["rows"][1], {"prompt": prompt, "completion": " You like cats."})
+
 
 class TestPage(unittest.TestCase):
     def test_every_recipe_has_its_test(self):

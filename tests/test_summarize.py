@@ -21,7 +21,7 @@ from mingpt import evaluation
 from mingpt.bpe import BPETokenizer
 from mingpt.rlhf import RewardModel
 from mingpt.run_folder import read_metrics
-from tests.common import ROOT, Server, TempDirTestCase, tiny_gpt
+from tests.common import NO_POINTS, ROOT, Server, TempDirTestCase, tiny_gpt
 
 PROJECT = ROOT / "projects" / "summarize_rlhf"
 
@@ -515,6 +515,7 @@ class TestStages(unittest.TestCase):
     def test_plots(self):
         names = {path.name for path in (self.out / "plots").iterdir()}
         self.assertEqual(names, {"calibration.png", "training.png", "ppo.png"})
+        self.assertNotIn(NO_POINTS, self.whole.stderr)
 
     def test_comparisons(self):
         rows = []
@@ -577,6 +578,7 @@ class TestStages(unittest.TestCase):
         new = self.folder / "on_base"
         result = run_script(new, f"--base={self.out}", "--ppo.kl_coef=0.1")
         self.assertEqual(result.returncode, 0, result.stderr)
+        self.assertNotIn(NO_POINTS, result.stderr)
         self.assertEqual([stage for stage in STAGES if (new / stage).exists()], ["ppo"])
         for name in ("data", "comparisons.jsonl"):
             self.assertFalse((new / name).exists(), name)
@@ -614,3 +616,4 @@ class TestBeginnings(TempDirTestCase):
             "--model.block_size=64",
         )
         self.assertEqual(result.returncode, 0, result.stderr)
+        self.assertNotIn(NO_POINTS, result.stderr)

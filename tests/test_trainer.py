@@ -693,6 +693,77 @@ class TestSignals(TempDirTestCase):
         self.assertEqual(error.code, 143)
 
 
+class TestCtrlC(TempDirTestCase):
+    """A user's script, in a process of its own, that presses Ctrl-C in its fifth iteration."""
+
+    SCRIPT = """
+import logging
+import signal
+import sys
+from tests.test_trainer import Trainer, config, tiny_gpt, tokens
+
+logging.getLogger("mingpt").handlers.clear()  # the tests' own
+presses, work_dir = int(sys.argv[1]), sys.argv[2] or None
+trainer = Trainer(config(work_dir=work_dir, max_iters=100), tiny_gpt(), tokens())
+
+def press(trainer):
+    if trainer.iter_num == 4:
+        for _ in range(presses):
+            signal.raise_signal(signal.SIGINT)
+
+trainer.add_callback("on_batch_end", press)
+"""
+
+    def run_script(self, presses=1, work_dir="", end="trainer.run()"):
+        """What a script that ends with these lines writes to the console; its exit status."""
+        run = subprocess.run(
+            [sys.executable, "-c", self.SCRIPT + end, str(presses), work_dir],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+        )
+        return run.stderr, run.returncode
+
+    def test_it_says_where_the_run_is_saved_and_shows_no_traceback(self):
+        console, status = self.run_script(work_dir=str(self.folder))
+        name = self.folder.name
+        self.assertEqual(
+            console.splitlines()[1:],
+            [
+                "Ctrl-C: stops after this iteration (press it again to stop at once)",
+                f"{name}: stopped after iteration 5, saved in {self.folder}: the same command "
+                "continues from there",
+            ],
+        )
+        # As a shell sees it, 130: ended by SIGINT, so that a loop of the shell ends, too.
+        self.assertEqual(status, -signal.SIGINT)
+        self.assertEqual(load_checkpoint(self.folder)["iter_num"], 5)
+
+    def test_without_a_work_dir_it_says_that_nothing_is_kept(self):
+        console, status = self.run_script()
+        words = "training: stopped after iteration 5, nothing is kept: no work_dir"
+        self.assertEqual(console.splitlines()[-1], words)
+        self.assertEqual(status, -signal.SIGINT)
+
+    def test_pressed_twice_it_ends_in_the_middle_of_an_iteration(self):
+        console, status = self.run_script(presses=2, work_dir=str(self.folder))
+        self.assertEqual(console.splitlines()[-1], "stopped in the middle of an iteration")
+        self.assertEqual(status, -signal.SIGINT)
+        self.assertFalse((self.folder / "checkpoint.pt").exists())
+
+    def test_a_script_may_catch_it_and_a_later_error_has_its_traceback(self):
+        end = """
+try:
+    trainer.run()
+except KeyboardInterrupt:
+    raise KeyboardInterrupt("of the script's own") from None
+"""
+        console, status = self.run_script(end=end)
+        self.assertIn("Traceback", console)
+        self.assertIn("KeyboardInterrupt: of the script's own", console)
+        self.assertEqual(status, -signal.SIGINT)
+
+
 class TestFailure(TempDirTestCase):
     def test_nan_loss_stops_before_the_weights_are_touched(self):
         model = tiny_gpt()

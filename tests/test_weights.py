@@ -14,7 +14,9 @@ from transformers import GPT2Config, GPT2LMHeadModel, GPT2Model
 
 from mingpt.config import CfgNode as CN
 from mingpt.heads import ActorCritic, RewardModel, ValueModel
+from mingpt.hub import ABSENT
 from mingpt.model import GPT, PRESETS
+from mingpt.weights import find_pretrained
 from tests.common import Server, TempDirTestCase, tiny_gpt
 
 
@@ -363,7 +365,8 @@ class TestWrongConfig(RefusalTestCase):
         self.assert_config_refused("'n_layer': 3", n_layer=3)
 
     def test_another_architecture(self):
-        self.assert_config_refused("model_type='mixtral'; ours are gpt2, llama", model_type="mixtral")
+        words = "model_type='mixtral'; ours are gpt2, llama"
+        self.assert_config_refused(words, model_type="mixtral")
 
     def test_another_activation(self):
         self.assert_config_refused("activation_function='relu'", activation_function="relu")
@@ -562,3 +565,44 @@ class TestHub(TempDirTestCase):
         self.server.moods = [None, "cut"]
         with mock.patch("time.sleep"):
             assert_loads(self.theirs, "gpt2")
+
+    def test_what_else_a_model_has_comes_with_it(self):
+        for name in ("tokenizer.json", "chat_template.jinja"):
+            (self.folder / "one" / name).write_text(f"the {name}")
+        self.serve("one", "user/repo")
+        folder = find_pretrained("user/repo")
+        self.assertEqual((folder / "tokenizer.json").read_text(), "the tokenizer.json")
+        self.assertEqual((folder / "chat_template.jinja").read_text(), "the chat_template.jinja")
+        self.assertFalse((folder / "merges.txt").exists())
+
+    def test_what_a_model_lacks_is_asked_for_once(self):
+        self.serve("one", "user/repo")
+        find_pretrained("user/repo")
+        self.server.seen.clear()
+        find_pretrained("user/repo")
+        self.assertEqual(self.server.seen, [])
+
+    def test_a_tokenizer_comes_without_the_weights(self):
+        (self.folder / "one" / "tokenizer.json").write_text("{}")
+        self.serve("one", "user/repo")
+        folder = find_pretrained("user/repo", weights=False)
+        self.assertTrue((folder / "tokenizer.json").exists())
+        self.assertFalse((folder / "model.safetensors").exists())
+        assert_loads(self.theirs, "user/repo")  # they come when they are wanted
+
+    def test_a_cache_of_weights_needs_no_network(self):
+        """One that an older version filled does not say what the hub lacks."""
+        self.serve("one", "user/repo")
+        (find_pretrained("user/repo") / ABSENT).unlink()
+        offline = {"HF_ENDPOINT": "http://127.0.0.1:9"}
+        with (
+            mock.patch.dict(os.environ, offline),
+            self.assertLogs("mingpt", "WARNING") as logs,
+        ):
+            assert_loads(self.theirs, "user/repo")
+        self.assertIn("going on without", logs.output[0])
+
+    def test_a_path_is_its_own_place(self):
+        self.assertEqual(find_pretrained(self.folder / "one"), self.folder / "one")
+        file = self.folder / "one" / "model.safetensors"
+        self.assertEqual(find_pretrained(str(file)), file)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from measure import DEVICE, DTYPE, Case, Limit, Run, clock, memory_bandwidth
+from mingpt import gguf
 from mingpt.config import CfgNode
 from mingpt.model import GPT
 from mingpt.utils import import_extra
@@ -138,9 +139,9 @@ def most_decoded_tokens(preset: str, B: int) -> float:
 
 
 def load(config: CfgNode) -> Iterator[Case]:
-    """From a safetensors file to a first token on the CPU; and imports.
+    """From a file to a first token on the CPU; and imports.
 
-    Both sides map the file, so its bytes are read when they are used: hence the first token.
+    Both sides map safetensors, so their bytes are read when they are used: hence the first token.
     """
     folder = saved_model(config, "gpt2")
     yield Case(
@@ -150,6 +151,14 @@ def load(config: CfgNode) -> Iterator[Case]:
         ours=partial(our_first_token, folder),
         peer="transformers",
         theirs=partial(their_first_token, folder),
+    )
+    yield Case(
+        work="smollm2 from its file to a first token, imports included",
+        unit="loads",
+        amount=1,
+        ours=our_smollm2,
+        peer="transformers",
+        theirs=their_smollm2,
     )
     yield Case(
         work="importing mingpt: model, trainer, bpe, rlhf",
@@ -172,7 +181,37 @@ def their_first_token(folder: Path) -> Run:
     return lambda: model_class.from_pretrained(folder)(idx)
 
 
+OUR_SMOLLM2 = """
+import torch
+from mingpt.model import GPT
+
+GPT.from_pretrained("smollm2")(torch.ones(1, 1, dtype=torch.long))
+"""
+
+THEIR_SMOLLM2 = """
+import torch
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained({folder!r}, gguf_file={file!r})
+model(torch.ones(1, 1, dtype=torch.long))
+"""
+
+
+def our_smollm2() -> Run:
+    gguf.smollm2()  # fetch it, if need be
+    return partial(run_anew, OUR_SMOLLM2)
+
+
+def their_smollm2() -> Run:
+    import_extra("transformers", "bench")
+    path = gguf.smollm2()
+    return partial(run_anew, THEIR_SMOLLM2.format(folder=str(path.parent), file=path.name))
+
+
 def import_anew(modules: str) -> Run:
-    """Start a Python process that only imports modules."""
-    command = [sys.executable, "-c", f"import {modules}"]
-    return lambda: subprocess.run(command, check=True)
+    return partial(run_anew, f"import {modules}")
+
+
+def run_anew(code: str) -> None:
+    """Run code in a Python process of its own."""
+    subprocess.run([sys.executable, "-c", code], check=True)

