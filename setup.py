@@ -47,6 +47,7 @@ setup(
             "tiktoken>=0.8",
             "tokenizers>=0.20",
             "trl==1.9.2",
+            "peft>=0.17",
             "matplotlib>=3.8",
             "gguf>=0.17",
         ],
@@ -54,6 +55,7 @@ setup(
         # ipykernel execute the notebooks (tests/run_notebooks.py).
         "test": [
             "transformers>=4.57",
+            "peft>=0.17",
             "tokenizers>=0.20",
             "tiktoken>=0.8",
             "hypothesis>=6.100",
