@@ -23,6 +23,7 @@ The three kinds of models are saved as the classes that transformers has for the
     ValueModel     ...ForTokenClassification with one label
 """
 
+import importlib
 import re
 from collections.abc import Callable
 from pathlib import Path
