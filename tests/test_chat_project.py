@@ -26,23 +26,29 @@ from unittest import mock
 import torch
 
 from mingpt.datasets import read_jsonl
+from mingpt.model import GPT
+from mingpt.run_folder import read_metrics
 from tests import tiny_chat
 from tests.common import ROOT, TempDirTestCase, printed
 
 sys.path.insert(0, str(ROOT / "projects" / "chat"))
 import answers
+import compare
 import desk
 import exchange
 import label
 import labellers
+import lessons
+import outcome
 import server
 import talk
-from store import Answer, Pair, Refused, Store, StoreError
+import teach
+from store import Answer, Label, Pair, Refused, Store, StoreError
 
 PROJECT = ROOT / "projects" / "chat"
 
 # A desk whose pairs are made at once, without a model: the server of the tests. Its arguments are
-# the folder and the port.
+# the project's folder, that of the labels, and whether the person may write.
 DESK = """
 import sys
 sys.path.insert(0, sys.argv[1])
@@ -73,8 +79,8 @@ desk.run_desk(
     make_pair,
     who="<script>window.hacked = 1</script>",
     goal=200,
-    port=int(sys.argv[3]),
     open_browser=False,
+    may_write=sys.argv[3] == "True",
 )
 """
 
@@ -99,9 +105,9 @@ def key_id(n):
 class DeskProcess:
     """`with DeskProcess(folder) as desk`: the server as a process, which a test may kill."""
 
-    def __init__(self, folder, port=0):
+    def __init__(self, folder, may_write=True):
         self.folder = Path(folder)
-        self.port = port
+        self.may_write = may_write
         self.process = None
 
     def __enter__(self):
@@ -114,7 +120,7 @@ class DeskProcess:
     def start(self):
         """Start it, and wait until it listens."""
         self.process = subprocess.Popen(
-            [sys.executable, "-c", DESK, PROJECT, self.folder, str(self.port)],
+            [sys.executable, "-c", DESK, PROJECT, self.folder, str(self.may_write)],
             stdout=subprocess.PIPE,
             encoding="utf-8",
             env={**os.environ, "PYTHONPATH": str(ROOT)},
@@ -1198,6 +1204,268 @@ class TalkTests(TempDirTestCase):
         )
         self.assertEqual(result.returncode, 0, result.stderr)
         self.assertGreaterEqual(result.stdout.count(b"\n"), 2)
+
+
+# --------------------------------------------------------------------------------------------------
+# teach.py and compare.py
+
+SMALL = [
+    "--system.seed=1",
+    "--ask.max_new_tokens=8",
+    "--data.normalized_on=16",
+    "--reward.epochs=2",
+    "--rl.max_iters=2",
+    "--rl.batch_size=8",
+    "--rl.minibatch_size=4",
+    "--rl.micro_batch_size=4",
+    "--rl.learning_rate=1e-2",
+    "--rl.checkpoint_every=1",
+    "--dpo.epochs=2",
+    "--dpo.learning_rate=1e-2",
+]
+
+
+class TeachTests(TempDirTestCase):
+    @classmethod
+    def setUpClass(cls):
+        cls.shared = Path(cls.enterClassContext(tempfile.TemporaryDirectory()))
+        cls.model = tiny_chat.write_tiny_chat(cls.shared / "tiny")
+        cls.enterClassContext(mock.patch.object(label, "log_to_console", lambda: None))
+        cls.enterClassContext(mock.patch.object(teach, "log_to_console", lambda: None))
+        cls.enterClassContext(mock.patch.object(compare, "log_to_console", lambda: None))
+        label.main([
+            f"--work_dir={cls.shared}",
+            f"--model={cls.model}",
+            "--device=cpu",
+            "--ask.max_new_tokens=8",
+            "--labeller=simple",
+            "--number=60",
+        ])
+        cls.labels = cls.shared / "labels.db"
+        cls.ppo = cls.shared / "ppo"
+        cls.prompts = cls.shared / "fresh.txt"
+        cls.prompts.write_text("".join(f"Why {n}?\n" for n in range(24)))
+        cls.console = printed(cls.teach, cls.ppo, "--merge")
+
+    @classmethod
+    def teach(cls, work_dir, *options):
+        teach.main([
+            f"--labels={cls.labels}",
+            f"--model.name={cls.model}",
+            "--rl.device=cpu",
+            f"--system.work_dir={work_dir}",
+            f"--report.prompts={cls.prompts}",
+            *SMALL,
+            *options,
+        ])
+
+    def summary(self, folder):
+        return json.loads((folder / "summary.json").read_text())
+
+    def test_the_report_of_ppo_is_complete(self):
+        summary = self.summary(self.ppo)
+        for name in ("reward", "length", "ended", "known"):
+            for when in ("before", "after"):
+                self.assertIsInstance(summary[f"{name}_{when}"], (int, float))
+        self.assertGreater(summary["kl"], 0)
+        self.assertLessEqual(summary["held_out_accuracy"]["low"], 1)
+        for name in ("samples.md", "calibration.png", "losses.png", "rl.png", "reward_and_kl.png"):
+            self.assertTrue((self.ppo / name).exists(), name)
+        table = (self.ppo / "samples.md").read_text(encoding="utf-8").splitlines()
+        self.assertEqual(len(table), 2 + outcome.SHOWN)
+        self.assertIn("labels that it has not learned from", self.console)
+
+    def test_the_result_is_a_small_adapter_that_knows_its_base(self):
+        folder = self.ppo / "rl" / "model"
+        files = {path.name for path in folder.iterdir()}
+        self.assertLessEqual({"adapter_config.json", "adapter_model.safetensors"}, files)
+        self.assertNotIn("model.safetensors", files)
+        base = answers.base_of(str(folder))
+        self.assertEqual(base["sha256"], answers.ChatModel.load(self.model, "cpu").hash)
+        taught = answers.ChatModel.load(str(folder), "cpu")
+        self.assertNotEqual(taught.hash, base["sha256"])
+        self.assertEqual(answers.hash_of(GPT.from_pretrained(folder)), taught.hash)
+
+    def test_an_adapter_of_another_base_is_refused(self):
+        folder = self.folder / "adapter"
+        shutil.copytree(self.ppo / "rl" / "model", folder)
+        other = tiny_chat.write_tiny_chat(self.folder / "other", seed=1)
+        config = json.loads((folder / "adapter_config.json").read_text())
+        config["base_model_name_or_path"] = other
+        (folder / "adapter_config.json").write_text(json.dumps(config))
+        with self.assertRaisesRegex(ValueError, "an adapter of another .*: get that base again"):
+            answers.ChatModel.load(str(folder), "cpu")
+
+    def test_the_merged_model_is_the_adapted_one(self):
+        merged = GPT.from_pretrained(self.ppo / "merged")
+        adapted = answers.ChatModel.load(str(self.ppo / "rl" / "model"), "cpu")
+        idx = torch.tensor([adapted.encode(answers.get_ask_config(), "Why?")])
+        with torch.no_grad():
+            logits = adapted.model(idx)[0]
+            torch.testing.assert_close(merged(idx)[0], logits, rtol=0, atol=1e-4)
+        self.assertIn("modified", (self.ppo / "merged" / "README.md").read_text())
+        answers.ChatModel.load(str(self.ppo / "merged"), "cpu")
+
+    def test_a_finished_run_is_not_repeated(self):
+        before = (self.ppo / "rl" / "finished.json").stat().st_mtime_ns
+        printed(self.teach, self.ppo)
+        self.assertEqual((self.ppo / "rl" / "finished.json").stat().st_mtime_ns, before)
+
+    def test_a_run_with_other_labels_needs_another_folder(self):
+        labels = self.folder / "labels.db"
+        shutil.copy(self.labels, labels)
+        database = Store(labels)
+        database.press(key_id(1), None, "undo", who="me")
+        database.close()
+        with self.assertRaisesRegex(ValueError, "labels.hash was .* choose another work_dir"):
+            self.teach(self.ppo, f"--labels={labels}")
+
+    def test_dpo_learns_from_the_labels_at_once(self):
+        printed(self.teach, self.folder / "dpo", "--method=dpo")
+        summary = self.summary(self.folder / "dpo")
+        self.assertGreater(summary["kl"], 0)
+        self.assertNotIn("held_out_accuracy", summary)
+
+    def test_rl_alone_from_the_reward_model_of_another_run(self):
+        folder = self.folder / "rloo"
+        printed(self.teach, folder, f"--base={self.ppo}", "--rl.algorithm=rloo")
+        self.assertFalse((folder / "reward").exists())
+        self.assertEqual(
+            self.summary(folder)["held_out_accuracy"], self.summary(self.ppo)["held_out_accuracy"]
+        )
+
+    def test_conversations_first_and_then_nothing_or_dpo(self):
+        talks = self.folder / "talks.jsonl"
+        row = {"messages": [{"role": "user", "content": "Hi"},
+                            {"role": "assistant", "content": "Hello!"}]}
+        talks.write_text(8 * (json.dumps(row) + "\n"))
+        options = [f"--sft={talks}", "--finetune.learning_rate=1e-2", "--finetune.epochs=6"]
+        printed(self.teach, self.folder / "sft", "--method=none", *options)
+        rows = read_metrics(self.folder / "sft" / "sft" / "metrics.jsonl")
+        self.assertTrue((self.folder / "sft" / "sft" / "model" / "base.json").exists())
+        self.assertTrue(rows)
+        base = f"--base={self.folder / 'sft'}"
+        printed(self.teach, self.folder / "both", "--method=dpo", base, *options)
+        self.assertTrue((self.folder / "both" / "rl" / "model").exists())
+
+    def test_too_few_labels_are_refused(self):
+        with self.assertRaisesRegex(ValueError, "holds 3 labels that choose .* 12 is the fewest"):
+            lessons.check_number([{}] * 3, "labels.db")
+        self.assertIn("few", lessons.check_number([{}] * 30, "labels.db"))
+        self.assertEqual(lessons.check_number([{}] * 200, "labels.db"), "")
+
+    def test_no_labels_at_all_are_one_clear_line(self):
+        with self.assertRaisesRegex(ValueError, "no such file. First label some pairs"):
+            self.teach(self.folder, f"--labels={self.folder / 'nothing.db'}")
+
+    def test_options_that_cannot_be_are_refused(self):
+        for option, message in (
+            ("--method=pppo", "--method=pppo must be one of ppo, dpo, none"),
+            ("--method=none", "teaches nothing without --sft"),
+            ("--rl.batch_size=0", "the stage rl cannot run .*batch_size=0"),
+            ("--data.held_out=0", "held_out=0.0 must be"),
+        ):
+            with self.subTest(option), self.assertRaisesRegex(ValueError, message):
+                self.teach(self.folder, option)
+
+    def compare(self, *options):
+        after = self.ppo / "rl" / "model"
+        fixed = [f"--before={self.model}", f"--after={after}", f"--work_dir={self.folder}"]
+        small = ["--ask.max_new_tokens=8", "--number=30", "--device=cpu"]
+        return printed(compare.main, [*fixed, *small, *options])
+
+    def test_a_rule_compares_before_with_after(self):
+        first = self.compare("--labeller=simple")
+        self.assertRegex(first, r"preferred in [0-9]+% of 30 comparisons \(95% interval")
+        self.assertRegex(first, "were alike, and count half")
+        self.assertEqual(self.compare("--labeller=simple"), first)
+        self.assertIn("of 30", self.compare("--labeller=short"))  # in a file of its own
+
+    def test_which_side_a_model_is_on_is_random_and_fixed_by_the_seed(self):
+        config = compare.get_config()
+        config.before, config.after = self.model, str(self.ppo / "rl" / "model")
+        config.ask.max_new_tokens = 4
+        config.device = "cpu"
+        duel = compare.Duel(config)
+        sides = [pair.left.model == duel.after.hash for pair in duel.pairs(0, 40)]
+        self.assertIn(sum(sides), range(8, 33))
+        self.assertEqual(sides[10:14], [
+            pair.left.model == duel.after.hash for pair in duel.pairs(10, 4)
+        ])
+
+    def test_a_model_is_not_compared_with_itself(self):
+        with self.assertRaisesRegex(ValueError, "are the same model"):
+            self.compare(f"--after={self.model}")
+
+
+class OutcomeTests(unittest.TestCase):
+    def test_points_of_a_comparison(self):
+        labels = []
+        for choice in ("left", "right", "alike", "skip"):
+            pair = a_pair()
+            pair.left.model, pair.right.model = "before", "after"
+            labels.append(Label("id", pair, choice, None, "me", ""))
+        points = compare.points(labels, "after")
+        self.assertEqual(points, [0.0, 1.0, 0.5])
+        self.assertEqual(compare.win_rate(points).rate, 0.5)
+
+    def test_the_calibration_of_a_reward_model_that_is_as_sure_as_it_should_be(self):
+        torch.manual_seed(0)
+        differences = 3 * torch.rand(20_000)
+        right = torch.rand(20_000) < torch.sigmoid(differences)
+        margins = torch.where(right, differences, -differences)
+        predicted, _, error = outcome.calibration(margins)
+        self.assertEqual(len(predicted), outcome.BINS)
+        self.assertLess(error, 0.02)
+        *_, error = outcome.calibration(10 * margins)
+        self.assertGreater(error, 0.1)
+
+    def test_an_accuracy_that_may_be_luck_is_called_so(self):
+        lucky = outcome.accuracy(torch.tensor([1.0, 1.0, -1.0]))
+        self.assertIn("may be luck", outcome.in_words(lucky))
+        good = outcome.accuracy(torch.ones(40))
+        self.assertNotIn("luck", outcome.in_words(good))
+
+    def test_labels_on_one_prompt_are_on_one_side(self):
+        rows = [{"prompt": [{"content": str(n // 3)}], "chosen": n} for n in range(60)]
+        train, held_out = lessons.hold_out(rows, 0.2, seed=0)
+        prompts = [{str(row["prompt"]) for row in side} for side in (train, held_out)]
+        self.assertFalse(prompts[0] & prompts[1])
+        self.assertEqual((len(train), len(held_out)), (48, 12))
+
+    def test_all_labels_on_one_prompt_cannot_be_held_out(self):
+        rows = [{"prompt": "same", "chosen": n} for n in range(20)]
+        with self.assertRaisesRegex(ValueError, "all 20 labels are on one prompt"):
+            lessons.hold_out(rows, 0.2, seed=0)
+
+    def test_what_is_written_on_the_page_is_a_demonstration(self):
+        pair = a_pair()
+        labels = [
+            Label("id", pair, "better", "mine", "me", ""),
+            Label("id", pair, "left", None, "me", ""),
+        ]
+        [row] = lessons.demonstrations(labels, "labels")
+        self.assertEqual(row["messages"][-1], {"role": "assistant", "content": "mine"})
+
+
+class CompareDeskTests(TempDirTestCase):
+    def test_where_answers_are_only_compared_nothing_can_be_written(self):
+        with DeskProcess(self.folder, may_write=False) as process:
+            client = Client(process.listening_on, process.token)
+            client.log_in()
+            pair = client.pair()
+            status, _, answer = client.press(1, pair["id"], "better", better="mine")
+            self.assertEqual((status, "only compared" in answer["error"]), (400, True))
+            body = {"id": key_id(2), "prompt": "mine"}
+            self.assertEqual(client.request("POST", "/prompts", body)[0], 400)
+            self.assertEqual(client.press(3, pair["id"], "left")[0], 200)
+
+    def test_when_there_are_no_more_pairs_the_page_is_told(self):
+        database = Store(self.folder / "labels.db")
+        self.addCleanup(database.close)
+        maker = desk.PairMaker(database, lambda typed, id: None)
+        self.assertFalse(maker.make_one())
+        self.assertTrue(maker.finished)
 
 
 # --------------------------------------------------------------------------------------------------

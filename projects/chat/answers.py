@@ -28,7 +28,6 @@ from store import Answer, Pair
 PROMPTS = Path(__file__).with_name("prompts.txt")
 TRIES = 4  # to sample two answers that differ
 BASE = "base.json"  # beside an adapter: the name and the hash of its base
-HUB_NAMES = {"smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct"}
 
 # GPT-2 has never seen a conversation. With --sft it learns one from this form.
 PLAIN_MODELS = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
@@ -88,20 +87,15 @@ class ChatModel:
 
         ValueError for an adapter whose base is another model by now.
         """
+        model = GPT.from_pretrained(name).to(pick_device(device)).eval()
         base = base_of(name)
-        if base is None:
-            model = GPT.from_pretrained(name).to(pick_device(device)).eval()
-            return cls(name, model, load_chat(name))
-        # An adapter is read with the base that it was trained on.
-        chat_model = cls.load(base["name"], device)
-        if chat_model.hash != base["sha256"]:
+        if base is not None and base["sha256"] != hash_of(model, with_adapter=False):
             raise ValueError(
                 f"{name} is an adapter of another {base['name']}: its base had the SHA-256 "
-                f"{base['sha256'][:16]}..., and this one has {chat_model.hash[:16]}...: get that "
-                "base again, or teach this one"
+                f"{base['sha256'][:16]}..., which this one has not: get that base again, or teach "
+                "this one"
             )
-        lora.load(chat_model.model, name)
-        return cls(name, chat_model.model, chat_model.chat)
+        return cls(name, model, load_chat(name))
 
     def encode(self, ask: CfgNode, prompt: str) -> list[int]:
         """The ids that the model answers to. ValueError if no room is left for an answer."""
@@ -146,27 +140,16 @@ def as_answer(samples: Samples, row: int, model_hash: str) -> Answer:
     return Answer(text=text, ids=ids, ended=bool(samples.ended[row]), model=model_hash)
 
 
-def base_of(name: str) -> dict | None:
-    """{"name": ..., "sha256": ...} of the base of an adapter; None for what is no adapter."""
-    folder = Path(name)
-    if not (folder / "adapter_config.json").exists():
-        return None
-    if not (folder / BASE).exists():
-        raise ValueError(
-            f"{name} is an adapter without {BASE}, which says what its base is: teach.py writes "
-            "it. Merge other adapters into their base first"
-        )
-    return read_json(folder / BASE)
+def base_of(name: str) -> dict[str, str] | None:
+    """{"name": ..., "sha256": ...} of the base of an adapter of ours; None for another model."""
+    file = Path(name) / BASE
+    return read_json(file) if file.exists() else None
 
 
 def save_adapter(model: Any, chat: Any, base: dict[str, str], folder: Path) -> None:
     """Save the adapter of a model, its template, and what its base is: {"name", "sha256"}."""
-    lora.save_pretrained(model, folder)
+    lora.save_pretrained(model, folder, base["name"])
     chat.save_pretrained(folder)
-    options = read_json(folder / "adapter_config.json")
-    name = base["name"]
-    options["base_model_name_or_path"] = HUB_NAMES.get(name, name)  # peft looks for it there
-    write_text(folder / "adapter_config.json", to_json(options, indent=2) + "\n")
     write_text(folder / BASE, to_json(base, indent=2) + "\n")
 
 
@@ -177,10 +160,12 @@ def load_chat(name: str) -> Any:
     return Chat.from_pretrained(name)
 
 
-def hash_of(model: torch.nn.Module) -> str:
+def hash_of(model: torch.nn.Module, with_adapter: bool = True) -> str:
     """SHA-256 of a model's weights, by their names: it says which model wrote an answer."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
+        if not with_adapter and ".adapters." in name:
+            continue
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
         digest.update(memoryview(raw.numpy()))

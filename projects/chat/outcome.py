@@ -281,11 +281,12 @@ def write_merged(adapter: Path, folder: Path) -> None:
     chat_model.chat.save_pretrained(folder)
     base = answers.base_of(str(adapter))
     assert base is not None
-    original = answers.HUB_NAMES.get(base["name"], base["name"])
-    if base["name"] in answers.HUB_NAMES:
+    original = base["name"]
+    if original == "smollm2":
+        original = "SmolLM2-135M-Instruct"
         write_text(folder / "LICENSE", LICENSE.read_text(encoding="utf-8"))
     lines = [
-        f"# Modified from {original.rpartition('/')[2]}",
+        f"# Modified from {original}",
         "",
         f"This model is {original}, modified: it was fine-tuned on somebody's preferences with "
         "projects/chat of minRLHF. The licence of the original holds for it as well.",

@@ -173,10 +173,10 @@ class Lessons:
         logger.info("%d labels to learn from, %d held out", len(self.train), len(self.held_out))
 
     def facts(self) -> dict[str, str]:
-        """What says whether a run had the same lessons."""
+        """What says whether a run had the same lessons: by the sections of `make_stages`."""
         return {
-            "labels_hash": lessons.digest(self.train + self.held_out),
-            "demonstrations_hash": lessons.digest(self.demonstrations),
+            "labels.hash": lessons.digest(self.train + self.held_out),
+            "demonstrations.hash": lessons.digest(self.demonstrations),
         }
 
 
@@ -194,7 +194,6 @@ class AdapterStages(Stages):
 
 def make_stages(config: CfgNode, material: Lessons, model: ChatModel) -> AdapterStages:
     """The run's stages: who trains them, what they depend on, what is checked and locked."""
-    last = {"ppo": PPOTrainer, "dpo": Trainer, "none": None}[config.method]
     dpo = config.method == "dpo"
     sampling = {
         "max_new_tokens": config.ask.max_new_tokens,
@@ -207,14 +206,19 @@ def make_stages(config: CfgNode, material: Lessons, model: ChatModel) -> Adapter
         order={
             "sft": Trainer if config.sft else None,
             "reward": Trainer if config.method == "ppo" else None,
-            "rl": last,
+            "rl": {"ppo": PPOTrainer, "dpo": Trainer, "none": None}[config.method],
         },
         base=config.base,
-        sections={"sft": ["finetune"], "rl": ["dpo", "rl"] if dpo else ["rl", "dpo"]},
+        # Which sections of options, and which facts, a stage depends on beside those before it.
+        sections={
+            "sft": ["finetune", "demonstrations"],
+            "reward": ["reward", "labels", "data"],
+            "rl": [*(["dpo", "rl"] if dpo else ["rl", "dpo"]), "labels", "data", "ask", "method"],
+        },
         extras={"reward": ["centering"], "rl": ["beta"] if dpo else []},
         overrides={} if dpo else {"rl": sampling},
-        free=["base", "labels", "merge", "system.work_dir", "report.*"],
-        facts={"base_hash": model.hash, **material.facts()},
+        free=["base", "labels", "merge", "method", "sft", "system.work_dir", "report.*"],
+        facts={"base_hash": model.hash, "method.name": config.method, **material.facts()},
         tokenizer=model.chat,
         base_model={"name": model.name, "sha256": model.hash},
     )
@@ -222,7 +226,7 @@ def make_stages(config: CfgNode, material: Lessons, model: ChatModel) -> Adapter
 
 def load_base(config: CfgNode) -> ChatModel:
     """The base model, without any adapter."""
-    if answers.base_of(config.model.name) is not None:
+    if (Path(config.model.name) / "adapter_config.json").exists():
         raise ValueError(
             f"--model.name={config.model.name} is an adapter: give its base, or merge it first "
             "(teach.py --merge)"
