@@ -33,6 +33,7 @@ import importlib
 import importlib.util
 import json
 import logging
+import os
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
@@ -644,14 +645,14 @@ def get_encoder() -> Encoder:
 
 def read_vocabulary(path: Path) -> Vocabulary:
     """The vocabulary of a folder, or of a .gguf file, with its rules."""
-    if path.is_file():
+    if os.path.isfile(path):  # Path.is_file raises for a name that is too long
         if path.suffix == ".json":
             return read_tokenizer_json(path)
         gguf = importlib.import_module("mingpt.gguf")  # it needs an extra: only where it is used
         _, _, vocabulary, _ = gguf.read(path)
         return from_gguf(path, vocabulary)
     finish_write(path)
-    if (path / "tokenizer.json").exists():
+    if os.path.exists(path / "tokenizer.json"):
         return read_tokenizer_json(path / "tokenizer.json")
     vocab, merges = read_files(path)
     return gpt2_vocabulary(vocab, merges)
@@ -674,7 +675,7 @@ def read_files(folder: str | Path) -> tuple[dict[str, int], list[tuple[str, str]
     for vocab_name, merges_name in FILE_NAMES:
         vocab_path = Path(folder) / vocab_name
         merges_path = Path(folder) / merges_name
-        if vocab_path.exists() and merges_path.exists():
+        if os.path.exists(vocab_path) and os.path.exists(merges_path):
             return read_vocab(vocab_path), read_merges(merges_path)
     raise ValueError(
         f"{folder} contains no vocabulary; "

@@ -236,6 +236,7 @@ def load_tokenizer(draw):
         "FOLDER / 'bad'",
         "FOLDER / 'missing'",
         "FOLDER / 'good' / 'vocab.json'",
+        "'x' * 5000",
         *NO_PATHS,
     ]
     return Plan(
