@@ -159,7 +159,14 @@ class DeviceGenerator:
         return self
 
 
-class Generator(torch._C.Generator):
+class EitherGenerator(type(torch._C.Generator)):
+    """Has isinstance(generator, torch.Generator) be true for those of both devices."""
+
+    def __instancecheck__(cls, instance: Any) -> bool:
+        return isinstance(instance, (CPU_GENERATOR, DeviceGenerator))
+
+
+class Generator(torch._C.Generator, metaclass=EitherGenerator):
     """Stands in for torch.Generator."""
 
     def __new__(cls, device: Any = "cpu") -> Any:
