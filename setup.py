@@ -20,7 +20,7 @@ setup(
     package_data={"mingpt": ["py.typed"]},
     python_requires=">=3.11",
     install_requires=[
-        "torch>=2.4",
+        "torch>=2.5",
         "numpy>=1.26",
         "requests>=2.31",
         "urllib3>=2.2",  # requests stands on it; older ones cannot read what has arrived so far
@@ -28,6 +28,7 @@ setup(
         "safetensors>=0.4.3",
         "tqdm>=4.66",
         "filelock>=3.16",
+        "jinja2>=3.1.6",  # chat templates; older ones let a template out of the sandbox
     ],
     extras_require={
         # What the scripts in projects/ use beside the library.
@@ -65,6 +66,8 @@ setup(
             "ipykernel>=6.29",
             "playwright>=1.50",  # drives the Chromium that the system has
         ],
+        # What opens the notebooks: `jupyter lab demo.ipynb`.
+        "notebooks": ["jupyterlab>=4", "matplotlib>=3.8"],
         # What a change must pass before it is committed: `ruff check` and `mypy mingpt`.
         "dev": ["ruff>=0.14", "mypy>=1.18", "types-requests", "types-regex", "types-tqdm"],
     },

@@ -8,6 +8,10 @@ They come as rows, that is dicts, most often the lines of a JSON Lines file:
     {"prompt": ..., "chosen": ..., "rejected": ...}    comparisons, for a reward model or DPO
     {"prompt": ..., "answer": ...}                     prompts for RL, with further columns for the
                                                        reward function, here `answer`
+    {"messages": [...]}                                conversations: demonstrations, or prompts
+
+A text in them can also be a list of messages, {"role": "user", "content": "Hi!"}, as the prompt of
+a conversation. Then the tokenizer is a `Chat`, which knows how the model reads them.
 
 For example, a reward model learns from comparisons like this:
 
@@ -24,6 +28,7 @@ it as token ids (the three datasets), and pad it to the length of its batch (the
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -32,6 +37,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import Dataset
+
+from mingpt.config import CfgNode, check_numbers
 
 IGNORED = -1  # a target that the loss leaves out, as in minGPT
 
@@ -58,9 +65,9 @@ def read_text(path: str | Path) -> str:
     """
     # In text mode, Python itself turns all line ends into "\n".
     path = Path(path)
-    if path.is_dir():
+    if os.path.isdir(path):
         raise ValueError(f"{path} is a folder: give a text file")
-    if not path.exists():
+    if not os.path.exists(path):  # Path.exists raises for a name that is too long
         raise ValueError(f"{path}: there is no such file")
     try:
         return path.read_text(encoding="utf-8").removeprefix("\N{BYTE ORDER MARK}")
@@ -75,7 +82,7 @@ def read_jsonl(path: str | Path, *fields: str) -> list[dict]:
     """The objects in a file of JSON lines; blank lines are skipped.
 
     Raises ValueError, with its number, for a line that is not an object with all `fields`
-    as text, and for what `read_text` refuses.
+    as text or messages, and for what `read_text` refuses.
     """
     rows = []
     # Not str.splitlines(), which also splits at U+2028, and that may stand inside a JSON string.
@@ -83,7 +90,7 @@ def read_jsonl(path: str | Path, *fields: str) -> list[dict]:
         if not line.strip():
             continue
         row = parse_line(line)
-        if row is None or not all(isinstance(row.get(field), str) for field in fields):
+        if row is None or not all(is_text(row.get(field)) for field in fields):
             example = json.dumps(dict.fromkeys(fields, "..."))
             raise ValueError(
                 f"{path}, line {number}: must be JSON like {example}, not {line[:60]!r}"
@@ -92,11 +99,23 @@ def read_jsonl(path: str | Path, *fields: str) -> list[dict]:
     return rows
 
 
+def is_text(value: Any) -> bool:
+    """Whether a field holds a text, or messages, which a `Chat` makes a text of."""
+    return isinstance(value, str) or is_messages(value)
+
+
+def is_messages(value: Any) -> bool:
+    """Whether a value is a list of messages, that is of dicts."""
+    if not isinstance(value, (list, tuple)) or not value:
+        return False
+    return all(isinstance(message, Mapping) for message in value)
+
+
 def parse_line(line: str) -> dict | None:
     """The JSON object on a line, or None if it is anything else."""
     try:
         row = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):  # the latter where it is nested too deeply
         return None
     return row if isinstance(row, dict) else None
 
@@ -105,10 +124,13 @@ def split_of(text: str) -> str:
     """Which split a text belongs to: "train" (90%), "valid" (5%) or "test" (5%).
 
     It depends on the text alone, by way of its SHA-256. So a text never changes sides when
-    others are added or reordered, and copies of it all land in the same split.
+    others are added or reordered, and copies of it all land in the same split. TypeError for
+    anything but text.
     """
+    if not isinstance(text, str):
+        raise TypeError(f"got {type(text).__name__} {text!r:.60}; expected a text")
     # The hash deals the texts into 20 buckets of about the same size.
-    digest = hashlib.sha256(text.encode()).digest()
+    digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
     bucket = int.from_bytes(digest[:8], "big") % 20
     if bucket == 0:
         return "test"
@@ -118,10 +140,18 @@ def split_of(text: str) -> str:
 
 
 def split_rows(rows: Iterable[dict], key: str) -> dict[str, list[dict]]:
-    """{"train": rows, "valid": rows, "test": rows}, by `split_of` the text in the field `key`."""
+    """{"train": rows, "valid": rows, "test": rows}, by `split_of` the text in the field `key`.
+
+    Messages in that field are split by their JSON.
+    """
     splits: dict[str, list[dict]] = {"train": [], "valid": [], "test": []}
     for i, row in enumerate(rows):
-        splits[split_of(text_field(i, row, key))].append(row)
+        check_row(i, row)
+        if is_messages(row.get(key)):
+            text = json.dumps(row[key], sort_keys=True)
+        else:
+            text = text_field(i, row, key)
+        splits[split_of(text)].append(row)
     return splits
 
 
@@ -144,17 +174,34 @@ def end_token(tokenizer: Any) -> int | None:
     """The id that ends a text, or None where the tokenizer has none (or there is no tokenizer).
 
     It is `tokenizer.eot_token`, our tokenizers' and tiktoken's name for it, or else
-    `tokenizer.eos_token_id`, which is the name in `transformers`.
+    `tokenizer.eos_token_id`, which is the name in `transformers`. ValueError for one that is no id.
     """
     for name in ("eot_token", "eos_token_id"):
         token = getattr(tokenizer, name, None)
         if token is not None:
+            check_numbers(CfgNode(**{name: token}), name, whole=True)
             return int(token)
     return None
 
 
+def stop_tokens(tokenizer: Any) -> list[int]:
+    """The ids that end a completion: a `Chat`'s stop_tokens, or else the `end_token`, if any."""
+    stops = getattr(tokenizer, "stop_tokens", None)
+    if stops is None:
+        end = end_token(tokenizer)
+        stops = [] if end is None else [end]
+    return [int(token) for token in stops]
+
+
+def default_stop_token(tokenizer: Any) -> int | list[int] | None:
+    """What `generate` should stop at: all of a `Chat`'s stop_tokens, or else the `end_token`."""
+    stops = stop_tokens(tokenizer)
+    return stops if len(stops) > 1 else end_token(tokenizer)
+
+
 def required_end_token(tokenizer: Tokenizer) -> int:
-    """`end_token`, and ValueError where there is none."""
+    """`end_token`, and ValueError where there is none. TypeError for what is no tokenizer."""
+    check_tokenizer(tokenizer, "encode")
     end = end_token(tokenizer)
     if end is None:
         raise ValueError(
@@ -162,6 +209,16 @@ def required_end_token(tokenizer: Tokenizer) -> int:
             "with: set its eot_token or eos_token_id"
         )
     return end
+
+
+def check_tokenizer(tokenizer: Any, *methods: str) -> None:
+    """TypeError for what lacks these methods of a tokenizer. (A text's own `encode` is another.)"""
+    missing = [name for name in methods if not hasattr(tokenizer, name)]
+    if missing or isinstance(tokenizer, (str, bytes, type)):
+        raise TypeError(
+            f"tokenizer is {type(tokenizer).__name__} {tokenizer!r:.60}; expected an object with "
+            "encode(text) and decode(ids)"
+        )
 
 
 def check_row(i: int, row: Any) -> None:
@@ -188,9 +245,35 @@ def text_field(i: int, row: dict, *names: str) -> str:
     return row[name]
 
 
+def encode_messages(
+    i: int,
+    messages: Sequence[Mapping],
+    tokenizer: Any,
+    **options: Any,
+) -> Any:
+    """What `tokenizer.encode(messages, **options)` makes of the messages of row number i.
+
+    Raises ValueError, with the row's number, where the tokenizer is no `Chat`, or refuses them.
+    """
+    if not hasattr(tokenizer, "stop_tokens"):
+        raise ValueError(
+            f"row {i} has messages, {short(messages)}: pass a Chat as the tokenizer, "
+            "for instance Chat.from_pretrained(...)"
+        )
+    try:
+        return tokenizer.encode(messages, **options)
+    except ValueError as error:
+        raise ValueError(f"row {i}: {error}") from None
+
+
 def encode_prompt_field(i: int, row: dict, tokenizer: Tokenizer, end: int) -> list[int]:
-    """The ids of a row's prompt. Without a prompt, they are the end token alone."""
+    """The ids of a row's prompt. Without a prompt, they are the end token alone.
+
+    Messages are followed by the generation prompt, with which the assistant's answer begins.
+    """
     check_row(i, row)
+    if is_messages(row.get("prompt")):
+        return encode_messages(i, row["prompt"], tokenizer, add_generation_prompt=True)
     # A model must read something before it can predict the first token. It has learned that a new
     # text begins after the end of another.
     if row.get("prompt") in (None, ""):
@@ -224,9 +307,10 @@ class Completions(Dataset):
         Trainer(config, model, data, collate_fn=data.collate, weight_fn=data.weight)
 
     rows: dicts with `prompt` and `completion`, or with `text`, which is a completion of the
-    end token. Each completion ends with the end token. An item is (x, y), (T,) each: y[t]
-    is the token to predict after x[t], or -1 where that belongs to the prompt. With p for
-    the prompt's tokens:
+    end token. Each completion ends with the end token. Or with `messages`: what the assistant
+    says is completion, the ends of its turns included, and all else is prompt. An item is
+    (x, y), (T,) each: y[t] is the token to predict after x[t], or -1 where that belongs to the
+    prompt. With p for the prompt's tokens:
 
         ids    p    p    a    b    <eot>
         x      p    p    a    b              ids[:-1]
@@ -238,15 +322,15 @@ class Completions(Dataset):
 
     def __init__(self, rows: Iterable[dict], tokenizer: Tokenizer, block_size: int):
         end = required_end_token(tokenizer)
+        check_numbers(CfgNode(block_size=block_size), "block_size", low=1, whole=True)
         self.items: list[tuple[Tensor, Tensor]] = []
         for i, row in enumerate(rows):
-            prompt = encode_prompt_field(i, row, tokenizer, end)
-            completion = [*tokenizer.encode(text_field(i, row, "completion", "text")), end]
-            ids = prompt + completion
+            ids, is_completion = encode_demonstration(i, row, tokenizer, end)
             # The last token is only predicted, never read, so one more than block_size fits.
             check_length(i, ids, block_size + 1)
             # The prompt's last token already predicts the first one of the completion.
-            targets = [IGNORED] * (len(prompt) - 1) + completion
+            pairs = zip(ids[1:], is_completion[1:], strict=True)
+            targets = [token if learned else IGNORED for token, learned in pairs]
             self.items.append((torch.tensor(ids[:-1]), torch.tensor(targets)))
 
     def __len__(self) -> int:
@@ -271,12 +355,35 @@ class Completions(Dataset):
         return int((targets != IGNORED).sum())
 
 
+def encode_demonstration(
+    i: int,
+    row: dict,
+    tokenizer: Tokenizer,
+    end: int,
+) -> tuple[list[int], list[bool]]:
+    """The ids of row number i, and which of them are completion."""
+    check_row(i, row)
+    if "messages" not in row:
+        prompt = encode_prompt_field(i, row, tokenizer, end)
+        completion = [*tokenizer.encode(text_field(i, row, "completion", "text")), end]
+        return prompt + completion, [False] * len(prompt) + [True] * len(completion)
+    if not is_messages(row["messages"]):
+        raise ValueError(f"row {i} has messages={short(row['messages'])}; expected a list of dicts")
+    ids, is_completion = encode_messages(i, row["messages"], tokenizer, return_mask=True)
+    if not any(is_completion):
+        raise ValueError(f"row {i} has no message of the assistant to learn from: leave it out")
+    # Nothing is learned from what the template writes behind the last answer.
+    length = max(place for place, learned in enumerate(is_completion) if learned) + 1
+    return ids[:length], is_completion[:length]
+
+
 class Comparisons(Dataset):
     """Completions of one prompt, of which people chose one, for `comparison_loss` and `DPOLoss`.
 
     rows: dicts with these fields:
-      prompt     text; may be empty or missing
-      chosen     the completion that people preferred
+      prompt     text; may be empty or missing; or messages
+      chosen     the completion that people preferred: text, or a list of one message of the
+                 assistant's; then the prompt must be messages, too
       rejected   the other one, or a list of others, of the same length in every row
       ended      optional: a list of bools, the chosen one's first. True (the default): the
                  completion ends with the end token. False: the sampler was cut off before
@@ -293,6 +400,7 @@ class Comparisons(Dataset):
 
     def __init__(self, rows: Iterable[dict], tokenizer: Tokenizer, block_size: int):
         end = required_end_token(tokenizer)
+        check_numbers(CfgNode(block_size=block_size), "block_size", low=1, whole=True)
         self.items: list[tuple[Tensor, list[Tensor]]] = []
         for i, row in enumerate(rows):
             prompt = encode_prompt_field(i, row, tokenizer, end)
@@ -301,7 +409,7 @@ class Comparisons(Dataset):
             # The end token marks a completion that ended by itself.
             completions = []
             for text, has_ended in zip(texts, ended, strict=True):
-                ids = list(tokenizer.encode(text))
+                ids = encode_answer(i, row, text, tokenizer, prompt)
                 completions.append([*ids, end] if has_ended else ids)
             if not all(completions):
                 raise ValueError(
@@ -349,16 +457,48 @@ class Comparisons(Dataset):
         return idx.view(shape), attention_mask.view(shape), completion_mask.view(shape)
 
 
-def compared_texts(i: int, row: dict) -> list[str]:
-    """The chosen completion of row number i, then the rejected ones."""
-    chosen = text_field(i, row, "chosen")
+def compared_texts(i: int, row: dict) -> list[Any]:
+    """The chosen completion of row number i, then the rejected ones: texts, or messages."""
+    chosen = answer_field(i, row, "chosen")
     rejected = row.get("rejected")
-    if not isinstance(rejected, (list, tuple)):
-        return [chosen, text_field(i, row, "rejected")]
+    if not isinstance(rejected, (list, tuple)) or is_messages(rejected):
+        return [chosen, answer_field(i, row, "rejected")]
     for text in rejected:
-        if not isinstance(text, str):
+        if not is_text(text):
             raise ValueError(f"row {i} has {short(text)} in its list rejected; expected text")
     return [chosen, *rejected]
+
+
+def answer_field(i: int, row: dict, name: str) -> Any:
+    """The text in a field of row number i, or its messages."""
+    return row[name] if is_messages(row.get(name)) else text_field(i, row, name)
+
+
+def encode_answer(
+    i: int,
+    row: dict,
+    answer: Any,
+    tokenizer: Tokenizer,
+    prompt: list[int],
+) -> list[int]:
+    """The ids of a completion, text or a message, without its end. prompt: the ids of the prompt.
+
+    Raises ValueError, with the row's number, for messages that are no single answer.
+    """
+    if isinstance(answer, str):
+        return list(tokenizer.encode(answer))
+    if len(answer) != 1 or answer[0].get("role") != "assistant" or not is_messages(row["prompt"]):
+        raise ValueError(
+            f"row {i} has {short(answer)} to compare; expected one message of the assistant's, "
+            "and a prompt that is messages, too"
+        )
+    messages = [*row["prompt"], *answer]
+    ids, is_answer = encode_messages(i, messages, tokenizer, return_mask=True)
+    length = max(place for place, written in enumerate(is_answer) if written) + 1
+    if ids[:len(prompt)] != prompt:
+        raise ValueError(f"row {i}: with its answer, the prompt is encoded in another way")
+    answer_ids = ids[len(prompt):length]
+    return answer_ids[:-1] if answer_ids[-1] in stop_tokens(tokenizer) else answer_ids
 
 
 def ended_field(i: int, row: dict, n_completions: int) -> list[bool]:
@@ -380,9 +520,9 @@ def ended_field(i: int, row: dict, n_completions: int) -> list[bool]:
 class Prompts(Dataset):
     """Prompts to sample completions of, with what a reward function may want to know about each.
 
-    prompts: texts, or lists of token ids, or an (N, T) LongTensor, or dicts with the field
-    `prompt` (text or ids) and any further ones, such as a gold answer. tokenizer: what
-    encodes text.
+    prompts: texts, or lists of token ids, or an (N, T) LongTensor, or lists of messages, or
+    dicts with the field `prompt` (any of these; messages may also stand in `messages`) and any
+    further ones, such as a gold answer. tokenizer: what encodes text, and for messages a `Chat`.
 
     ids: the N prompts as 1-D LongTensors. columns: the further fields, {name: list of N
     values}. An item is (ids, i). The number i goes with the prompt through the trainer, and
@@ -397,8 +537,13 @@ class Prompts(Dataset):
             raise TypeError(
                 f"prompts is one {type(prompts).__name__}, {short(prompts)}; expected a list"
             )
+        if torch.is_tensor(prompts) and prompts.dim() == 0:
+            raise ValueError(f"prompts is {prompts!r}; expected (N, T) token ids")
         # A bare prompt is a row without further columns.
         rows = [row if isinstance(row, Mapping) else {"prompt": row} for row in prompts]
+        if rows and all("role" in row for row in rows):
+            raise TypeError(f"prompts is one list of messages, {short(rows)}; expected several")
+        rows = [with_prompt(row) for row in rows]
         for i, row in enumerate(rows):
             if "prompt" not in row:
                 raise ValueError(f"row {i} has no field 'prompt', only {list(row)}: add it")
@@ -423,6 +568,13 @@ class Prompts(Dataset):
         return {name: [values[i] for i in numbers] for name, values in self.columns.items()}
 
 
+def with_prompt(row: Mapping) -> Mapping:
+    """The row, with its messages as the prompt where it has no other."""
+    if "prompt" in row or "messages" not in row:
+        return row
+    return {"prompt" if name == "messages" else name: value for name, value in row.items()}
+
+
 def further_columns(rows: Sequence[Mapping]) -> dict[str, list]:
     """The fields beside `prompt`, column by column: {name: list of len(rows)}."""
     # The first row says which columns there are ...
@@ -444,10 +596,10 @@ def further_columns(rows: Sequence[Mapping]) -> dict[str, list]:
 
 
 def encode_prompts(prompts: Iterable, tokenizer: Tokenizer | None = None) -> list[Tensor]:
-    """Prompts as a list of 1-D LongTensors. They may be text, lists of ids, or an (N, T) tensor.
+    """Prompts as a list of 1-D LongTensors. They may be text, messages, ids, or an (N, T) tensor.
 
     Raises ValueError, with the prompt's number, for an empty one, for text without a
-    tokenizer, and for anything else.
+    tokenizer, for messages without a `Chat`, and for anything else.
     """
     encoded = []
     for i, prompt in enumerate(prompts):
@@ -456,7 +608,10 @@ def encode_prompts(prompts: Iterable, tokenizer: Tokenizer | None = None) -> lis
                 raise ValueError(
                     f"prompt {i}, {short(prompt)}, is text: pass the tokenizer that encodes it"
                 )
+            check_tokenizer(tokenizer, "encode")
             prompt = tokenizer.encode(prompt)
+        elif is_messages(prompt):
+            prompt = encode_messages(i, prompt, tokenizer, add_generation_prompt=True)
         encoded.append(ids_of(i, prompt))
     return encoded
 
@@ -483,7 +638,11 @@ def ids_of(i: int, prompt: Any) -> Tensor:
 
 
 def pad(rows: list[Tensor], value: int = 0, left: bool = False) -> Tensor:
-    """Stack rows of different lengths: (B, T), filled up with value on the right (or left)."""
+    """Stack rows of different lengths: (B, T), filled up with value on the right (or left).
+
+    ValueError for no rows, and for what is no list of 1-D tensors.
+    """
+    check_tensor_rows(rows)
     T = max(len(row) for row in rows)
     padded = []
     for row in rows:
@@ -492,8 +651,18 @@ def pad(rows: list[Tensor], value: int = 0, left: bool = False) -> Tensor:
     return torch.stack(padded)
 
 
+def check_tensor_rows(rows: Any) -> None:
+    """ValueError unless rows is a list of 1-D tensors, with one or more in it."""
+    if not isinstance(rows, (list, tuple)) or len(rows) == 0:
+        raise ValueError(f"rows is {rows!r:.60}; expected a list of one tensor or more")
+    for i, row in enumerate(rows):
+        if not torch.is_tensor(row) or row.dim() != 1:
+            raise ValueError(f"row {i} is {row!r:.60}; expected a 1-D tensor")
+
+
 def pad_and_mask(rows: list[Tensor], left: bool = False) -> tuple[Tensor, Tensor]:
     """(idx (B, T), attention_mask (B, T)) of rows of different lengths. The mask is bool."""
+    check_tensor_rows(rows)
     # Padded in the same way, rows of True become the mask: the padding is 0, that is False.
     real = [torch.ones_like(row, dtype=torch.bool) for row in rows]
     return pad(rows, left=left), pad(real, left=left)

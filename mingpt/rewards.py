@@ -34,7 +34,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mingpt.datasets import RESERVED_COLUMNS, Tokenizer, end_token
+from mingpt.datasets import RESERVED_COLUMNS, Tokenizer, check_tokenizer, stop_tokens
+from mingpt.utils import check_equal_shapes
 
 RewardFn = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -86,6 +87,7 @@ def score(
     """
     columns = {} if columns is None else columns
     check_reward_fn(reward_fn, columns)
+    check_equal_shapes(idx=idx, attention_mask=attention_mask, completion_mask=completion_mask)
 
     def judge(rows: slice) -> Scores:
         # reward_fn gets copies, so it may write into its arguments.
@@ -219,7 +221,7 @@ class TextReward:
       log_metric       log_metric(name, value) adds a number to the log
       log_extra        log_extra(column, values) keeps B values beside the completions
 
-    tokenizer: its `decode` makes the texts, see `end_token` for what is left out of them.
+    tokenizer: its `decode` makes the texts, see `stop_tokens` for what is left out of them.
     weights: one number for each function, 1 unless given. A completion's reward is the
     weighted sum over the functions that did not abstain:
 
@@ -242,6 +244,7 @@ class TextReward:
             check_text_function(function)
         self.names = unique_names(self.functions)
         self.weights = checked_weights(weights, self.names)
+        check_tokenizer(tokenizer, "decode")
         self.tokenizer = tokenizer
 
     def __call__(self, idx: Tensor, attention_mask: Tensor, completion_mask: Tensor) -> Tensor:
@@ -323,8 +326,8 @@ class TextReward:
 
     def text(self, ids: list[int]) -> str:
         """The text of ids, without end tokens."""
-        end = end_token(self.tokenizer)
-        return self.tokenizer.decode([i for i in ids if i != end])
+        ends = stop_tokens(self.tokenizer)
+        return self.tokenizer.decode([i for i in ids if i not in ends])
 
     def combine(
         self,

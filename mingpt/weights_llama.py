@@ -24,6 +24,8 @@ from torch import Tensor
 from mingpt.config import CfgNode
 from mingpt.model_files import ModelFiles, check_fixed, check_sizes
 
+ARCHITECTURE = "llama"  # our name for it
+
 # What config.json calls the architecture, and transformers' classes begin with.
 MODEL_TYPES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
 
@@ -92,24 +94,20 @@ UNTOLD = ("n_head", "block_size", "rope_theta", "norm_eps")
 
 def read_options(
     files: ModelFiles,
-    config: CfgNode,
     presets: dict[str, tuple[int, int, int]],
     options: dict[str, Any],
 ) -> dict[str, Any]:
     """The options of a Llama in these files, by our names: the caller's, and else the files'.
 
-    config: a model's, with the defaults. Raises ValueError where the files contradict the shapes of
-    the tensors or ask for what our trunk does not do, and where nothing tells what must be known.
+    Raises ValueError where the files contradict the shapes of the tensors or ask for what our trunk
+    does not do, and where nothing tells what must be known. (The presets are of minGPT's GPTs.)
     """
     path = files.path
     sizes = read_sizes(files)
     of_file: dict[str, Any] = {"n_head": None, **sizes}
     if "model_type" in files.config_json:
         of_file |= read_config_json(files.config_json, f"the config.json of {path}")
-    known = vars(config).keys() - {"model_type"}  # which names one of our presets
-    for name, value in files.model_args.items():
-        if name in known and value is not None:
-            of_file[name] = value
+    of_file |= {name: value for name, value in files.model_args.items() if value is not None}
     of_file |= options
     if "tie_weights" not in of_file:
         of_file["tie_weights"] = is_tied(files.tensors)
@@ -119,7 +117,7 @@ def read_options(
             f"{path} holds the weights of a Llama and does not tell its options: pass {missing}"
         )
     check_sizes(of_file, sizes, path)
-    return of_file | {"architecture": "llama"}
+    return of_file
 
 
 def read_config_json(config_json: dict[str, Any], place: str) -> dict[str, Any]:

@@ -376,7 +376,7 @@ class TestPrompts(unittest.TestCase):
             ([], r"prompt 1 has shape \(0,\): each must be a row of one token or more"),
             ([[1]], r"prompt 1 has shape \(1, 1\)"),
             (None, "prompt 1 is None; expected text or token ids"),
-            ([{"role": "user"}], "prompt 1 is .*'user'.*; expected text or token ids"),
+            ([{"role": "user"}], "row 1 has messages, .*'user'.*: pass a Chat as the tokenizer"),
             ([1.5], "prompt 1 is .1.5.; token ids must be whole numbers"),
             ([True], "prompt 1 is .True.; token ids must be whole numbers"),
         ):
