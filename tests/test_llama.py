@@ -300,6 +300,12 @@ class TestFiles(TempDirTestCase):
                 state = {name: p.to(dtype) for name, p in converted.state_dict().items()}
                 torch.testing.assert_close(kept.state_dict(), state, atol=0, rtol=0)
 
+    def test_a_model_in_half_precision_generates(self):
+        model = GPT.from_pretrained(self.folder, dtype=torch.bfloat16)
+        idx, log_probs = model.generate(random_idx(2, 4), 6, return_log_probs=True)
+        expected = model.log_probs(idx)[:, 3:]
+        self.assertLess((log_probs - expected).abs().max(), 0.1)
+
     def test_dtype_must_be_a_type_of_floats(self):
         for dtype in (torch.int8, "bf16", None):
             with self.subTest(dtype), self.assertRaisesRegex(ValueError, "dtype=.* type of floats"):
@@ -419,6 +425,11 @@ class TestSpecialTokens(TempDirTestCase):
         model.save_pretrained(self.folder / "again")
         config = json.loads((self.folder / "again" / "config.json").read_text())
         self.assertIsNone(config.get("pad_token_id"))
+
+    def test_those_of_an_older_model_in_the_folder_go(self):
+        self.files(generation_config={"eos_token_id": [5, 9]})
+        tiny_llama().save_pretrained(self.folder)
+        self.assertEqual(GPT.from_pretrained(self.folder).stop_tokens, [])
 
     def test_the_models_made_from_it_have_them_too(self):
         model = self.files(config={"eos_token_id": [5, 9], "pad_token_id": 7})
