@@ -1,12 +1,9 @@
 """Training: constructions, an iteration or two, resumed runs, rewards, samples, stages."""
 
-import math
-
 import torch
 from torch.nn import functional as F
 
 from tests.fuzz import Draw, Plan, generator
-from tests.fuzz_calls.models import masks
 from tests.fuzz_calls.numbers import close
 
 RUN = {
@@ -817,6 +814,3 @@ def stages(draw):
         "base": "base|missing",
     }
     return Plan("Stages", arguments, right, wrong, alias=alias)
-
-
-assert masks and math
