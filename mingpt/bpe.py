@@ -440,7 +440,7 @@ class Encoder:
         """
         if not isinstance(text, str):
             raise TypeError(f"got {type(text).__name__} {text!r:.60}; encode takes a text")
-        allowed = self.check_allowed(allowed_special) if allowed_special else frozenset()
+        allowed = frozenset() if allowed_special == () else self.check_allowed(allowed_special)
         try:
             if not allowed and not self.added.has_ordinary:
                 return self.encode_ordinary(nfc(text) if self.added.normalize else text)
@@ -454,6 +454,8 @@ class Encoder:
 
     def check_allowed(self, allowed_special: Iterable[str]) -> frozenset[str]:
         """The special tokens that the caller allows; ValueError for others than this one's."""
+        if not isinstance(allowed_special, Iterable):
+            raise TypeError(f"got allowed_special={allowed_special!r}; expected a list of tokens")
         allowed = frozenset(allowed_special)
         unknown = sorted(allowed - self.special.keys())
         if unknown:
