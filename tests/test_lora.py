@@ -662,6 +662,27 @@ class TestPPO(TempDirTestCase):
                 self.assertLess(rows[0]["log_prob_error"], 1e-4)
                 self.assertFalse(torch.equal(policy(random_ids())[0], before))
 
+    def test_a_step_by_turns_is_that_of_both_at_once(self):
+        for precision in ("fp32", "bf16"):
+            found = {}
+            for take_turns in (True, False):
+                policy, reward, value = three_adapters()
+                config = ppo_config(precision=precision, micro_batch_size=4)
+                trainer = PPOTrainer(config, policy, reward, PROMPTS, value)
+                self.assertTrue(trainer.take_turns)
+                trainer.take_turns = take_turns
+                set_seed(0)
+                trainer.model.eval()
+                rollout = trainer.rollout(*next(trainer.batches()))
+                rollout.returns += 1.0
+                trainer.minibatch_step(rollout)
+                found[take_turns] = [p.grad for p in trainer.model.parameters()]
+            with self.subTest(precision):
+                tolerance = 1e-6 if precision == "fp32" else 1e-2
+                torch.testing.assert_close(
+                    found[True], found[False], atol=tolerance, rtol=tolerance
+                )
+
     def test_it_holds_one_set_of_weights(self):
         options = {"n_embd": 64, "vocab_size": 500}
         alone = tiny(**options)
