@@ -484,6 +484,18 @@ class TestRefusals(TempDirTestCase):
         self.assert_refused("q_proj.weight as .*expected floats of shape", head_dim=16)
         self.assert_refused("num_attention_heads|n_head='4'", num_attention_heads="4")
 
+    def test_what_no_machine_could_build(self):
+        for name in ("num_attention_heads", "num_key_value_heads", "head_dim"):
+            self.assert_refused("and its queries have 32 rows", **{name: 10**30})
+
+    def test_layers_that_are_none(self):
+        hugging_face("qwen2").save_pretrained(self.folder)
+        window = {"use_sliding_window": True, "sliding_window": 4}
+        for kinds in (3, True, [[]], [3]):
+            self.assert_refused("expected a list of names", layer_types=kinds, **window)
+        words = "max_window_layers='a'"
+        self.assert_refused(words, layer_types=None, max_window_layers="a", **window)
+
     def test_damaged_options(self):
         self.assert_refused("rope_theta='a'", rope_parameters={"rope_theta": "a"})
         self.assert_refused("norm_eps=-1", rms_norm_eps=-1)
