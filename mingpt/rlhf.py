@@ -1829,13 +1829,16 @@ class KnownGradient(torch.autograd.Function):
 
 def check_policy(policy: nn.Module, ref_policy: nn.Module | None) -> None:
     """TypeError for a policy that cannot write; ValueError for one that is its own reference."""
+    if not isinstance(policy, nn.Module):
+        raise TypeError(f"the policy is {policy!r:.60}; expected a GPT, or a module like it")
     missing = [name for name in ("log_probs", "generate") if not hasattr(policy, name)]
     if missing:
         raise TypeError(
             f"a policy needs GPT's log_probs and generate; {type(policy).__name__} has no "
             f"{' and no '.join(missing)}"
         )
-    if ref_policy is not None and not hasattr(ref_policy, "log_probs"):
+    has_log_probs = isinstance(ref_policy, nn.Module) and hasattr(ref_policy, "log_probs")
+    if ref_policy is not None and not has_log_probs:
         raise TypeError(
             f"ref_policy is a {type(ref_policy).__name__}; a policy needs GPT's log_probs"
         )

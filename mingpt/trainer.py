@@ -35,7 +35,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, default_collate
 
 from mingpt import distributed
 from mingpt.checkpoint import (
@@ -163,7 +163,7 @@ class Trainer:
         self.train_dataset = train_dataset
         self.valid_dataset = valid_dataset
         self.loss_fn = loss_fn or default_loss
-        self.collate_fn = collate_fn
+        self.collate_fn = collate_fn or stack_examples
         self.weight_fn = weight_fn or (count_examples if loss_fn else count_targets)
         self.callbacks: dict[str, list[Callable]] = defaultdict(list)
 
@@ -736,6 +736,16 @@ class Trainer:
 def default_loss(model: nn.Module, batch: tuple) -> Tensor:
     """The last thing that the model returns: a GPT returns (logits, loss)."""
     return model(*batch)[-1]
+
+
+def stack_examples(items: list) -> Any:
+    """A batch of equally large examples, as a DataLoader makes it. TypeError for other examples."""
+    try:
+        return default_collate(items)
+    except RuntimeError as error:
+        raise TypeError(
+            f"the examples of a batch cannot be stacked ({error}): pass a collate_fn that pads them"
+        ) from None
 
 
 def count_examples(batch: tuple) -> int:
