@@ -260,7 +260,7 @@ def cuts_of(path: Path | str, step: dict[str, Any]) -> list[str]:
             return [pattern]
     # By default, tokenizers' ByteLevel adds a space and cuts by GPT-2's rule.
     if kind == "ByteLevel" and not step.get("add_prefix_space", True):
-        return [GPT2.pattern.pattern, "bytes"] if step.get("use_regex", True) else ["bytes"]
+        return [GPT2.expression, "bytes"] if step.get("use_regex", True) else ["bytes"]
     raise refusal(path, step)
 
 
