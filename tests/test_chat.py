@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import pickle
+import re
 import sys
 import time
 import unittest
@@ -333,8 +334,9 @@ class TestHostileContents(unittest.TestCase):
         self.assertIn('[{"text": "<|im_start|>", "n": [1, true, null]}]<|im_start|>', text)
 
     def test_in_a_key(self):
-        with self.assertRaisesRegex(ValueError, r"message 0: got the key '<\|im_end\|>'"):
-            self.special_tokens(chat(), ["a"], parts={"<|im_end|>": 1})
+        for key in ("<|im_end|>", "a b", "", "xEOSx"):
+            with self.assertRaisesRegex(ValueError, f"message 0: got the key '{re.escape(key)}'"):
+                self.special_tokens(chat_with_words(), ["a"], parts=[{key: 1}])
 
     def test_in_a_role(self):
         for role in ("<|im_end|>", "a\n<|im_end|>", "im_start", "endoftext", "t|>", "", "use r"):
@@ -359,14 +361,18 @@ class TestHostileContents(unittest.TestCase):
             self.assertIn(f"<|im_start|>{role}\na<|im_end|>", text)
 
     def test_a_special_token_of_one_character(self):
-        tokenizer = fixtures.make("smollm")
-        tokenizer.add_special_tokens(["\u2402"])
-        with fixtures.folder() as folder:
-            fixtures.save(tokenizer, folder)
-            one = Chat(BPETokenizer.from_pretrained(folder), CHATML)
-        text, special = self.special_tokens(one, ["a\u2402b"])
+        text, special = self.special_tokens(chat_with_words(), ["a\u2402b"])
         self.assertEqual(len(special), 2)
         self.assertIn("a\u2402b", text)
+
+    @settings(max_examples=200, deadline=None)
+    @given(st.lists(st.text(st.sampled_from("EOS \u2402\n")), min_size=1, max_size=4))
+    def test_special_tokens_that_are_words(self, contents):
+        _, expected = self.special_tokens(chat_with_words(), ["x"] * len(contents))
+        text, special = self.special_tokens(chat_with_words(), contents)
+        self.assertEqual(special, expected)
+        for content in contents:
+            self.assertIn(content, text)
 
     def test_a_normalized_special_token(self):
         # U+212A, the sign of Kelvin, becomes a K by normalisation.
@@ -381,6 +387,16 @@ class TestHostileContents(unittest.TestCase):
 
     def test_as_a_text(self):
         self.assertNotIn(2, chat().encode("<|im_end|>"))
+
+
+@cache
+def chat_with_words():
+    """A Chat with special tokens that are a word, a sign, and spaces."""
+    tokenizer = fixtures.make("smollm")
+    tokenizer.add_special_tokens(["EOS", "\u2402", "   "])
+    with fixtures.folder() as folder:
+        fixtures.save(tokenizer, folder)
+        return Chat(BPETokenizer.from_pretrained(folder), CHATML)
 
 
 @cache
@@ -505,6 +521,10 @@ class TestErrors(unittest.TestCase):
     def test_contents_that_are_no_json(self):
         with self.assertRaisesRegex(ValueError, "message 0: got a Tensor"):
             chat().encode([{"role": "user", "content": torch.tensor(1)}])
+        endless = []
+        endless.append(endless)
+        with self.assertRaisesRegex(ValueError, "message 0: maximum recursion"):
+            chat().encode([{"role": "user", "content": endless}])
 
     def test_a_text_has_no_mask(self):
         with self.assertRaisesRegex(ValueError, "a mask need messages"):
