@@ -13,7 +13,7 @@ from unittest import mock
 
 import torch
 import transformers
-from hypothesis import given, settings, strategies as st
+from hypothesis import example, given, settings, strategies as st
 
 from mingpt import templates
 from mingpt.bpe import BPETokenizer
@@ -367,6 +367,7 @@ class TestHostileContents(unittest.TestCase):
 
     @settings(max_examples=200, deadline=None)
     @given(st.lists(st.text(st.sampled_from("EOS \u2402\n")), min_size=1, max_size=4))
+    @example(["SESES", "SE", "SESE"])
     def test_special_tokens_that_are_words(self, contents):
         _, expected = self.special_tokens(chat_with_words(), ["x"] * len(contents))
         text, special = self.special_tokens(chat_with_words(), contents)
