@@ -20,7 +20,7 @@ setup(
     package_data={"mingpt": ["py.typed"]},
     python_requires=">=3.11",
     install_requires=[
-        "torch>=2.4",
+        "torch>=2.5",
         "numpy>=1.26",
         "requests>=2.31",
         "urllib3>=2.2",  # requests stands on it; older ones cannot read what has arrived so far
@@ -47,6 +47,7 @@ setup(
             "tiktoken>=0.8",
             "tokenizers>=0.20",
             "trl==1.9.2",
+            "peft>=0.17",
             "matplotlib>=3.8",
             "gguf>=0.17",
         ],
@@ -54,6 +55,7 @@ setup(
         # ipykernel execute the notebooks (tests/run_notebooks.py).
         "test": [
             "transformers>=4.57",
+            "peft>=0.17",
             "tokenizers>=0.20",
             "tiktoken>=0.8",
             "hypothesis>=6.100",
@@ -64,6 +66,8 @@ setup(
             "ipykernel>=6.29",
             "playwright>=1.50",  # drives the Chromium that the system has
         ],
+        # What opens the notebooks: `jupyter lab demo.ipynb`.
+        "notebooks": ["jupyterlab>=4", "matplotlib>=3.8"],
         # What a change must pass before it is committed: `ruff check` and `mypy mingpt`.
         "dev": ["ruff>=0.14", "mypy>=1.18", "types-requests", "types-regex", "types-tqdm"],
     },

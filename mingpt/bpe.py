@@ -44,6 +44,7 @@ from typing import Any, Self
 import torch
 
 from mingpt.checkpoint import finish_write, read_json, read_text, write_text, write_together
+from mingpt.config import CfgNode, check_numbers
 from mingpt.download import download, home
 from mingpt.hub import find_pretrained
 from mingpt.tokenizer_files import (
@@ -320,6 +321,17 @@ class WordCache(dict[str, tuple[int, ...]]):
         return ids
 
 
+def well_formed(text: Any) -> str:
+    """The text, without lone surrogates. TypeError for anything but text."""
+    if not isinstance(text, str):
+        raise TypeError(f"got {type(text).__name__} {text!r:.60}; expected a text")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return without_lone_surrogates(text)
+    return text
+
+
 def without_lone_surrogates(text: str) -> str:
     """The text with U+FFFD for each half of a surrogate pair that stands alone.
 
@@ -347,6 +359,7 @@ class Encoder:
     """
 
     def __init__(self, vocab: dict[str, int], merges: list[tuple[str, str]], **rules: Any):
+        check_vocabulary(vocab, merges)
         self.vocabulary = replace(gpt2_vocabulary(vocab, merges), **rules)
         self.vocab = vocab
         self.merge_list = merges
@@ -479,6 +492,8 @@ class Encoder:
         ValueError for ids that are not in the vocabulary.
         """
         if isinstance(ids, torch.Tensor):
+            if ids.is_floating_point():
+                raise ValueError(f"got ids of {ids.dtype}; they must be whole numbers")
             ids = ids.tolist()
         try:
             latin_bytes = "".join(map(self.token_text.__getitem__, ids)).encode("latin-1")
@@ -491,6 +506,7 @@ class Encoder:
 
     def encode_and_show_work(self, text: str) -> dict[str, Any]:
         """For teaching: the ids of a text (`bpe_idx`), and in `parts` how each word gets there."""
+        text = well_formed(text)
         characters = bytes_to_unicode()
         names = {i: token for token, i in self.vocab.items()}
         words = self.word_rule.split(text)
@@ -508,6 +524,22 @@ class Encoder:
                 }
             )
         return {"bpe_idx": self.encode(text), "tokens": words, "parts": parts}
+
+
+def check_vocabulary(vocab: Any, merges: Any) -> None:
+    """TypeError or ValueError unless vocab is {token: id} and merges a list of pairs of tokens."""
+    if not isinstance(vocab, dict) or not all(isinstance(token, str) for token in vocab):
+        raise TypeError(f"vocab is {type(vocab).__name__} {vocab!r:.60}; expected {{token: id}}")
+    wrong = [item for item in vocab.items() if type(item[1]) is not int or item[1] < 0]
+    if wrong or len(set(vocab.values())) < len(vocab):
+        detail = f"has {wrong[:3]}" if wrong else "gives the same id to several tokens"
+        raise ValueError(f"the vocabulary {detail}; each token has an id of its own, from 0 on")
+    if not isinstance(merges, list):
+        raise TypeError(f"merges is {type(merges).__name__} {merges!r:.60}; expected pairs")
+    for merge in merges:
+        is_pair = isinstance(merge, (tuple, list)) and [type(x) for x in merge] == [str, str]
+        if not is_pair:
+            raise ValueError(f"the merges have {merge!r:.60}; expected pairs of tokens")
 
 
 # --- 6. BPETokenizer -----------------------------------------------------------------------------
@@ -552,10 +584,11 @@ class BPETokenizer(Encoder):
         special_tokens: further ones behind that end, like "<|im_start|>" for a chat. The same texts
         always give the same vocabulary: of equally frequent pairs, the one of the earlier tokens
         comes first. Raises ValueError where vocab_size is below 257 and the special tokens, or
-        where the texts give fewer tokens.
+        where the texts give fewer tokens; TypeError for texts that are none.
         """
         if isinstance(texts, str):
             raise TypeError(f"got the text {texts[:60]!r}; train takes several: pass [text]")
+        check_numbers(CfgNode(vocab_size=vocab_size), "vocab_size", whole=True)
         special = [END_OF_TEXT, *special_tokens]
         least = 256 + len(special)
         if vocab_size < least:
@@ -563,7 +596,7 @@ class BPETokenizer(Encoder):
                 f"got vocab_size={vocab_size}; it must be {least} or more: "
                 f"256 bytes and {special} come first"
             )
-        word_counts = Counter(chain.from_iterable(map(GPT2.split, texts)))
+        word_counts = Counter(chain.from_iterable(GPT2.split(well_formed(text)) for text in texts))
         # GPT-2 orders the bytes by the characters that it writes them with
         characters = bytes_to_unicode()
         tokens = sorted(characters.values())

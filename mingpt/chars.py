@@ -12,8 +12,9 @@ from typing import Self
 
 import torch
 
-from mingpt.bpe import END_OF_TEXT
+from mingpt.bpe import END_OF_TEXT, well_formed
 from mingpt.checkpoint import read_json, to_json, write_text
+from mingpt.config import CfgNode, check_numbers
 
 # Stands for characters outside the vocabulary, as decoders use it for bytes that are not UTF-8.
 UNKNOWN = "\N{REPLACEMENT CHARACTER}"
@@ -27,6 +28,9 @@ class CharTokenizer:
     """
 
     def __init__(self, chars: Sequence[str]):
+        is_text = isinstance(chars, (str, list, tuple))
+        if not is_text or not all(isinstance(char, str) for char in chars):
+            raise TypeError(f"chars is {type(chars).__name__} {chars!r:.60}; expected characters")
         if len(set(chars)) != len(chars) or any(len(char) != 1 for char in chars):
             raise ValueError(f"got chars {''.join(chars)!r}; expected distinct single characters")
         self.chars = list(chars)
@@ -36,13 +40,21 @@ class CharTokenizer:
 
     @classmethod
     def train(cls, texts: Iterable[str], min_count: int = 1) -> Self:
-        """The characters that occur min_count times or more in the texts, sorted, and U+FFFD."""
-        counts = Counter(char for text in texts for char in text)
+        """The characters that occur min_count times or more in the texts, sorted, and U+FFFD.
+
+        ValueError or TypeError for anything else than texts and a whole number from 1 on.
+        """
+        if isinstance(texts, str):
+            raise TypeError(f"got the text {texts[:60]!r}; train takes several: pass [text]")
+        check_numbers(CfgNode(min_count=min_count), "min_count", low=1, whole=True)
+        counts = Counter(char for text in texts for char in well_formed(text))
         frequent = {char for char, count in counts.items() if count >= min_count}
         return cls(sorted(frequent | {UNKNOWN}))
 
     def encode(self, text: str) -> list[int]:
-        """The ids of the characters of a text, as a list."""
+        """The ids of the characters of a text, as a list. TypeError for anything but text."""
+        if not isinstance(text, str):
+            raise TypeError(f"got {type(text).__name__} {text!r:.60}; encode takes a text")
         if UNKNOWN in self.ids:
             unknown = self.ids[UNKNOWN]
             return [self.ids.get(char, unknown) for char in text]
@@ -63,6 +75,8 @@ class CharTokenizer:
         ValueError for an id that the vocabulary does not have.
         """
         if isinstance(ids, torch.Tensor):
+            if ids.is_floating_point():
+                raise ValueError(f"got ids of {ids.dtype}; they must be whole numbers")
             ids = ids.tolist()
         tokens = dict(enumerate([*self.chars, END_OF_TEXT]))
         try:

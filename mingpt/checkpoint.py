@@ -21,6 +21,7 @@ import re
 import shutil
 import signal
 import sys
+import textwrap
 import threading
 import zipfile
 from collections.abc import Callable, Iterator
@@ -203,7 +204,9 @@ def full_disk_explained(path: Path) -> Iterator[None]:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write a UTF-8 text file atomically."""
+    """Write a UTF-8 text file atomically. TypeError for anything but text."""
+    if not isinstance(text, str):
+        raise TypeError(f"got {type(text).__name__} {text!r:.60}; expected a text")
     with atomic_write(path) as f:
         f.write(text.encode("utf-8"))
 
@@ -214,7 +217,7 @@ def read_text(path: str | Path) -> str:
     A FIFO or a device in its place would block for ever, or never end.
     """
     path = Path(path)
-    if not path.is_file():
+    if not os.path.isfile(path):  # Path.is_file raises for a name that is too long
         raise ValueError(f"{path} is no file that could be read")
     try:
         return path.read_text(encoding="utf-8")
@@ -260,7 +263,7 @@ def read_torch(path: Path, mmap: bool = False) -> Any:
     mmap: where it can be, the file is mapped into memory instead of read. Raises all sorts of
     exceptions for a damaged file, ValueError if the numbers of a tensor are cut off among them.
     """
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise ValueError("it is no file that could be read")
     sizes: dict[str, int] = {}
     if zipfile.is_zipfile(path):  # since 2020; before, it was a pickle with the numbers behind it
@@ -480,6 +483,18 @@ def replace_what_cannot_be_printed() -> None:
         sys.stdout.reconfigure(errors="replace")
 
 
+def wrapped(text: str) -> str:
+    """The text for standard error: on a terminal, lines end between words."""
+    if not sys.stderr.isatty():
+        return text
+    columns = shutil.get_terminal_size().columns
+    lines = [
+        textwrap.fill(line, columns, break_long_words=False, break_on_hyphens=False)
+        for line in text.splitlines()
+    ]
+    return "\n".join(lines)
+
+
 def run_script(main: Callable[[list[str]], None]) -> NoReturn:
     """Run main(command line) for a script, and exit.
 
@@ -494,7 +509,7 @@ def run_script(main: Callable[[list[str]], None]) -> NoReturn:
     try:
         main(sys.argv[1:])
     except (ValueError, OSError, ImportError, FloatingPointError) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(wrapped(f"error: {error}"))
     except KeyboardInterrupt:
         exit_code = interrupted
     except SystemExit as stop:
@@ -533,8 +548,8 @@ def get_rng_state() -> dict[str, Any]:
     return state
 
 
-def check_rng_state(state: Any) -> None:
-    """ValueError for what `get_rng_state` cannot have returned."""
+def check_rng_state(state: Any, path: Path | None = None) -> None:
+    """ValueError for what `get_rng_state` cannot have returned. path: the file that it is from."""
     try:
         random.Random().setstate(state["python"])
         np.random.RandomState().set_state(state["numpy"])
@@ -542,7 +557,10 @@ def check_rng_state(state: Any) -> None:
         if {"cuda", "mps"} - state.keys():
             raise KeyError("cuda")
     except Exception as error:  # the generators raise anything
-        raise ValueError(f"got a damaged state of the random generators ({error!r:.100})") from None
+        source = path or "the state"
+        raise ValueError(
+            f"{source} is damaged: it holds no state of the random generators ({error!r:.100})"
+        ) from None
 
 
 def set_rng_state(state: dict[str, Any]) -> None:

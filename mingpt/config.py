@@ -25,7 +25,7 @@ import os
 import sys
 import textwrap
 import tokenize
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -89,7 +89,12 @@ class CfgNode:
         }
 
     def merge_from_dict(self, options: dict[str, Any]) -> None:
-        """Set attributes of this node. Names that it does not have yet are added."""
+        """Set attributes of this node. Names that it does not have yet are added.
+
+        TypeError for what is no dict of options by name.
+        """
+        if not isinstance(options, dict) or not all(isinstance(name, str) for name in options):
+            raise TypeError(f"options is {options!r:.60}; expected a dict, {{name: value}}")
         for name, value in options.items():
             setattr(self, name, value)
 
@@ -101,6 +106,8 @@ class CfgNode:
         for an option that does not exist, and for a value of the wrong type.
         """
         defaults = dict(self.leaves())
+        if isinstance(args, str) or not all(isinstance(arg, str) for arg in args):
+            raise ValueError(f"argument {args!r:.60} must be a list of texts, as in sys.argv[1:]")
         remaining = list(args)
         while remaining:
             name, text = take_option(remaining, defaults)
@@ -186,6 +193,15 @@ def parse_option(name: str, text: str, default: Any) -> Any:
     raise ValueError(f"--{name}={text} must be of type {expected}, like its default {default!r}")
 
 
+def check_is_config(config: Any, owner: str) -> None:
+    """TypeError for a config that is no CfgNode: a dict, say, or None."""
+    if not isinstance(config, CfgNode):
+        raise TypeError(
+            f"the config is {type(config).__name__} {config!r:.60}; expected a CfgNode: begin with "
+            f"{owner}.get_default_config()"
+        )
+
+
 def check_numbers(
     config: Any,
     *names: str,
@@ -200,6 +216,7 @@ def check_numbers(
     are. Raises ValueError for the first option that fails.
     """
     kind: type = numbers.Integral if whole else numbers.Real
+    check_present(config, names)
     for name in names:
         value = getattr(config, name)  # a Python number, or one of NumPy's
         if optional and value is None:
@@ -216,10 +233,18 @@ def check_booleans(config: Any, *names: str) -> None:
 
     Text such as "False" would count as true.
     """
+    check_present(config, names)
     for name in names:
         value = getattr(config, name)
         if not isinstance(value, (bool, np.bool_)):
             raise ValueError(f"{name}={value!r} must be True or False")
+
+
+def check_present(config: Any, names: Iterable[str]) -> None:
+    """ValueError for the options that a config lacks, by name."""
+    missing = [name for name in names if not hasattr(config, name)]
+    if missing:
+        raise ValueError(f"the config lacks the options {missing}: begin with a default config")
 
 
 def parse_args(config: CfgNode, args: list[str], about: str) -> None:

@@ -28,6 +28,7 @@ it as token ids (the three datasets), and pad it to the length of its batch (the
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -36,6 +37,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import Dataset
+
+from mingpt.config import CfgNode, check_numbers
 
 IGNORED = -1  # a target that the loss leaves out, as in minGPT
 
@@ -62,16 +65,17 @@ def read_text(path: str | Path) -> str:
     """
     # In text mode, Python itself turns all line ends into "\n".
     path = Path(path)
-    if path.is_dir():
+    if os.path.isdir(path):
         raise ValueError(f"{path} is a folder: give a text file")
-    if not path.exists():
+    if not os.path.exists(path):  # Path.exists raises for a name that is too long
         raise ValueError(f"{path}: there is no such file")
     try:
         return path.read_text(encoding="utf-8").removeprefix("\N{BYTE ORDER MARK}")
     except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
         raise ValueError(
             f"{path} is not UTF-8 text: byte {error.start} is {error.object[error.start]:#04x} "
-            f"({error.reason}). Save it as UTF-8"
+            f"({error.reason}), in line {line}. Save it as UTF-8"
         ) from None
 
 
@@ -112,7 +116,7 @@ def parse_line(line: str) -> dict | None:
     """The JSON object on a line, or None if it is anything else."""
     try:
         row = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):  # the latter where it is nested too deeply
         return None
     return row if isinstance(row, dict) else None
 
@@ -121,10 +125,13 @@ def split_of(text: str) -> str:
     """Which split a text belongs to: "train" (90%), "valid" (5%) or "test" (5%).
 
     It depends on the text alone, by way of its SHA-256. So a text never changes sides when
-    others are added or reordered, and copies of it all land in the same split.
+    others are added or reordered, and copies of it all land in the same split. TypeError for
+    anything but text.
     """
+    if not isinstance(text, str):
+        raise TypeError(f"got {type(text).__name__} {text!r:.60}; expected a text")
     # The hash deals the texts into 20 buckets of about the same size.
-    digest = hashlib.sha256(text.encode()).digest()
+    digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
     bucket = int.from_bytes(digest[:8], "big") % 20
     if bucket == 0:
         return "test"
@@ -168,11 +175,12 @@ def end_token(tokenizer: Any) -> int | None:
     """The id that ends a text, or None where the tokenizer has none (or there is no tokenizer).
 
     It is `tokenizer.eot_token`, our tokenizers' and tiktoken's name for it, or else
-    `tokenizer.eos_token_id`, which is the name in `transformers`.
+    `tokenizer.eos_token_id`, which is the name in `transformers`. ValueError for one that is no id.
     """
     for name in ("eot_token", "eos_token_id"):
         token = getattr(tokenizer, name, None)
         if token is not None:
+            check_numbers(CfgNode(**{name: token}), name, whole=True)
             return int(token)
     return None
 
@@ -193,7 +201,8 @@ def default_stop_token(tokenizer: Any) -> int | list[int] | None:
 
 
 def required_end_token(tokenizer: Tokenizer) -> int:
-    """`end_token`, and ValueError where there is none."""
+    """`end_token`, and ValueError where there is none. TypeError for what is no tokenizer."""
+    check_tokenizer(tokenizer, "encode")
     end = end_token(tokenizer)
     if end is None:
         raise ValueError(
@@ -201,6 +210,16 @@ def required_end_token(tokenizer: Tokenizer) -> int:
             "with: set its eot_token or eos_token_id"
         )
     return end
+
+
+def check_tokenizer(tokenizer: Any, *methods: str) -> None:
+    """TypeError for what lacks these methods of a tokenizer. (A text's own `encode` is another.)"""
+    missing = [name for name in methods if not hasattr(tokenizer, name)]
+    if missing or isinstance(tokenizer, (str, bytes, type)):
+        raise TypeError(
+            f"tokenizer is {type(tokenizer).__name__} {tokenizer!r:.60}; expected an object with "
+            "encode(text) and decode(ids)"
+        )
 
 
 def check_row(i: int, row: Any) -> None:
@@ -304,6 +323,7 @@ class Completions(Dataset):
 
     def __init__(self, rows: Iterable[dict], tokenizer: Tokenizer, block_size: int):
         end = required_end_token(tokenizer)
+        check_numbers(CfgNode(block_size=block_size), "block_size", low=1, whole=True)
         self.items: list[tuple[Tensor, Tensor]] = []
         for i, row in enumerate(rows):
             ids, is_completion = encode_demonstration(i, row, tokenizer, end)
@@ -381,6 +401,7 @@ class Comparisons(Dataset):
 
     def __init__(self, rows: Iterable[dict], tokenizer: Tokenizer, block_size: int):
         end = required_end_token(tokenizer)
+        check_numbers(CfgNode(block_size=block_size), "block_size", low=1, whole=True)
         self.items: list[tuple[Tensor, list[Tensor]]] = []
         for i, row in enumerate(rows):
             prompt = encode_prompt_field(i, row, tokenizer, end)
@@ -517,6 +538,8 @@ class Prompts(Dataset):
             raise TypeError(
                 f"prompts is one {type(prompts).__name__}, {short(prompts)}; expected a list"
             )
+        if torch.is_tensor(prompts) and prompts.dim() == 0:
+            raise ValueError(f"prompts is {prompts!r}; expected (N, T) token ids")
         # A bare prompt is a row without further columns.
         rows = [row if isinstance(row, Mapping) else {"prompt": row} for row in prompts]
         if rows and all("role" in row for row in rows):
@@ -586,6 +609,7 @@ def encode_prompts(prompts: Iterable, tokenizer: Tokenizer | None = None) -> lis
                 raise ValueError(
                     f"prompt {i}, {short(prompt)}, is text: pass the tokenizer that encodes it"
                 )
+            check_tokenizer(tokenizer, "encode")
             prompt = tokenizer.encode(prompt)
         elif is_messages(prompt):
             prompt = encode_messages(i, prompt, tokenizer, add_generation_prompt=True)
@@ -615,7 +639,11 @@ def ids_of(i: int, prompt: Any) -> Tensor:
 
 
 def pad(rows: list[Tensor], value: int = 0, left: bool = False) -> Tensor:
-    """Stack rows of different lengths: (B, T), filled up with value on the right (or left)."""
+    """Stack rows of different lengths: (B, T), filled up with value on the right (or left).
+
+    ValueError for no rows, and for what is no list of 1-D tensors.
+    """
+    check_tensor_rows(rows)
     T = max(len(row) for row in rows)
     padded = []
     for row in rows:
@@ -624,8 +652,18 @@ def pad(rows: list[Tensor], value: int = 0, left: bool = False) -> Tensor:
     return torch.stack(padded)
 
 
+def check_tensor_rows(rows: Any) -> None:
+    """ValueError unless rows is a list of 1-D tensors, with one or more in it."""
+    if not isinstance(rows, (list, tuple)) or len(rows) == 0:
+        raise ValueError(f"rows is {rows!r:.60}; expected a list of one tensor or more")
+    for i, row in enumerate(rows):
+        if not torch.is_tensor(row) or row.dim() != 1:
+            raise ValueError(f"row {i} is {row!r:.60}; expected a 1-D tensor")
+
+
 def pad_and_mask(rows: list[Tensor], left: bool = False) -> tuple[Tensor, Tensor]:
     """(idx (B, T), attention_mask (B, T)) of rows of different lengths. The mask is bool."""
+    check_tensor_rows(rows)
     # Padded in the same way, rows of True become the mask: the padding is 0, that is False.
     real = [torch.ones_like(row, dtype=torch.bool) for row in rows]
     return pad(rows, left=left), pad(real, left=left)

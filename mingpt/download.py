@@ -24,7 +24,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from http import HTTPStatus
 from pathlib import Path
-from types import TracebackType
+from types import NoneType, TracebackType
 from typing import TYPE_CHECKING, BinaryIO, Self
 from urllib.parse import urljoin
 
@@ -174,6 +174,8 @@ def check_headers(headers: dict[str, str] | None) -> dict[str, str]:
 
     Raises ValueError for a header that cannot be sent. It does not show it: it may be secret.
     """
+    if not isinstance(headers, (dict, NoneType)):
+        raise ValueError(f"headers is {headers!r:.60}; expected a dict, {{name: value}}")
     stripped = {}
     for name, value in (headers or {}).items():
         text = value.strip() if isinstance(value, str) else "\n"

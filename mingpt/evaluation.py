@@ -18,7 +18,7 @@ samples, and no training:
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import NormalDist
 from typing import Any
@@ -32,7 +32,13 @@ from tqdm import tqdm
 
 from mingpt import rewards
 from mingpt.config import CfgNode, check_numbers
-from mingpt.datasets import default_stop_token, encode_prompts, left_pad, stop_tokens
+from mingpt.datasets import (
+    check_tokenizer,
+    default_stop_token,
+    encode_prompts,
+    left_pad,
+    stop_tokens,
+)
 from mingpt.model import stop_ids
 from mingpt.prefix import needed_mask
 from mingpt.rewards import RewardFn
@@ -110,7 +116,13 @@ def sample(
     samples. ValueError for prompts and options that cannot be used.
     """
     check_numbers(CfgNode(n=n, batch_size=batch_size), "n", "batch_size", low=1, whole=True)
+    check_numbers(CfgNode(seed=seed), "seed", low=-(2**63), high=2**64 - 1, whole=True)
     check_stop_strings(stop_strings)
+    check_tokenizer(tokenizer, "decode")
+    if not hasattr(policy, "generate"):
+        raise TypeError(f"policy is a {type(policy).__name__}; expected a GPT, or its generate")
+    if isinstance(prompts, (str, Mapping)) or not isinstance(prompts, Iterable):
+        raise TypeError(f"prompts is {type(prompts).__name__} {prompts!r:.60}; expected a list")
     if stop_token is None:
         stop_token = default_stop_token(tokenizer)
 
@@ -169,7 +181,9 @@ def generate_in_batches(
     batches = []
     with evaluation_mode(policy):
         starts = range(0, len(prompts), batch_size)
-        for first in tqdm(starts, "samples", disable=None, leave=False):
+        # None: a bar on a terminal only. For a single batch it would show nothing.
+        hides_bar = True if len(starts) == 1 else None
+        for first in tqdm(starts, "samples", disable=hides_bar, leave=False):
             batch = prompts[first : first + batch_size]
             batches.append(generate_batch(policy, batch, longest, generator, **options))
     # From a tuple of tensors for each batch to one tensor of each kind.
@@ -280,8 +294,8 @@ def decode(ids: list[int], tokenizer: Any, left_out: set[int]) -> str:
 
 def check_stop_strings(stop_strings: Sequence[str]) -> None:
     """ValueError for anything but a sequence of non-empty strings."""
-    if isinstance(stop_strings, str):
-        raise ValueError(f"stop_strings={stop_strings!r} is one string: put it into a list")
+    if isinstance(stop_strings, str) or not isinstance(stop_strings, Iterable):
+        raise ValueError(f"stop_strings={stop_strings!r} must be a list of strings")
     for string in stop_strings:
         if not isinstance(string, str) or not string:
             raise ValueError(f"stop_strings holds {string!r}: give strings that are not empty")
@@ -299,6 +313,7 @@ def score(samples: Samples, reward_fn: RewardFn, batch_size: int = 256) -> Tenso
     completion_mask). Raises RewardError where it fails or returns something that is no
     reward.
     """
+    check_samples(samples, batch_size)
     batches = zip(
         samples.idx.split(batch_size),
         samples.attention_mask.split(batch_size),
@@ -319,6 +334,9 @@ def kl(
     The mean over samples of the sum over their tokens of log π - log π_ref: k1, which is
     unbiased (Schulman 2020, joschu.net/blog/kl-approx). temperature: that of the samples.
     """
+    check_samples(samples, batch_size)
+    if not hasattr(reference, "log_probs"):
+        raise TypeError(f"reference is a {type(reference).__name__}; expected a GPT's log_probs")
     batches = zip(
         samples.idx.split(batch_size), samples.attention_mask.split(batch_size), strict=True
     )
@@ -332,8 +350,16 @@ def kl(
     return log_ratio.sum(1).mean().item()
 
 
+def check_samples(samples: Any, batch_size: int = 1) -> None:
+    """TypeError for what is no `Samples`, ValueError for a batch_size below 1."""
+    if not isinstance(samples, Samples):
+        raise TypeError(f"samples is {type(samples).__name__} {samples!r:.60}; expected Samples")
+    check_numbers(CfgNode(batch_size=batch_size), "batch_size", low=1, whole=True)
+
+
 def best_of_each(samples: Samples, n: int) -> Samples:
     """Of each n adjacent samples the one of most reward: `sample(..., n=n)` played as best-of-n."""
+    check_samples(samples)
     if samples.rewards is None:
         raise ValueError("the samples have no rewards: pass a reward_fn to sample()")
     check_numbers(CfgNode(n=n), "n", low=1, whole=True)
@@ -371,11 +397,11 @@ def tilted(scores: ArrayLike, betas: ArrayLike) -> Tilted:
     weight, and the KL cannot be more than log N. scores: (N,); betas: one or more numbers above 0.
     """
     scores = as_scores(scores)
-    betas = np.atleast_1d(np.asarray(betas, dtype=np.float64))
-    if not (betas > 0).all():
-        raise ValueError(f"betas={betas.tolist()} must all be above 0")
+    numbers = np.atleast_1d(as_array(betas, "betas"))
+    if numbers.ndim != 1 or numbers.size == 0 or not (np.isfinite(numbers) & (numbers > 0)).all():
+        raise ValueError(f"betas={betas!r:.60} must be one or more finite numbers above 0")
     rows = []
-    for beta in betas:
+    for beta in numbers:
         # In logarithms, because exp(r/β) may be too large for a float.
         log_weights = scores / beta
         log_weights -= np.logaddexp.reduce(log_weights)  # so that the weights add up to 1
@@ -393,6 +419,7 @@ def kl_optimal(scores: ArrayLike, reward: float) -> float | None:
     of its samples does.
     """
     scores = as_scores(scores)
+    check_numbers(CfgNode(reward=reward), "reward", low=-math.inf)
     if reward <= np.mean(scores):
         return 0.0
     if reward >= np.max(scores):
@@ -427,10 +454,21 @@ def best_of_n(scores: ArrayLike, n: int) -> tuple[float, float]:
 
 def as_scores(scores: ArrayLike) -> NDArray[np.float64]:
     """Scores as a float64 array (N,). ValueError for none, and for NaN or infinity."""
-    array = np.asarray(scores, dtype=np.float64)
+    array = as_array(scores, "scores")
     if array.ndim != 1 or array.size == 0 or not np.isfinite(array).all():
         raise ValueError(f"scores of shape {array.shape} must be finite numbers, (N,) with N >= 1")
     return array
+
+
+def as_array(values: ArrayLike, name: str) -> NDArray[np.float64]:
+    """Numbers as a float64 array. ValueError, with their name, for what has other things in it."""
+    try:
+        array = np.asarray(values)
+        if array.dtype.kind in "US":  # NumPy would read numbers from text
+            raise TypeError("it is text")
+        return array.astype(np.float64)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name}={values!r:.60} must be numbers ({error!s:.80})") from None
 
 
 # --------------------------------------------------------------------------------------------------
@@ -458,8 +496,7 @@ def win_rate(a: ArrayLike, b: ArrayLike, confidence: float = 0.95) -> WinRate:
     b = as_scores(b)
     if a.shape != b.shape:
         raise ValueError(f"a has {len(a)} scores and b {len(b)}: give both for the same prompts")
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence={confidence} must lie between 0 and 1")
+    check_numbers(CfgNode(confidence=confidence), "confidence", low=1e-9, high=1 - 1e-9)
     n = len(a)
     # A win is 1, a tie 1/2, a loss 0.
     rate = float(((a > b) + 0.5 * (a == b)).mean())

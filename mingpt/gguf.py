@@ -188,8 +188,8 @@ def read_header(path: Path) -> Header:
 class Scanner:
     """Reads a header from its first byte to its last.
 
-    Each length is compared with what is left of the file before anything is read, so a file
-    can make us use no more memory than a few times its own size.
+    Each length is compared with what is left of the file before anything is read. So whatever
+    a file claims, its header takes at most some ten times the memory that it takes on the disk.
     """
 
     def __init__(self, path: Path, data: mmap.mmap):

@@ -26,11 +26,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mingpt import lora
-from mingpt.config import CfgNode as CN
+from mingpt.config import CfgNode as CN, check_booleans
 from mingpt.model import GPT, last_real, new_trunk, resolve_config, token_log_probs
 from mingpt.prefix import hidden_states, needed_mask
-from mingpt.trunk import Trunk
-from mingpt.utils import adamw
+from mingpt.trunk import Trunk, check_idx
+from mingpt.utils import adamw, check_equal_shapes, check_tensors
 from mingpt.weights import Pretrained
 
 
@@ -77,6 +77,11 @@ class ScalarModel(Pretrained, nn.Module):
         itself a reward or value model, the head is copied as well. Otherwise the head is new.
         If it has an adapter on (lora.py), that is merged into the copy.
         """
+        if not isinstance(model, (GPT, ScalarModel)):
+            raise TypeError(
+                f"from_gpt takes a GPT, a RewardModel or a ValueModel as its model, not "
+                f"{type(model).__name__} {model!r:.60}"
+            )
         new = cls(model.config)
         new.transformer.load_state_dict(lora.merged_weights(model.transformer))
         new.special_tokens = dict(model.special_tokens)
@@ -204,8 +209,14 @@ class RewardModel(ScalarModel):
         before PPO: a Bradley-Terry loss leaves the mean open, and kl_coef is measured in units
         of the reward.
 
-        Raises ValueError for unit_variance if all scores are equal.
+        Raises ValueError for scores that are none, and for unit_variance if all are equal.
         """
+        check_tensors(scores=scores)
+        check_booleans(CN(unit_variance=unit_variance), "unit_variance")
+        if scores.dim() != 1 or len(scores) == 0 or not torch.isfinite(scores).all():
+            raise ValueError(
+                f"scores of shape {tuple(scores.shape)} must be finite numbers, (N,) with N >= 1"
+            )
         # The score is w·h + b. So (w·h + b - mean) / std has the weights w / std and the bias
         # (b - mean) / std.
         std = scores.std(unbiased=False) if unit_variance else torch.tensor(1.0)
@@ -243,32 +254,44 @@ class ActorCritic(nn.Module):
         temperature: float = 1.0,
         prefix_length: int = 0,
         rows_per_prompt: int = 1,
+        only: str | None = None,
     ) -> tuple[Tensor, Tensor]:
         """(log_probs, values), both (B, T-1): of the actions idx[:, 1:] and the states before them.
+
+        only: `policy` or `value` reads with one of the two; the other's tensor is empty.
 
         The first prefix_length actions belong to the prompt, and their log-probs are never
         used. A GPT does not compute them: zeros take their place, which saves the prompt's
         product with the large vocabulary matrix. If each rows_per_prompt adjacent rows continue
         the same prompt, it is read once for all of them.
         """
+        check_idx(idx)
+        check_equal_shapes(idx=idx, attention_mask=attention_mask)
+        nothing = torch.empty(0, device=idx.device)
+        if only == "value":
+            return nothing, self.values(idx, attention_mask, prefix_length, rows_per_prompt)
+
         # A policy of another kind reads every row from its beginning. (mypy cannot know that it
         # has log_probs.)
         if not isinstance(self.policy, GPT):
             mask = needed_mask(idx, attention_mask)
             log_probs = self.policy.log_probs(idx, mask, temperature)  # type: ignore[operator]
-            return log_probs, self.values(idx, attention_mask)
+            return log_probs, nothing if only else self.values(idx, attention_mask)
 
         # log π of each action after the prefix.
         hidden = self.policy_states(idx, attention_mask, prefix_length, rows_per_prompt)
         logits = self.policy.lm_head(hidden)  # (B, T-1-prefix_length, V): the largest tensor
         log_probs = token_log_probs(logits, idx[:, prefix_length + 1 :], temperature)
+        log_probs = F.pad(log_probs, (prefix_length, 0))
+        if only == "policy":
+            return log_probs, nothing
 
         # V of each state. A ValueHead reads the policy's hidden states, a ValueModel the text.
         if isinstance(self.value_model, ValueHead):
             values = F.pad(self.value_model(hidden), (prefix_length, 0))
         else:
             values = self.values(idx, attention_mask, prefix_length, rows_per_prompt)
-        return F.pad(log_probs, (prefix_length, 0)), values
+        return log_probs, values
 
     def values(
         self,

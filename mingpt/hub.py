@@ -6,7 +6,6 @@ as the hub's own. HF_ENDPOINT and HF_TOKEN are honoured, as in Hugging Face's pr
 """
 
 import contextlib
-import importlib
 import logging
 import os
 import re
@@ -14,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import quote, urlsplit
 
+from mingpt import gguf
 from mingpt.checkpoint import finish_write, read_json, read_text, write_text
 from mingpt.download import NotFound, download, home
 
@@ -52,11 +52,10 @@ def find_pretrained(name_or_path: str | Path, revision: str = "main", weights: b
     Raises ValueError for a name or path that does not exist.
     """
     path = Path(name_or_path).expanduser()
-    if path.exists():
+    if os.path.exists(path):  # Path.exists raises for a name that is too long
         finish_write(path if path.is_dir() else path.parent)
         return path
     if str(name_or_path) == "smollm2":
-        gguf = importlib.import_module("mingpt.gguf")  # it needs an extra: only where it is used
         return gguf.smollm2()
     return hub_folder(str(name_or_path), revision, weights)
 
@@ -67,7 +66,7 @@ def hub_folder(name: str, revision: str, weights: bool = True) -> Path:
     Raises ValueError where the hub has no such model, or no weights of it that we read.
     """
     # The name becomes a part of a path on this machine: "../.." must not get through.
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):
+    if not re.fullmatch(r"[\w.-]{1,96}(/[\w.-]{1,96})?", name) or name.startswith("."):
         raise ValueError(
             f"got {name!r}; expected an existing file or folder, "
             "or a name on the hub, like 'gpt2' or 'user/repo'"
@@ -93,7 +92,10 @@ def hub_folder(name: str, revision: str, weights: bool = True) -> Path:
         )
 
     if not (folder / "config.json").exists():
-        logger.info("%r is no file or folder here: asking %s for a model of that name", name, host)
+        # A warning, because that also shows where nobody has set up logging.
+        logger.warning(
+            "%r is no file or folder here: asking %s for a model of that name", name, host
+        )
     fetch("config.json")
     if weights:
         fetch_weights(fetch, folder, name, endpoint)
@@ -119,16 +121,16 @@ def fetch_others(fetch: Callable[..., Path], folder: Path) -> None:
     note = folder / ABSENT
     absent = set(read_text(note).split()) if note.exists() else set()
     asked = [file for file in OTHER_FILES if file not in absent and not (folder / file).exists()]
-    for file in asked:
-        try:
-            fetch(file, tries=1)
-        except NotFound:
-            absent.add(file)
-        except ConnectionError as error:  # whoever needs the file will say so
-            logger.warning("going on without %s: %s", file, error)
-            return
-    if asked:
-        write_text(note, "".join(f"{file}\n" for file in sorted(absent)))
+    try:
+        for file in asked:
+            try:
+                fetch(file, tries=1)
+            except NotFound:
+                absent.add(file)
+        if asked:
+            write_text(note, "".join(f"{file}\n" for file in sorted(absent)))
+    except (OSError, ValueError) as error:  # no network, say. Whoever needs a file will miss it
+        logger.warning("going on without files that a model need not have: %s", error)
 
 
 def hub_headers() -> dict[str, str]:

@@ -470,6 +470,11 @@ def adapter_on(trunk: Any) -> Adapter | None:
     return switch_of(trunk).on if hasattr(trunk, "adapters") else None
 
 
+def stands_on_another(model: Any) -> bool:
+    """Whether a model stands on the trunk of another one."""
+    return isinstance(getattr(model, "transformer", None), AdaptedTrunk)
+
+
 def is_adapted(model: Any) -> bool:
     """Whether there are adapters on the trunk of a model."""
     return hasattr(trunk_of(model), "adapters")
@@ -605,18 +610,31 @@ ALLOWED: dict[str, tuple[Any, ...]] = {
 PREFIX = "base_model.model."
 
 
-def save_pretrained(model: Pretrained, folder: str | Path) -> None:
+def save_pretrained(model: Pretrained, folder: str | Path, base: str | None = None) -> None:
     """Save the adapter that is on, and the head of a reward or value model, for `peft` as well.
 
     Writes adapter_config.json and adapter_model.safetensors: both or, if the process is killed,
-    neither. The base is not saved: the adapter needs the same one when it is loaded.
+    neither. The base is not saved: the adapter needs the same one when it is loaded. With its name
+    or path as `base`, `from_pretrained(folder)` finds it.
     """
     adapter = check_adapted(model)
     with write_together(folder) as new:
-        options = to_json(peft_config(model, adapter), indent=2)
+        options = to_json(peft_config(model, adapter, base), indent=2)
         write_text(new / "adapter_config.json", options + "\n")
         with atomic_write(new / "adapter_model.safetensors") as f:
             write_safetensors(f, tensors_by_peft_name(model, adapter))
+
+
+def base_of(folder: str | Path) -> str:
+    """The name or path of the model that an adapter stands on. ValueError if it names none."""
+    file = Path(folder) / "adapter_config.json"
+    name = read_json(file).get("base_model_name_or_path")
+    if not isinstance(name, str) or not name:
+        raise ValueError(
+            f"{file} has base_model_name_or_path={name!r}, which names no base: load the base with "
+            "from_pretrained, and then the adapter with lora.load(model, folder)"
+        )
+    return name
 
 
 def load(model: Pretrained, folder: str | Path, name: str = "default") -> int:
@@ -668,7 +686,7 @@ def name_in_files(model: Pretrained, name: str) -> str:
     return family.stored(name, torch.empty(0), model.task)[0]
 
 
-def peft_config(model: Pretrained, adapter: Adapter) -> dict[str, Any]:
+def peft_config(model: Pretrained, adapter: Adapter, base: str | None) -> dict[str, Any]:
     """The adapter_config.json of an adapter."""
     # The head that peft trains beside the adapter.
     head = None
@@ -677,7 +695,7 @@ def peft_config(model: Pretrained, adapter: Adapter) -> dict[str, Any]:
     return {
         "peft_type": "LORA",
         "task_type": TASKS[model.task],
-        "base_model_name_or_path": None,
+        "base_model_name_or_path": base,
         "inference_mode": True,
         "r": adapter.rank,
         "lora_alpha": adapter.alpha,

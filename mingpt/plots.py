@@ -1,8 +1,8 @@
 """
 Curves of metrics, as PNG files.
 
-A plot with an empty panel looks broken. So a curve without any point is left out, and a warning
-says which one that is.
+A plot with an empty panel looks broken. So a curve without any points is left out, and a warning
+names it.
 """
 
 import logging
@@ -27,8 +27,9 @@ def plot_metrics(
 
     panels: {panel title: {label: (xs, ys)}}. Points whose y is None or NaN are left out, and so are
     curves without points, and panels without curves. Where nothing remains, no file is written.
-    Needs matplotlib (extra `projects`).
+    Needs matplotlib (extra `projects`). ValueError for panels of another form.
     """
+    check_panels(panels)
     plt = import_extra("matplotlib.pyplot", "projects")
     plt.switch_backend("Agg")  # draws into memory: needs neither a window nor a display
 
@@ -51,19 +52,43 @@ def plot_metrics(
     plt.close(figure)
 
 
+def check_panels(panels: Any) -> None:
+    """ValueError unless panels is {panel title: {label: (xs, ys)}}."""
+    form = "expected {panel title: {label: (xs, ys)}}"
+    if not isinstance(panels, dict):
+        raise ValueError(f"panels is {panels!r:.60}; {form}")
+    for title, curves in panels.items():
+        if not isinstance(curves, dict):
+            raise ValueError(f"panel {title!r} is {curves!r:.60}; {form}")
+        for label, curve in curves.items():
+            try:
+                xs, ys = curve
+                numbers = [float(y) for _, y in zip(xs, ys, strict=True) if y is not None]
+            except (TypeError, ValueError):
+                numbers = None
+            if numbers is None:
+                raise ValueError(
+                    f"curve {label!r} of panel {title!r} is {curve!r:.60}; expected as many xs as "
+                    "ys, which are numbers or None"
+                )
+
+
 def without_empty_curves(panels: dict, name: str) -> dict:
     """The panels with only those curves that have points, and of each curve only its points.
 
-    name: of the plot, for the warning about a curve that has none.
+    name: of the plot, for the warning about curves that have none.
     """
     drawn: dict = {}
+    empty = []
     for title, curves in panels.items():
         for label, (xs, ys) in curves.items():
             points = [(x, y) for x, y in zip(xs, ys, strict=True) if y is not None and y == y]
             if points:
                 drawn.setdefault(title, {})[label] = tuple(zip(*points, strict=True))
             else:
-                logger.warning("%s: no points for %s (%s), so it is left out", name, label, title)
+                empty.append(f"{title}: {label}")
+    if empty:
+        logger.warning("%s has no points for %s", name, "; ".join(empty))
     return drawn
 
 

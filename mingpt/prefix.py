@@ -11,6 +11,9 @@ reading every row in full.
 import torch
 from torch import Tensor, nn
 
+from mingpt.trunk import check_mask_values
+from mingpt.utils import check_tensors
+
 
 class Prefix:
     """The keys and values of a batch of prompts, for the completions to attend to.
@@ -79,9 +82,11 @@ def needed_mask(idx: Tensor, attention_mask: Tensor | None) -> Tensor | None:
     Causal attention never looks to the right, and it is faster without an explicit mask.
     Checking would force a GPU sync, so on a GPU the mask is kept.
     """
-    if attention_mask is None or attention_mask.device.type != "cpu":
-        return attention_mask
-    if attention_mask.shape != idx.shape:
+    if attention_mask is None:
+        return None
+    check_tensors(idx=idx, attention_mask=attention_mask)
+    check_mask_values(attention_mask)  # the trunk would, but does not get a mask that it needs not
+    if attention_mask.device.type != "cpu" or attention_mask.shape != idx.shape:
         return attention_mask  # the trunk will say what is wrong with it
     mask = attention_mask.bool()
     no_padding_first = mask[:, 0].all()

@@ -47,6 +47,7 @@ class Progress:
             desc=description,
             disable=silent or not on_terminal,
             dynamic_ncols=True,
+            smoothing=0,  # the time left by the mean speed: an evaluation must not double it
             bar_format=BAR if total is not None else None,
         )
         self.logs_lines = not silent and not on_terminal

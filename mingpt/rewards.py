@@ -34,7 +34,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mingpt.datasets import RESERVED_COLUMNS, Tokenizer, stop_tokens
+from mingpt.datasets import RESERVED_COLUMNS, Tokenizer, check_tokenizer, stop_tokens
+from mingpt.utils import check_equal_shapes
 
 RewardFn = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -86,6 +87,7 @@ def score(
     """
     columns = {} if columns is None else columns
     check_reward_fn(reward_fn, columns)
+    check_equal_shapes(idx=idx, attention_mask=attention_mask, completion_mask=completion_mask)
 
     def judge(rows: slice) -> Scores:
         # reward_fn gets copies, so it may write into its arguments.
@@ -242,6 +244,7 @@ class TextReward:
             check_text_function(function)
         self.names = unique_names(self.functions)
         self.weights = checked_weights(weights, self.names)
+        check_tokenizer(tokenizer, "decode")
         self.tokenizer = tokenizer
 
     def __call__(self, idx: Tensor, attention_mask: Tensor, completion_mask: Tensor) -> Tensor:

@@ -62,14 +62,14 @@ from torch.nn import functional as F
 
 from mingpt import distributed, lora
 from mingpt.checkpoint import get_rng_state, set_rng_state
-from mingpt.config import CfgNode as CN, check_booleans, check_numbers, documented
-from mingpt.datasets import Prompts, default_stop_token
+from mingpt.config import CfgNode as CN, check_booleans, check_numbers, check_present, documented
+from mingpt.datasets import Prompts, check_tokenizer, default_stop_token
 from mingpt.heads import ActorCritic, RewardModel, ValueHead, ValueModel, first_column
 from mingpt.model import GPT, check_mask_values, last_real, stop_ids
 from mingpt.rewards import RewardError, RewardFn, Scores, TextReward, check_reward_fn, score
 from mingpt.run_folder import checksum
 from mingpt.trainer import Trainer
-from mingpt.utils import evaluation_mode
+from mingpt.utils import check_equal_shapes, check_tensors, evaluation_mode
 
 __all__ = [
     "ALGORITHMS",
@@ -115,8 +115,12 @@ def written_mask(
     """True on what was generated after the prompt, up to its first stop token: (B, T) -> (B, T).
 
     The first stop token belongs to the completion, because the policy chose to write it. One in
-    the prompt means nothing.
+    the prompt means nothing. Raises ValueError or TypeError for anything else.
     """
+    check_tensors(idx=idx)
+    if idx.dim() != 2 or idx.is_floating_point():
+        raise ValueError(f"idx is {idx.dtype} {tuple(idx.shape)}; it must be a (B, T) LongTensor")
+    check_numbers(CN(prompt_length=prompt_length), "prompt_length", high=idx.size(1), whole=True)
     mask = torch.ones_like(idx, dtype=torch.bool)
     mask[:, :prompt_length] = False
     # A token is a part of the completion if no stop token comes before it. The cumulative sum
@@ -139,6 +143,7 @@ def masked(x: Tensor, mask: Tensor) -> Tensor:
     The mask must have x's shape and hold only 1 (True) and 0 (False): ValueError otherwise.
     On a GPU its values are not checked, and all but 0 count as 1.
     """
+    check_tensors(x=x, mask=mask)
     if mask.shape != x.shape:
         raise ValueError(
             f"the mask has shape {tuple(mask.shape)} and what it masks {tuple(x.shape)}: they must "
@@ -150,8 +155,13 @@ def masked(x: Tensor, mask: Tensor) -> Tensor:
 
 
 def masked_mean(x: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
-    """Mean of x over the entries on the mask: of all, or along dim. 0 where there are none."""
+    """Mean of x over the entries on the mask: of all, or along dim. 0 where there are none.
+
+    ValueError for a mask that `masked` refuses, and for a dim that x does not have.
+    """
     total = masked(x, mask)
+    if dim is not None and dim not in range(-x.dim(), x.dim()):
+        raise ValueError(f"dim={dim!r}: x has the dimensions 0 to {x.dim() - 1}")
     count = mask.bool().to(x.dtype)
     # Where there are none, 0 is divided by 1.
     if dim is None:
@@ -189,6 +199,7 @@ def kl_estimate(log_probs: Tensor, ref_log_probs: Tensor, kind: str = "k1") -> T
 
     The exact KL is a sum over the whole vocabulary. These need the sampled token's log-probs only.
     """
+    check_equal_shapes(log_probs=log_probs, ref_log_probs=ref_log_probs)
     log_ratio = ref_log_probs - log_probs  # log r
     if kind == "k1":
         return -log_ratio
@@ -214,7 +225,10 @@ def gae(
     the sum of all rewards to come, less V_t, which is unbiased but noisy.
 
     The episode ends with the last token on the mask. After it, V and A are 0.
+    ValueError for tensors of different shapes, and for γ or λ outside of [0, 1].
     """
+    check_equal_shapes(rewards=rewards, values=values, mask=mask)
+    check_numbers(CN(gamma=gamma, lam=lam), "gamma", "lam", high=1)
     rewards = masked(rewards, mask)
     values = masked(values, mask)
     # Backwards in time, since each advantage needs the next one. The padding after the last token
@@ -245,7 +259,8 @@ def rloo_advantages(scores: Tensor, group_size: int) -> Tensor:
     groups = grouped(scores, group_size)
     centred = groups - groups.mean(1, keepdim=True)
     # With k scores in a group: s - mean(others) = (s - mean(all)) · k / (k - 1)
-    return (centred * group_size / (group_size - 1)).flatten()
+    advantages = centred * group_size / (group_size - 1)
+    return advantages.masked_fill(equal_groups(groups), 0.0).flatten()
 
 
 def group_mean_advantages(scores: Tensor, group_size: int) -> Tensor:
@@ -269,6 +284,10 @@ def grpo_advantages(scores: Tensor, group_size: int) -> Tensor:
 
 def grouped(scores: Tensor, group_size: int) -> Tensor:
     """(B,) -> (B / group_size, group_size). ValueError if groups of that size do not fit."""
+    check_tensors(scores=scores)
+    if scores.dim() != 1:
+        raise ValueError(f"scores have shape {tuple(scores.shape)}; they must be (B,)")
+    check_numbers(CN(group_size=group_size), "group_size", whole=True)
     if group_size < 2 or len(scores) % group_size:
         raise ValueError(
             f"group_size={group_size!r} must be 2 or more and divide the {len(scores)} scores"
@@ -307,6 +326,8 @@ def average(
     denominator: what the sum is divided by. Pass it where x is a micro-batch: that of the whole
         minibatch, from `average_denominator`. Then the micro-batches' results add up to the
         minibatch's. By default, x's own.
+
+    ValueError for another loss_mean, and for a mask that `masked` refuses.
     """
     # One term for each completion, (B,), or one for each token, (B, T).
     terms = masked_mean(x, mask, dim=1) if loss_mean == "sequence" else masked(x, mask)
@@ -325,12 +346,11 @@ def average_denominator(
     completions = float(mask.any(1).sum())  # rows that count in the loss: with a token or more
     if loss_mean == "sequence":
         return completions
-    if loss_mean == "constant" and max_new_tokens is not None:
-        return completions * max_new_tokens
-    raise ValueError(
-        f"loss_mean={loss_mean!r} must be token, sequence, or constant with max_new_tokens, which "
-        f"is {max_new_tokens}"
-    )
+    if loss_mean != "constant":
+        raise ValueError(f"loss_mean={loss_mean!r} must be token, sequence, or constant")
+    check_numbers(CN(max_new_tokens=max_new_tokens), "max_new_tokens", low=1, whole=True)
+    assert max_new_tokens is not None  # it is a number
+    return completions * max_new_tokens
 
 
 def ppo_policy_loss(
@@ -356,9 +376,13 @@ def ppo_policy_loss(
     loss_mean, max_new_tokens, denominator: what the mean runs over, as in `average`.
 
     Returns (loss, clip_fraction). clip_fraction is the share of tokens where the clipped term is
-    the smaller one, so that no gradient flows.
+    the smaller one, so that no gradient flows. ValueError for tensors of different shapes and for
+    other choices.
     """
     below, above = clip_bounds(clip_range)
+    check_equal_shapes(
+        log_probs=log_probs, old_log_probs=old_log_probs, advantages=advantages, mask=mask
+    )
 
     # The probability ratio ρ of each token, (B, T), by way of its logarithm.
     log_ratio = masked(log_probs - old_log_probs, mask)
@@ -394,8 +418,10 @@ def value_loss(
 
     The paper does not mention the clip; its authors' code has it (openai/baselines, ppo2; detail 9
     of Huang et al. 2022, "The 37 implementation details of PPO"). The mean runs over all tokens
-    alike. denominator: as in `average`.
+    alike. denominator: as in `average`. ValueError for tensors of different shapes.
     """
+    check_equal_shapes(values=values, old_values=old_values, returns=returns, mask=mask)
+    check_numbers(CN(clip_range=clip_range), "clip_range")
     values = masked(values, mask)
     old_values = masked(old_values, mask)
     returns = masked(returns, mask)
@@ -440,6 +466,7 @@ def reward_loss(chosen: Tensor, rejected: Tensor, margin: float = 0.0) -> Tensor
     chosen and rejected are (B,) each; or (B, 1) and (B, K), each chosen one against K rejected.
     """
     check_pairs(chosen, rejected)
+    check_numbers(CN(margin=margin), "margin", low=-math.inf)
     return -F.logsigmoid(chosen - rejected - margin).mean()
 
 
@@ -448,6 +475,7 @@ def check_pairs(chosen: Tensor, rejected: Tensor) -> None:
 
     Other shapes would silently be broadcast: (B,) and (B, 1) would compare all with all.
     """
+    check_tensors(chosen=chosen, rejected=rejected)
     if chosen.shape == rejected.shape:
         return
     one_against_many = chosen.dim() == rejected.dim() == 2 and chosen.size(1) == 1
@@ -472,6 +500,11 @@ def dpo_loss(
 
     The log-probs are sums over the completions' tokens.
     """
+    check_numbers(CN(beta=beta), "beta", low=1e-6)
+    check_equal_shapes(chosen_log_probs=chosen_log_probs, ref_chosen_log_probs=ref_chosen_log_probs)
+    check_equal_shapes(
+        rejected_log_probs=rejected_log_probs, ref_rejected_log_probs=ref_rejected_log_probs
+    )
     # The policy is its own reward model: its implicit reward is β log π / π_ref.
     chosen_reward = beta * (chosen_log_probs - ref_chosen_log_probs)
     rejected_reward = beta * (rejected_log_probs - ref_rejected_log_probs)
@@ -494,7 +527,12 @@ def ipo_loss(
     one has its minimum at a finite h, so that it does not drive the policy ever further away where
     people always prefer the same completion.
     """
+    check_numbers(CN(beta=beta), "beta", low=1e-6)
     check_pairs(chosen_log_probs, rejected_log_probs)
+    check_equal_shapes(chosen_log_probs=chosen_log_probs, ref_chosen_log_probs=ref_chosen_log_probs)
+    check_equal_shapes(
+        rejected_log_probs=rejected_log_probs, ref_rejected_log_probs=ref_rejected_log_probs
+    )
     chosen_log_ratio = chosen_log_probs - ref_chosen_log_probs
     rejected_log_ratio = rejected_log_probs - ref_rejected_log_probs
     h = chosen_log_ratio - rejected_log_ratio
@@ -515,10 +553,32 @@ def simpo_loss(
 
     The log-probs are sums over the completions' tokens, the lengths their numbers of tokens.
     """
+    check_numbers(CN(beta=beta), "beta", low=1e-6)
+    check_numbers(CN(gamma=gamma), "gamma", low=-math.inf)
+    check_lengths(chosen_log_probs, chosen_lengths)
+    check_lengths(rejected_log_probs, rejected_lengths)
     # The reward is the mean log-prob of a token. It must be larger by the margin γ at least.
     chosen_reward = beta * chosen_log_probs / chosen_lengths
     rejected_reward = beta * rejected_log_probs / rejected_lengths
     return reward_loss(chosen_reward, rejected_reward, margin=gamma)
+
+
+def check_lengths(log_probs: Tensor, lengths: Tensor) -> None:
+    """ValueError unless there is a length of 1 or more for each of the log-probs."""
+    check_tensors(log_probs=log_probs, lengths=lengths)
+    # Lengths may be repeated for many rows, but must not give the log-probs another shape.
+    try:
+        shape = torch.broadcast_shapes(log_probs.shape, lengths.shape)
+    except RuntimeError:
+        shape = None
+    if shape != log_probs.shape:
+        raise ValueError(
+            f"got log-probs of shape {tuple(log_probs.shape)} and lengths of shape "
+            f"{tuple(lengths.shape)}: they must be equal"
+        )
+    # On a GPU this would force a sync.
+    if lengths.device.type == "cpu" and not (lengths > 0).all():
+        raise ValueError(f"lengths go down to {lengths.min()}; each must be 1 or more")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -529,6 +589,7 @@ def simpo_loss(
 
 def comparison_scores(model: nn.Module, batch: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
     """A RewardModel's scores of the chosen (B, 1) and of the rejected completions (B, K-1)."""
+    check_comparisons(model, batch, RewardModel)
     B, K, _ = batch[0].shape
     # The model reads rows, (B·K, T). Each K adjacent rows share a prompt, which it reads only once.
     rows = [x.flatten(0, 1) for x in batch]
@@ -554,11 +615,34 @@ def comparison_loss(
     would get different rewards, and a gradient that draws them apart.
     """
     check_numbers(CN(centering=centering), "centering")  # it checks the options of a config
+    check_booleans(CN(dropout=dropout), "dropout")
     with contextlib.nullcontext() if dropout else evaluation_mode(model):
         chosen, rejected = comparison_scores(model, batch)
     loss = reward_loss(chosen, rejected) + centering * (chosen + rejected).square().mean()
     accuracy = (chosen > rejected).float().mean()
     return loss, {"accuracy": accuracy}
+
+
+def check_comparisons(model: Any, batch: Any, kind: type[nn.Module]) -> None:
+    """ValueError or TypeError unless batch is one of `Comparisons`, and the model of that kind."""
+    # A model of another library may do as well. One of ours is of the right kind or not.
+    is_other_kind = isinstance(model, (GPT, RewardModel, ValueModel, ActorCritic))
+    if not isinstance(model, kind) and (is_other_kind or not callable(model)):
+        raise TypeError(
+            f"the model is a {type(model).__name__}; this loss is for a {kind.__name__}"
+        )
+    if not isinstance(batch, (tuple, list)) or len(batch) != 3:
+        raise ValueError(
+            f"the batch is {type(batch).__name__} {batch!r:.60}; expected (idx, attention_mask, "
+            "completion_mask), as Comparisons.collate makes it"
+        )
+    idx, attention_mask, completion_mask = batch
+    check_equal_shapes(idx=idx, attention_mask=attention_mask, completion_mask=completion_mask)
+    if idx.dim() != 3 or idx.size(1) < 2:
+        raise ValueError(
+            f"the batch has idx of shape {tuple(idx.shape)}; expected (B, K, T), with K >= 2 "
+            "completions of each prompt"
+        )
 
 
 class DPOLoss:
@@ -588,6 +672,10 @@ class DPOLoss:
             raise ValueError("loss='simpo' has no use for a reference policy: pass None")
         if loss != "simpo" and ref_policy is None:
             raise ValueError(f"loss={loss!r} needs a reference policy, not None")
+        if ref_policy is not None and not hasattr(ref_policy, "log_probs"):
+            raise TypeError(
+                f"ref_policy is a {type(ref_policy).__name__}; a policy needs GPT's log_probs"
+            )
         if loss != "simpo" and gamma is not None:
             raise ValueError(f"loss={loss!r} has no margin gamma={gamma!r}: leave it out")
         if beta is None:
@@ -596,6 +684,7 @@ class DPOLoss:
             gamma = 1.0
         check_numbers(CN(beta=beta), "beta", low=1e-6)
         check_numbers(CN(gamma=gamma), "gamma")
+        check_booleans(CN(dropout=dropout), "dropout")
         self.loss = loss
         self.beta = beta
         self.gamma = gamma
@@ -637,6 +726,7 @@ def completion_log_probs(model: nn.Module, batch: tuple[Tensor, ...]) -> Tensor:
 
     model: an ActorCritic, which reads a prompt once for all K completions.
     """
+    check_comparisons(model, batch, ActorCritic)
     B, K, _ = batch[0].shape
     idx, attention_mask, completion_mask = (x.flatten(0, 1) for x in batch)  # (B·K, T)
     # The prompt's last token is read with each completion, not with the prefix that they share: the
@@ -772,6 +862,7 @@ def choose(config: CN) -> Algorithm:
 
     ValueError for an unknown algorithm, an unknown choice, or choices that do not go together.
     """
+    check_present(config, ["algorithm", *CHOICES])
     if config.algorithm not in ALGORITHMS:
         raise ValueError(f"algorithm={config.algorithm!r} must be one of {', '.join(ALGORITHMS)}")
     # Begin with the row, and replace what the config sets itself. None means the row's value.
@@ -1001,6 +1092,8 @@ class PPOTrainer(Trainer):
         tokenizer: Any = None,
     ):
         check_policy(policy, ref_policy)
+        if tokenizer is not None:
+            check_tokenizer(tokenizer, "encode", "decode")
         # The algorithm's choices, once and for all: no method below asks for its name.
         self.check_config(config)
         self.choices = choose(config)
@@ -1026,6 +1119,7 @@ class PPOTrainer(Trainer):
         )
 
         self.policy = policy
+        self.take_turns = lora.stands_on_another(value_model)  # policy and value: see `value_turn`
         # Only then can the sampler's own log-probs be used (see `sample`).
         self.weights_are_fp32 = all(p.dtype == torch.float32 for p in policy.parameters())
         # A reward model and the reference are used as they are, without dropout.
@@ -1063,6 +1157,11 @@ class PPOTrainer(Trainer):
         # The caller's, or one that starts from the policy: as a head on it, as a copy, or with an
         # adapter of its own on the policy's trunk.
         if value_model is not None:
+            if not isinstance(value_model, nn.Module) or isinstance(value_model, GPT):
+                raise TypeError(
+                    f"value_model is a {type(value_model).__name__}; expected a ValueModel, or a "
+                    "module with forward(idx, attention_mask) -> (B, T)"
+                )
             return value_model
         if not isinstance(policy, GPT):
             raise ValueError(
@@ -1387,28 +1486,17 @@ class PPOTrainer(Trainer):
         The second term is there with a value function, the third with kl_penalty="loss".
         """
         # Read the episodes with the policy and the value function as they are now: (B, T-1) each.
-        episodes = batch.episodes
-        log_probs, values = model(
-            episodes.idx,
-            episodes.attention_mask,
-            self.config.temperature,
-            episodes.prefix_length,
-            episodes.rows_per_prompt,
-        )
+        # Where they take turns, the value function has had its own already.
+        v_loss = self.value_turn(batch) if self.take_turns else None
+        log_probs, values = self.read(model, batch, only="policy" if self.take_turns else None)
 
         # Raise the probability of tokens that were better than expected, but not too far.
         loss, metrics = self.policy_loss(log_probs, batch)
 
         # Teach the value function what the returns were. Its mean is over tokens in any case.
         if self.choices.advantage == "gae":
-            v_loss = value_loss(
-                values,
-                episodes.old_values,
-                episodes.returns,
-                episodes.loss_mask,
-                self.config.value_clip_range,
-                denominator=batch.tokens,
-            )
+            if v_loss is None:
+                v_loss = self.value_loss(values, batch)
             loss = loss + self.config.value_coef * v_loss
             metrics["loss/value"] = v_loss.detach()
 
@@ -1416,6 +1504,49 @@ class PPOTrainer(Trainer):
         if self.choices.kl_penalty == "loss":
             loss = loss + self.kl_coef * self.kl_loss(log_probs, batch)
         return loss, metrics
+
+    def read(
+        self, model: nn.Module, batch: MicroBatch, only: str | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """(log_probs, values), (B, T-1) each, of a micro-batch: see `ActorCritic`."""
+        episodes = batch.episodes
+        return model(
+            episodes.idx,
+            episodes.attention_mask,
+            self.config.temperature,
+            episodes.prefix_length,
+            episodes.rows_per_prompt,
+            only,
+        )
+
+    def value_loss(self, values: Tensor, batch: MicroBatch) -> Tensor:
+        """The error of the value function. Its mean is over the minibatch's tokens in any case."""
+        episodes = batch.episodes
+        return value_loss(  # the function above
+            values,
+            episodes.old_values,
+            episodes.returns,
+            episodes.loss_mask,
+            self.config.value_clip_range,
+            denominator=batch.tokens,
+        )
+
+    def value_turn(self, batch: MicroBatch) -> Tensor:
+        """The value function's loss, with its gradient already computed.
+
+        With policy and value function on one frozen trunk, the memory of training is mostly what
+        is kept of the forward passes for the backward pass. So we go forwards and backwards with
+        the value function, and only then begin with the policy: less is kept at a time.
+        """
+        _, values = self.read(self.model, batch, only="value")
+        loss = self.value_loss(values, batch)
+        # Without autocast, which is for the forward pass, and with fp16's scale, if any.
+        value_model: Any = self.model.value_model
+        parameters = [p for p in value_model.parameters() if p.requires_grad]
+        with torch.autocast(self.device.type, enabled=False):
+            gradients = torch.autograd.grad(self.scaler.scale(loss), parameters)
+        scale = self.scaler.get_scale()
+        return KnownGradient.apply(loss.detach(), scale, *gradients, *parameters)
 
     def policy_loss(self, log_probs: Tensor, batch: MicroBatch) -> tuple[Tensor, dict]:
         """The clipped surrogate, and how far the policy is from the one that sampled."""
@@ -1672,6 +1803,26 @@ class PPOTrainer(Trainer):
                 )
 
 
+class KnownGradient(torch.autograd.Function):
+    """A loss whose gradient by some parameters is known before the backward pass reaches it.
+
+    apply(loss, scale, *gradients, *parameters): the gradients are those of scale · loss.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, scale: float, *tensors: Tensor) -> Tensor:
+        """The loss itself."""
+        ctx.scale = scale
+        ctx.save_for_backward(*tensors[: len(tensors) // 2])
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """The known gradients, by the chain rule."""
+        gradients = [x * (grad / ctx.scale) for x in ctx.saved_tensors]
+        return None, None, *[None for _ in gradients], *gradients
+
+
 # --------------------------------------------------------------------------------------------------
 # What PPOTrainer checks before it begins, and the options of old checkpoints
 
@@ -1683,6 +1834,10 @@ def check_policy(policy: nn.Module, ref_policy: nn.Module | None) -> None:
         raise TypeError(
             f"a policy needs GPT's log_probs and generate; {type(policy).__name__} has no "
             f"{' and no '.join(missing)}"
+        )
+    if ref_policy is not None and not hasattr(ref_policy, "log_probs"):
+        raise TypeError(
+            f"ref_policy is a {type(ref_policy).__name__}; a policy needs GPT's log_probs"
         )
     if ref_policy is policy:
         raise ValueError(

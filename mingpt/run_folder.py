@@ -60,7 +60,7 @@ class RunFolder:
     """
 
     def __init__(self, path: str | Path | None, tensorboard: bool = False):
-        self.path = Path(path) if path else None
+        self.path = Path(path) if path is not None and path != "" else None
         self.checkpoint = self.path / "checkpoint.pt" if self.path else None
         if tensorboard and not self.path:
             raise ValueError("tensorboard=True needs a work_dir to write to")
@@ -106,6 +106,8 @@ class RunFolder:
         ValueError. The options in `free` may always change. An option that the old run did not
         have yet counts as its default. ValueError, too, while another run writes to the folder.
         """
+        if not isinstance(options, dict):
+            raise TypeError(f"options is {options!r:.60}; expected a dict, {{name: value}}")
         if not self.path:
             return
         options = as_json(options)
@@ -485,7 +487,7 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     A line that a crash cut off is left out. ValueError for a path that is no ordinary file.
     """
     path = Path(path)
-    if not path.exists():
+    if not os.path.exists(path):  # Path.exists raises for a name that is too long
         return []
     if not path.is_file():
         raise ValueError(f"{path} is no file that could be read")
@@ -493,7 +495,7 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     for line in path.read_bytes().split(b"\n"):
         try:
             row = json.loads(line)
-        except ValueError:  # cut off, perhaps within a character
+        except (ValueError, RecursionError):  # cut off, perhaps within a character; or hostile
             continue
         if isinstance(row, dict):
             rows.append(row)

@@ -34,7 +34,7 @@ from typing import Any
 
 from mingpt import distributed, lora
 from mingpt.checkpoint import read_json, to_json, write_text
-from mingpt.config import CfgNode
+from mingpt.config import CfgNode, check_is_config, check_present
 from mingpt.heads import ActorCritic
 from mingpt.model import GPT
 from mingpt.run_folder import RunFolder, as_json
@@ -78,6 +78,8 @@ class Stages:
         facts: dict[str, Any] | None = None,
         tokenizer: Any = None,
     ):
+        check_is_config(config, "the script")
+        check_tables(order, sections=sections, extras=extras, overrides=overrides)
         self.config = config
         self.folder = Path(folder)
         self.order = order
@@ -120,19 +122,30 @@ class Stages:
         trainer.run()
         # What is left for the next stage. finished.json comes last: where it is, all else is.
         if distributed.rank() == 0:
-            plain(model).save_pretrained(self.folder / name / "model")
-            if tokenizer is not None:
-                tokenizer.save_pretrained(self.folder / name / "model")
+            self.save_model(model, self.folder / name / "model", tokenizer)
             figures = {"iterations": trainer.iter_num, "seconds": trainer.seconds}
             write_json(self.folder / name / "finished.json", figures)
         distributed.gather(None)  # no process goes on before the model is there
         return trainer
 
+    def save_model(self, model: Any, folder: Path, tokenizer: Any) -> None:
+        """Write a stage's model, with a tokenizer if there is one, for the next stage to read.
+
+        An adapter is merged into the model. A subclass may save it by itself.
+        """
+        plain(model).save_pretrained(folder)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+
     def trainer_config(self, name: str) -> CfgNode:
         """The options of a stage's Trainer: its section, without extras, with overrides."""
         # A Trainer refuses options that it does not know.
         section = self.sections[name][0]
+        check_present(self.config, [section])
         options = getattr(self.config, section).to_dict()
+        missing = sorted(set(self.extras.get(name, ())) - options.keys())
+        if missing:
+            raise ValueError(f"extras names {missing}, which the section {section} lacks")
         for extra in self.extras.get(name, ()):
             del options[extra]
         options |= self.overrides.get(name, {})
@@ -356,6 +369,21 @@ class Stages:
 
 # --------------------------------------------------------------------------------------------------
 # A stage's model, and its files
+
+
+def check_tables(order: Any, **tables: Any) -> None:
+    """TypeError unless order is {stage: a class of trainers or None} and the others are dicts."""
+    is_dict = isinstance(order, dict) and len(order) > 0
+    if not is_dict or not all(is_trainer_class(value) for value in order.values()):
+        raise TypeError(f"order is {order!r:.60}; expected {{stage: Trainer, a subclass, or None}}")
+    for name, value in tables.items():
+        if value is not None and not isinstance(value, dict):
+            raise TypeError(f"{name} is {value!r:.60}; expected a dict with a stage for each key")
+
+
+def is_trainer_class(value: Any) -> bool:
+    """Whether value is Trainer, a subclass of it, or None."""
+    return value is None or (isinstance(value, type) and issubclass(value, Trainer))
 
 
 def model_to_save(trainer: Trainer) -> Any:

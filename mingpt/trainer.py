@@ -24,6 +24,7 @@ import contextlib
 import itertools
 import logging
 import math
+import numbers
 import signal
 import time
 from collections import defaultdict
@@ -46,11 +47,24 @@ from mingpt.checkpoint import (
     raise_signal,
     set_rng_state,
 )
-from mingpt.config import CfgNode as CN, check_booleans, check_numbers, documented
+from mingpt.config import (
+    CfgNode as CN,
+    check_booleans,
+    check_is_config,
+    check_numbers,
+    documented,
+)
 from mingpt.progress import Progress, console
 from mingpt.run_folder import RunFolder, base_checksum, check_fits, trained_state
 from mingpt.shuffle import shuffled
-from mingpt.utils import adamw, keep_freed_memory, pick_device, pick_precision, set_seed
+from mingpt.utils import (
+    adamw,
+    check_optimizer_options,
+    keep_freed_memory,
+    pick_device,
+    pick_precision,
+    set_seed,
+)
 
 logger = logging.getLogger("mingpt")
 
@@ -143,6 +157,8 @@ class Trainer:
         collate_fn: Callable | None = None,
         weight_fn: Callable | None = None,
     ):
+        self.check_config(config)
+        check_functions(model, loss_fn=loss_fn, collate_fn=collate_fn, weight_fn=weight_fn)
         self.config = config
         self.train_dataset = train_dataset
         self.valid_dataset = valid_dataset
@@ -186,12 +202,12 @@ class Trainer:
 
     def add_callback(self, onevent: str, callback: Callable) -> None:
         """Call callback(trainer) on an event, after the callbacks that it has already."""
-        check_event(onevent)
+        check_event(onevent, callback)
         self.callbacks[onevent].append(callback)
 
     def set_callback(self, onevent: str, callback: Callable) -> None:
         """Call only callback(trainer) on an event, and no earlier callback."""
-        check_event(onevent)
+        check_event(onevent, callback)
         self.callbacks[onevent] = [callback]
 
     def trigger_callbacks(self, onevent: str) -> None:
@@ -388,7 +404,7 @@ class Trainer:
         size = self.config.micro_batch_size or len(batch[0])
         splits = [x.split(size) for x in batch]  # of each tensor
         micro_batches = list(zip(*splits, strict=True))
-        weights = [self.weight_fn(micro_batch) for micro_batch in micro_batches]
+        weights = [checked_weight(self.weight_fn(micro_batch)) for micro_batch in micro_batches]
         [total_weight] = distributed.total([float(sum(weights))])
         if total_weight == 0:
             total_weight = 1.0  # nothing counts: all shares are 0, not 0 / 0
@@ -450,12 +466,7 @@ class Trainer:
         with self.autocast():
             result = self.loss_fn(model, batch)
         loss, metrics = result if isinstance(result, tuple) else (result, {})
-        reserved = sorted(OWN_METRICS & metrics.keys())
-        if reserved:
-            raise ValueError(
-                f"loss_fn returned metrics called {reserved}, which the Trainer logs itself: give "
-                "them other names"
-            )
+        check_loss(loss, metrics)
         return loss, metrics
 
     def autocast(self) -> torch.autocast:
@@ -516,7 +527,7 @@ class Trainer:
         sums: dict[str, float] = defaultdict(float)
         total_weight = 0.0
         for batch in self.validation_batches():
-            weight = self.weight_fn(batch)
+            weight = checked_weight(self.weight_fn(batch))
             if not weight:
                 continue  # the loss may be NaN, a mean over nothing
             loss, extra = self.compute_loss(self.model, batch)
@@ -609,7 +620,7 @@ class Trainer:
                 f"{self.folder.path} holds a run on other frozen weights: start from the same "
                 "model, or choose another work_dir"
             )
-        check_rng_state(state["rng"][self.rank])
+        check_rng_state(state["rng"][self.rank], self.folder.checkpoint)
         # Older checkpoints do not say how many examples there were.
         examples = state.get("examples", len(self.train_dataset))
         if examples != len(self.train_dataset):
@@ -643,12 +654,13 @@ class Trainer:
         if state is None:
             return
         self.load_state_dict(state)
-        logger.info(
-            "%s: continues from %s, after iteration %d",
-            self.run_name,
-            self.folder.checkpoint,
-            self.iter_num,
-        )
+        if self.iter_num:  # a script may save its model as it is before the first iteration
+            logger.info(
+                "%s: continues from %s, after iteration %d",
+                self.run_name,
+                self.folder.checkpoint,
+                self.iter_num,
+            )
 
     # -- checks ------------------------------------------------------------------------------------
 
@@ -666,6 +678,7 @@ class Trainer:
 
         It needs no trainer, so a script can check the options of a run long before the run.
         """
+        check_is_config(config, cls.__name__)
         # The names. A misspelt option would otherwise be ignored without a word.
         known = vars(cls.get_default_config())
         unknown = sorted(vars(config).keys() - known.keys())
@@ -685,9 +698,8 @@ class Trainer:
         check_numbers(config, "batch_size", low=1, whole=True)
         check_numbers(config, "num_workers", whole=True)
         check_numbers(config, "epochs", "grad_norm_clip", optional=True)
-        check_numbers(config, "learning_rate", "lr_final_fraction", "warmup_iters")
-        check_numbers(config, "eps", "weight_decay")
-        check_betas(config.betas)
+        check_numbers(config, "lr_final_fraction", "warmup_iters")
+        check_optimizer_options(config)
         check_booleans(config, "compile", "tensorboard")
 
         # The values, as they go together.
@@ -764,17 +776,53 @@ def check_trained(model: nn.Module) -> None:
         )
 
 
-def check_event(onevent: str) -> None:
-    """ValueError for an unknown event."""
+def check_event(onevent: str, callback: Any) -> None:
+    """ValueError for an unknown event, TypeError for a callback that cannot be called."""
     if onevent not in EVENTS:
         raise ValueError(f"onevent={onevent!r} is no event: use one of {', '.join(EVENTS)}")
+    if not callable(callback):
+        raise TypeError(f"callback is {callback!r:.60}; expected a function of the trainer")
 
 
-def check_betas(betas: Any) -> None:
-    """ValueError for anything but two numbers in [0, 1)."""
-    numbers = list(betas) if isinstance(betas, (tuple, list)) else []
-    if len(numbers) != 2 or not all(isinstance(x, (int, float)) and 0 <= x < 1 for x in numbers):
-        raise ValueError(f"betas={betas!r} must be two numbers from 0 to below 1")
+def check_functions(model: Any, **functions: Any) -> None:
+    """TypeError for a model that is no module, and for functions that cannot be called."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is {type(model).__name__} {model!r:.60}; expected an nn.Module")
+    for name, function in functions.items():
+        if function is not None and not callable(function):
+            raise TypeError(f"{name} is {function!r:.60}; expected a function, or None")
+
+
+def check_loss(loss: Any, metrics: Any) -> None:
+    """TypeError or ValueError for what a loss_fn must not return."""
+    if not torch.is_tensor(loss) or loss.dim() != 0:
+        got = tuple(loss.shape) if torch.is_tensor(loss) else f"{type(loss).__name__} {loss!r:.60}"
+        raise TypeError(
+            f"the loss is {got}; expected a tensor with one number, as loss_fn(model, batch) or "
+            "model(*batch)[-1] gives it"
+        )
+    if not isinstance(metrics, dict):
+        raise TypeError(f"loss_fn returned metrics {metrics!r:.60}; expected a dict")
+    for name, value in metrics.items():
+        is_number = isinstance(value, numbers.Real) or (torch.is_tensor(value) and value.dim() == 0)
+        if not isinstance(name, str) or not is_number:
+            raise TypeError(
+                f"loss_fn returned a metric {name!r}, {value!r:.60}; expected numbers by name"
+            )
+    reserved = sorted(OWN_METRICS & metrics.keys())
+    if reserved:
+        raise ValueError(
+            f"loss_fn returned metrics called {reserved}, which the Trainer logs itself: give "
+            "them other names"
+        )
+
+
+def checked_weight(weight: Any) -> float:
+    """The weight of a batch. ValueError unless it is a finite number from 0 on."""
+    is_number = isinstance(weight, numbers.Real) or (torch.is_tensor(weight) and weight.dim() == 0)
+    if not is_number or not 0 <= float(weight) < math.inf:
+        raise ValueError(f"weight_fn returned {weight!r:.60}; expected a finite number from 0 on")
+    return weight
 
 
 def check_schedule(config: CN) -> None:
@@ -791,7 +839,8 @@ def check_batch(batch: Any) -> None:
     """TypeError unless the batch is a tuple or list of equally long tensors."""
     description = type(batch).__name__
     if isinstance(batch, (tuple, list)):
-        if all(torch.is_tensor(x) for x in batch) and len({len(x) for x in batch}) == 1:
+        are_tensors = all(torch.is_tensor(x) and x.dim() > 0 for x in batch)
+        if are_tensors and len({len(x) for x in batch}) == 1:
             return
         items = [tuple(x.shape) if torch.is_tensor(x) else type(x).__name__ for x in batch]
         description += f" of {items}"

@@ -13,12 +13,13 @@ values), hs head size, S keys that a query may look at (T, and what a cache hold
 from __future__ import annotations
 
 import math
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from mingpt.config import CfgNode as CN
+from mingpt.utils import check_tensors
 
 
 class Trunk(nn.Module):
@@ -183,20 +184,14 @@ def check_context(
     block_size: int,
 ) -> None:
     """ValueError unless idx and attention_mask have the right shapes and fit into block_size."""
-    if not isinstance(idx, Tensor):
-        raise TypeError(f"idx is a {type(idx).__name__}; it must be a (B, T) LongTensor")
-    if idx.dtype not in (torch.long, torch.int):
-        raise ValueError(f"idx is {idx.dtype}; token ids are a LongTensor: idx.long()")
-    if idx.dim() != 2:
-        raise ValueError(
-            f"idx has shape {tuple(idx.shape)}; it must be (B, T): "
-            "add the batch dimension with idx[None]"
-        )
+    check_idx(idx)
     B, total = idx.size(0), past + idx.size(1)
-    if attention_mask is not None and attention_mask.shape != (B, total):
-        raise ValueError(
-            f"attention_mask has shape {tuple(attention_mask.shape)}; it must be {(B, total)}"
-        )
+    if attention_mask is not None:
+        check_tensors(attention_mask=attention_mask)
+        if attention_mask.shape != (B, total):
+            raise ValueError(
+                f"attention_mask has shape {tuple(attention_mask.shape)}; it must be {(B, total)}"
+            )
     check_mask_values(attention_mask)
     if total <= block_size:
         return
@@ -206,6 +201,19 @@ def check_context(
         raise ValueError(
             f"a sequence of {total} tokens is longer than block_size={block_size}: "
             "shorten it to the tokens that matter, such as the last ones"
+        )
+
+
+def check_idx(idx: Any) -> None:
+    """TypeError or ValueError for anything but a (B, T) tensor of whole numbers."""
+    if not isinstance(idx, Tensor):
+        raise TypeError(f"idx is a {type(idx).__name__}; it must be a (B, T) LongTensor")
+    if idx.dtype not in (torch.long, torch.int):
+        raise ValueError(f"idx is {idx.dtype}; token ids are a LongTensor: idx.long()")
+    if idx.dim() != 2:
+        raise ValueError(
+            f"idx has shape {tuple(idx.shape)}; it must be (B, T): "
+            "add the batch dimension with idx[None]"
         )
 
 

@@ -14,19 +14,25 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import torch
 
 from mingpt import distributed
 from mingpt.checkpoint import to_json, write_text
-from mingpt.config import CfgNode
+from mingpt.config import CfgNode, check_is_config, check_numbers, check_present
 
 logger = logging.getLogger("mingpt")
 
 
 def set_seed(seed: int) -> None:
-    """Seed the generators of Python, NumPy and PyTorch, those of every device included."""
+    """Seed the generators of Python, NumPy and PyTorch, those of every device included.
+
+    ValueError for anything but a whole number of 64 bits.
+    """
+    check_numbers(CfgNode(seed=seed), "seed", low=-(2**63), high=2**64 - 1, whole=True)
+    seed = int(seed)  # it may be one of NumPy's
     random.seed(seed)
     np.random.seed(seed % 2**32)  # NumPy takes 32 bits
     torch.manual_seed(seed)
@@ -37,6 +43,8 @@ def pick_device(device: str = "auto") -> torch.device:
 
     ValueError for a name that PyTorch does not know, or a device that this machine does not have.
     """
+    if not isinstance(device, (str, torch.device)) or "meta" in str(device):  # no numbers are there
+        raise ValueError(f"device={device!r} must be the name of a device: cpu, cuda, mps or auto")
     if device != "auto":
         try:
             torch.empty(0, device=device)
@@ -71,8 +79,9 @@ def adamw(module: torch.nn.Module, train_config: CfgNode) -> torch.optim.AdamW:
 
     Weight decay applies to the weights of matrix products, but not to biases, LayerNorms and
     embeddings, nor to a head that is tied to an embedding. Reads learning_rate, betas, eps and
-    weight_decay from train_config.
+    weight_decay from train_config. ValueError for one that is missing or out of range.
     """
+    check_optimizer_options(train_config)
     embeddings = {
         id(layer.weight) for layer in module.modules() if isinstance(layer, torch.nn.Embedding)
     }
@@ -89,6 +98,7 @@ def adamw(module: torch.nn.Module, train_config: CfgNode) -> torch.optim.AdamW:
         else:
             without_decay.append(p)
 
+    beta_1, beta_2 = train_config.betas
     # The fused step updates all parameters at once. Apple's GPUs have it on new systems only.
     fused = all(
         p.device.type in ("cpu", "cuda") and p.is_floating_point()
@@ -100,10 +110,27 @@ def adamw(module: torch.nn.Module, train_config: CfgNode) -> torch.optim.AdamW:
             {"params": without_decay, "weight_decay": 0.0},
         ],
         lr=train_config.learning_rate,
-        betas=tuple(train_config.betas),
+        betas=(float(beta_1), float(beta_2)),
         eps=getattr(train_config, "eps", 1e-8),  # minGPT's trainer config has none
         fused=fused,
     )
+
+
+def check_optimizer_options(config: CfgNode) -> None:
+    """ValueError for an option of AdamW that is missing or out of range."""
+    check_is_config(config, "Trainer")
+    check_numbers(config, "learning_rate", "weight_decay")
+    check_present(config, ["betas"])
+    check_betas(config.betas)
+    if hasattr(config, "eps"):  # minGPT's trainer config has none
+        check_numbers(config, "eps")
+
+
+def check_betas(betas: Any) -> None:
+    """ValueError for anything but two numbers in [0, 1)."""
+    numbers = list(betas) if isinstance(betas, (tuple, list)) else []
+    if len(numbers) != 2 or not all(isinstance(x, (int, float)) and 0 <= x < 1 for x in numbers):
+        raise ValueError(f"betas={betas!r} must be two numbers from 0 to below 1")
 
 
 def keep_freed_memory() -> None:
@@ -119,6 +146,25 @@ def keep_freed_memory() -> None:
     if mallopt:
         mallopt(-4, 0)  # M_MMAP_MAX: no block becomes a mapping of its own
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the end of the heap stays
+
+
+def check_tensors(**values: Any) -> None:
+    """TypeError for the first of the named values that is no tensor: a list, say, or None."""
+    for name, value in values.items():
+        if not torch.is_tensor(value):
+            raise TypeError(f"{name} is {type(value).__name__} {value!r:.60}; it must be a tensor")
+
+
+def check_equal_shapes(**tensors: Any) -> None:
+    """ValueError unless the named tensors have one shape. TypeError for what is no tensor.
+
+    PyTorch would broadcast many other shapes, and compute something else without a word.
+    """
+    check_tensors(**tensors)
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if len(set(shapes.values())) > 1:
+        described = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
+        raise ValueError(f"got tensors of the shapes {described}: they must be equal")
 
 
 @contextlib.contextmanager
@@ -168,8 +214,11 @@ def log_to_console() -> None:
 def setup_logging(config: CfgNode) -> None:
     """For scripts: log to the console, and keep the options in config.system.work_dir.
 
-    args.txt gets the command line, config.json the whole config.
+    args.txt gets the command line, config.json the whole config. ValueError for a config without
+    that option.
     """
+    check_present(config, ["system"])
+    check_present(config.system, ["work_dir"])
     log_to_console()
     work_dir = Path(config.system.work_dir)
     write_text(work_dir / "args.txt", " ".join(sys.argv))

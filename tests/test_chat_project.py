@@ -1,8 +1,10 @@
 """projects/chat: the labels, their page and its server."""
 
 import contextlib
+import copy
 import http.client
 import importlib.util
+import io
 import json
 import os
 import random
@@ -21,18 +23,33 @@ import unittest
 from pathlib import Path
 from unittest import mock
 
-from tests.common import ROOT, TempDirTestCase
+import torch
+
+from mingpt import plots
+from mingpt.datasets import read_jsonl
+from mingpt.model import GPT
+from mingpt.run_folder import read_metrics
+from tests import tiny_chat
+from tests.common import NO_POINTS, ROOT, TempDirTestCase, printed
 
 sys.path.insert(0, str(ROOT / "projects" / "chat"))
+import answers
+import compare
 import desk
 import exchange
+import label
+import labellers
+import lessons
+import outcome
 import server
-from store import Answer, Pair, Refused, Store, StoreError
+import talk
+import teach
+from store import Answer, Label, Pair, Refused, Store, StoreError
 
 PROJECT = ROOT / "projects" / "chat"
 
 # A desk whose pairs are made at once, without a model: the server of the tests. Its arguments are
-# the folder and the port.
+# the project's folder, that of the labels, and whether the person may write.
 DESK = """
 import sys
 sys.path.insert(0, sys.argv[1])
@@ -63,8 +80,8 @@ desk.run_desk(
     make_pair,
     who="<script>window.hacked = 1</script>",
     goal=200,
-    port=int(sys.argv[3]),
     open_browser=False,
+    may_write=sys.argv[3] == "True",
 )
 """
 
@@ -89,9 +106,9 @@ def key_id(n):
 class DeskProcess:
     """`with DeskProcess(folder) as desk`: the server as a process, which a test may kill."""
 
-    def __init__(self, folder, port=0):
+    def __init__(self, folder, may_write=True):
         self.folder = Path(folder)
-        self.port = port
+        self.may_write = may_write
         self.process = None
 
     def __enter__(self):
@@ -104,7 +121,7 @@ class DeskProcess:
     def start(self):
         """Start it, and wait until it listens."""
         self.process = subprocess.Popen(
-            [sys.executable, "-c", DESK, PROJECT, self.folder, str(self.port)],
+            [sys.executable, "-c", DESK, PROJECT, self.folder, str(self.may_write)],
             stdout=subprocess.PIPE,
             encoding="utf-8",
             env={**os.environ, "PYTHONPATH": str(ROOT)},
@@ -864,7 +881,7 @@ class ExchangeTests(TempDirTestCase):
             ({"prompt": []}, "the prompt must be text, or messages"),
             ({"prompt": ["Hi"]}, "is no message"),
             ({"prompt": [message, {"role": "assistant", "content": "?"}]}, "must be the user's"),
-            ({"chosen": ""}, "chosen must be text"),
+            ({"chosen": None}, "chosen must be text"),
             ({"chosen": [message, message]}, "chosen must be text"),
             ({"rejected": 7}, "rejected must be text"),
             ({"chosen": "\ud800"}, "half a character"),
@@ -875,6 +892,586 @@ class ExchangeTests(TempDirTestCase):
             with self.subTest(wrong), self.assertRaisesRegex(ValueError, f"row 2: .*{expected}"):
                 exchange.import_labels(self.store, self.path, "me")
         self.assertEqual(self.store.labels(), [])
+
+
+# --------------------------------------------------------------------------------------------------
+# Pairs of a model, and labellers that are programs
+
+
+class PromptTests(TempDirTestCase):
+    def test_300_prompts_come_with_the_project_and_100_fresh_ones(self):
+        prompts = answers.read_prompts("")
+        fresh = answers.read_prompts(str(PROJECT / "fresh.txt"))
+        questions = [row["question"] for row in read_jsonl(PROJECT / "known.jsonl", "question")]
+        self.assertEqual((len(prompts), len(fresh), len(questions)), (300, 100, 30))
+        together = prompts + fresh + questions
+        self.assertEqual(len(set(together)), len(together))
+        self.assertLess(max(map(len, together)), 100)
+
+    def test_each_prompt_comes_once_before_any_comes_again(self):
+        prompts = [f"prompt {n}" for n in range(7)]
+        order = [answers.prompt_number(prompts, i, seed=1) for i in range(14)]
+        self.assertEqual(set(order[:7]), set(prompts))
+        self.assertEqual(set(order[7:]), set(prompts))
+        self.assertNotEqual(order[:7], order[7:])
+        self.assertNotEqual(order[:7], [answers.prompt_number(prompts, i, 2) for i in range(7)])
+
+    def test_comments_blank_lines_and_repeated_prompts_are_left_out(self):
+        path = self.folder / "prompts.txt"
+        path.write_text("# mine\n\n  Hello? \nHello?\nWhy?\n")
+        self.assertEqual(answers.read_prompts(str(path)), ["Hello?", "Why?"])
+
+    def test_a_file_without_prompts_is_refused(self):
+        path = self.folder / "prompts.txt"
+        path.write_text("# nothing\n")
+        with self.assertRaisesRegex(ValueError, "prompts.txt holds no prompts: write one a line"):
+            answers.read_prompts(str(path))
+
+
+class PairTests(unittest.TestCase):
+    @classmethod
+    def setUpClass(cls):
+        folder = cls.enterClassContext(tempfile.TemporaryDirectory())
+        cls.model = answers.ChatModel.load(tiny_chat.write_tiny_chat(folder), "cpu")
+        cls.ask = answers.get_ask_config()
+        cls.ask.max_new_tokens = 12
+
+    def test_a_pair_knows_how_it_was_sampled(self):
+        pair = answers.sample_pair(self.model, self.ask, "Why?", seed=3)
+        self.assertEqual(pair.prompt, "Why?")
+        question = "Why? Answer in one short sentence."
+        self.assertEqual(pair.messages, [{"role": "user", "content": question}])
+        self.assertEqual(pair.sampling["temperature"], 0.7)
+        self.assertEqual(pair.sampling["seed"], 3)
+        for answer in (pair.left, pair.right):
+            self.assertEqual(answer.model, self.model.hash)
+            written = answer.ids[: -1 if answer.ended else None]
+            self.assertEqual(answer.text, self.model.chat.decode(written).strip())
+            self.assertEqual(answer.ended, answer.ids[-1] == tiny_chat.END)
+            self.assertLessEqual(len(answer.ids), 12)
+        self.assertNotEqual(pair.left.text, pair.right.text)
+
+    def test_the_same_seed_gives_the_same_pair(self):
+        pairs = [answers.sample_pair(self.model, self.ask, "Why?", seed=3) for _ in range(2)]
+        self.assertEqual(*pairs)
+
+    def test_equal_answers_are_sampled_again(self):
+        texts = iter([["a", "a"], ["a", "a"], ["a", "b"]])
+
+        def same(ask, prompts, n, seed):
+            return [[Answer(text) for text in next(texts)]]
+
+        with mock.patch.object(self.model, "answers", same):
+            pair = answers.sample_pair(self.model, self.ask, "Why?", seed=3)
+        self.assertEqual((pair.left.text, pair.right.text), ("a", "b"))
+
+    def test_a_system_prompt_stands_before_the_question(self):
+        ask = answers.get_ask_config()
+        ask.system, ask.request = "Be brief.", ""
+        roles = [message["role"] for message in answers.messages_for(ask, "Why?")]
+        self.assertEqual(roles, ["system", "user"])
+
+    def test_a_prompt_that_leaves_no_room_is_refused(self):
+        with self.assertRaisesRegex(ValueError, "leaves -?[0-9]+ for the answer"):
+            self.model.encode(self.ask, "x" * 200)
+
+    def test_the_hash_tells_models_apart(self):
+        other = copy.deepcopy(self.model.model)
+        self.assertEqual(answers.hash_of(other), self.model.hash)
+        with torch.no_grad():
+            next(other.parameters())[0, 0] += 1
+        self.assertNotEqual(answers.hash_of(other), self.model.hash)
+
+
+class LabellerTests(TempDirTestCase):
+    def setUp(self):
+        super().setUp()
+        self.model = tiny_chat.write_tiny_chat(self.folder / "tiny")
+        self.enterContext(mock.patch.object(label, "log_to_console", lambda: None))
+
+    def label(self, work_dir, *options):
+        """The labels of a labeller, as what one can compare."""
+        fixed = [f"--work_dir={self.folder / work_dir}", f"--model={self.model}", "--device=cpu"]
+        label.main([*fixed, "--ask.max_new_tokens=8", *options])
+        database = Store(self.folder / work_dir / "labels.db")
+        self.addCleanup(database.close)
+        return [(row.id, row.choice, row.pair.left.text) for row in database.labels()]
+
+    def test_a_rule_labels_until_there_are_enough(self):
+        labels = self.label("a", "--labeller=simple", "--number=20")
+        self.assertEqual(sum(choice in ("left", "right") for _, choice, _ in labels), 20)
+
+    def test_the_same_seed_gives_the_same_labels(self):
+        options = ["--labeller=simple", "--number=20"]
+        labels = self.label("a", *options)
+        self.assertEqual(labels, self.label("b", *options))
+        other = self.label("c", *options, "--seed=1")
+        self.assertNotEqual([row[1:] for row in other], [row[1:] for row in labels])
+
+    def test_a_stopped_labeller_goes_on_to_the_same_labels(self):
+        whole = self.label("a", "--labeller=simple", "--number=20")
+        self.label("b", "--labeller=simple", "--number=7")
+        self.assertEqual(self.label("b", "--labeller=simple", "--number=20"), whole)
+
+    def test_some_answers_are_flipped(self):
+        right = self.label("a", "--labeller=simple", "--number=40", "--flip=0")
+        flipped = self.label("b", "--labeller=simple", "--number=40")
+        n_flipped = sum(a[1] != b[1] for a, b in zip(right, flipped, strict=True))
+        self.assertIn(n_flipped, range(1, 12))
+
+    def test_a_rule_that_finds_all_equal_is_given_up(self):
+        with (
+            mock.patch.object(label, "PATIENCE", 1),
+            mock.patch.dict(labellers.RULES, {"short": lambda: lambda answer: 0}),
+            self.assertRaisesRegex(ValueError, "the rule short found all of .* choose another"),
+        ):
+            self.label("a", "--labeller=short")
+
+    def test_options_that_cannot_be_are_refused_before_a_model_is_loaded(self):
+        for option, message in (
+            ("--labeller=shrt", "--labeller=shrt must be one of short, warm, simple"),
+            ("--flip=1.5", "flip=1.5 must be a number in"),
+            ("--number=0", "number=0 must be a whole number"),
+            ("--port=70000", "port=70000 must be"),
+            ("--ask.temperature=0", "temperature=0.0 must be"),
+            ("--prompts=nowhere.txt", "nowhere.txt: there is no such file"),
+        ):
+            with (
+                self.subTest(option),
+                mock.patch.object(answers.ChatModel, "load", side_effect=AssertionError),
+                self.assertRaisesRegex(ValueError, message),
+            ):
+                label.main([f"--work_dir={self.folder}", option])
+
+    def test_export_and_import_on_the_command_line(self):
+        self.label("a", "--labeller=simple", "--number=5")
+        path = self.folder / "labels.jsonl"
+        self.label("a", f"--export={path}")
+        self.label("b", f"--import={path}")
+        again = self.folder / "again.jsonl"
+        self.label("b", f"--export={again}")
+        self.assertEqual(again.read_text(), path.read_text())
+        self.assertEqual(len(path.read_text().splitlines()), 5)
+
+
+class RuleTests(unittest.TestCase):
+    def decide(self, name, left, right):
+        pair = a_pair()
+        pair.left, pair.right = left, right
+        return labellers.decide(labellers.get_rule(name), pair)
+
+    def test_short_prefers_the_end_and_then_fewer_tokens(self):
+        ended, cut = Answer("x", [1] * 9, True), Answer("y", [1] * 3, False)
+        self.assertEqual(self.decide("short", ended, cut), "left")
+        self.assertEqual(self.decide("short", ended, Answer("z", [1] * 3, True)), "right")
+        self.assertEqual(self.decide("short", ended, Answer("z", [2] * 9, True)), "skip")
+
+    def test_warm_prefers_the_happier_answer(self):
+        self.assertEqual(self.decide("warm", Answer("I love it!"), Answer("I see.")), "left")
+
+    def test_simple_prefers_short_words(self):
+        self.assertEqual(self.decide("simple", Answer("incredible"), Answer("a cat")), "right")
+        self.assertEqual(self.decide("simple", Answer("..."), Answer("incredible")), "right")
+
+
+# --------------------------------------------------------------------------------------------------
+# talk.py
+
+
+class TalkTests(TempDirTestCase):
+    def setUp(self):
+        super().setUp()
+        self.model = tiny_chat.write_tiny_chat(self.folder / "tiny", block_size=160)
+        self.enterContext(mock.patch.object(talk, "log_to_console", lambda: None))
+
+    def talk(self, lines, *options):
+        """(stdout, stderr) of a conversation through a pipe."""
+        out, err = io.StringIO(), io.StringIO()
+        with (
+            mock.patch.object(sys, "stdin", io.StringIO(lines)),
+            contextlib.redirect_stdout(out),
+            contextlib.redirect_stderr(err),
+        ):
+            saved = f"--save={self.folder / 'said.jsonl'}"
+            talk.main([f"--model={self.model}", "--max_new_tokens=10", saved, *options])
+        return out.getvalue(), err.getvalue()
+
+    def conversation(self, **options):
+        config = talk.get_config()
+        config.merge_from_dict({"max_new_tokens": 10, **options})
+        return talk.Conversation(config, answers.ChatModel.load(self.model, "cpu"))
+
+    def test_a_pipe_gets_the_answers_and_nothing_else(self):
+        out, err = self.talk("Hello?\n\nWhy?\n")
+        self.assertEqual(out.count("\n"), 2 + out.strip().count("\n") - 1)
+        self.assertNotIn("help", out + err)
+        self.assertEqual(self.talk("Hello?\n\nWhy?\n")[0], out)
+
+    def test_the_streamed_answer_is_what_generate_gives(self):
+        conversation = self.conversation(temperature=0.0, top_p=None)
+        conversation.ask("Hello?")
+        ids, _ = conversation.make_room()
+        text = "".join(conversation.answer(ids))
+        chat = conversation.chat
+        expected = conversation.model.generate(
+            torch.tensor([ids]), 10, temperature=0, stop_token=list(chat.stop_tokens)
+        )[0, len(ids) :].tolist()
+        decoded = chat.decode([i for i in expected if i not in chat.stop_tokens])
+        self.assertEqual(text, decoded)
+        self.assertEqual(conversation.messages[-1]["content"], decoded.strip())
+
+    def test_half_a_character_is_never_shown(self):
+        conversation = self.conversation()
+        conversation.ask("Hello?")
+        written = [*"a\u00e9\U0001f600.".encode(), tiny_chat.END]
+        columns = [torch.tensor([[token]]) for token in written]
+        with mock.patch.object(conversation.model, "stream", lambda *args, **kwargs: iter(columns)):
+            pieces = list(conversation.answer([5]))
+        self.assertEqual("".join(pieces), "a\u00e9\U0001f600.")
+        self.assertNotIn(talk.UNFINISHED, "".join(pieces))
+        self.assertTrue(conversation.ended)
+
+    def test_what_a_terminal_obeys_is_not_passed_on(self):
+        self.assertEqual(talk.printable("a\x1b[2J\x07\n\tb\x9b"), "a\ufffd[2J\ufffd\n\tb\ufffd")
+
+    def test_a_long_conversation_drops_its_oldest_turns_and_says_so(self):
+        question = "x" * 40 + "\n"
+        _, err = self.talk(4 * question)
+        self.assertIn("longer than the model's 160 tokens: it has forgotten the oldest 2", err)
+        conversation = self.conversation(system="Be kind.")
+        for _ in range(4):
+            conversation.ask(question)
+            ids, _ = conversation.make_room()
+            self.assertLessEqual(len(ids) + 10, 160)
+            list(conversation.answer(ids))
+        roles = [message["role"] for message in conversation.visible()]
+        self.assertEqual(roles[:2], ["system", "user"])
+        self.assertEqual(len(conversation.messages), 8)
+
+    def test_a_question_that_is_too_long_is_refused_and_the_conversation_goes_on(self):
+        out, err = self.talk("Hello?\n" + "x" * 200 + "\nWhy?\n")
+        self.assertRegex(err, "error: this has 2[0-9]+ tokens, and there is room for 150")
+        self.assertEqual(out, self.talk("Hello?\nWhy?\n")[0])
+
+    def test_ctrl_c_stops_an_answer_and_keeps_what_was_written(self):
+        conversation = self.conversation()
+        conversation.ask("Hello?")
+        token = torch.tensor([[ord("a")]])
+
+        def stream(*args, **kwargs):
+            yield token
+            yield token
+            raise KeyboardInterrupt
+
+        terminal = talk.Terminal(conversation.config, conversation)
+        with mock.patch.object(conversation.model, "stream", stream):
+            shown = printed(terminal.show_answer)
+        self.assertEqual(shown, "aa ...\n")
+        answer = {"role": "assistant", "content": "aa"}
+        self.assertEqual(conversation.messages[-1], answer)
+
+    def test_retry_writes_another_answer_to_the_same_question(self):
+        out, _ = self.talk("Hello?\n/retry\n/save\n")
+        [row] = read_jsonl(self.folder / "said.jsonl")
+        self.assertEqual([message["role"] for message in row["messages"]], ["user", "assistant"])
+        said = talk.printable(row["messages"][1]["content"])
+        self.assertTrue(out.rstrip().endswith(said), (out, said))
+
+    def test_reset_forgets_and_system_stays(self):
+        self.talk("/system Be kind.\nHello?\n/reset\nWhy?\n/save\n")
+        [row] = read_jsonl(self.folder / "said.jsonl")
+        self.assertEqual(
+            [message["content"] for message in row["messages"][:2]], ["Be kind.", "Why?"]
+        )
+
+    def test_commands_that_cannot_be(self):
+        _, err = self.talk("/retry\n/save\n/resett\n")
+        self.assertIn("nothing has been asked yet", err)
+        self.assertIn("nothing has been said yet", err)
+        self.assertIn("there is no command /resett: choose from /reset, /system", err)
+
+    def test_a_file_that_cannot_be_written_is_an_error_of_one_line(self):
+        _, err = self.talk(f"Hello?\n/save {self.folder}\n")
+        self.assertIn("error: ", err)
+        self.assertIn("cannot be written", err)
+
+    def test_through_a_real_pipe(self):
+        result = subprocess.run(
+            [sys.executable, PROJECT / "talk.py", f"--model={self.model}", "--max_new_tokens=5"],
+            input=b"What is the capital of France?\n\xff\xfe\n",
+            capture_output=True,
+            cwd=self.folder,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+        )
+        self.assertEqual(result.returncode, 0, result.stderr)
+        self.assertGreaterEqual(result.stdout.count(b"\n"), 2)
+
+
+# --------------------------------------------------------------------------------------------------
+# teach.py and compare.py
+
+SMALL = [
+    "--system.seed=1",
+    "--ask.max_new_tokens=8",
+    "--data.normalized_on=16",
+    "--reward.epochs=2",
+    "--rl.max_iters=2",
+    "--rl.batch_size=8",
+    "--rl.minibatch_size=4",
+    "--rl.micro_batch_size=4",
+    "--rl.learning_rate=1e-2",
+    "--rl.checkpoint_every=1",
+    "--dpo.epochs=2",
+    "--dpo.learning_rate=1e-2",
+]
+
+
+class TeachTests(TempDirTestCase):
+    @classmethod
+    def setUpClass(cls):
+        cls.shared = Path(cls.enterClassContext(tempfile.TemporaryDirectory()))
+        cls.model = tiny_chat.write_tiny_chat(cls.shared / "tiny")
+        cls.enterClassContext(mock.patch.object(label, "log_to_console", lambda: None))
+        cls.enterClassContext(mock.patch.object(teach, "log_to_console", lambda: None))
+        cls.enterClassContext(mock.patch.object(compare, "log_to_console", lambda: None))
+        label.main([
+            f"--work_dir={cls.shared}",
+            f"--model={cls.model}",
+            "--device=cpu",
+            "--ask.max_new_tokens=8",
+            "--labeller=simple",
+            "--number=60",
+        ])
+        cls.labels = cls.shared / "labels.db"
+        cls.ppo = cls.shared / "ppo"
+        cls.prompts = cls.shared / "fresh.txt"
+        cls.prompts.write_text("".join(f"Why {n}?\n" for n in range(24)))
+        cls.console = printed(cls.teach, cls.ppo, "--merge")
+
+    @classmethod
+    def teach(cls, work_dir, *options):
+        with mock.patch.object(plots.logger, "warning") as warning:
+            teach.main([
+                f"--labels={cls.labels}",
+                f"--model.name={cls.model}",
+                "--rl.device=cpu",
+                f"--system.work_dir={work_dir}",
+                f"--report.prompts={cls.prompts}",
+                *SMALL,
+                *options,
+            ])
+        # Every curve that a plot draws has points in the metrics of the run.
+        warnings = [call.args for call in warning.call_args_list if NO_POINTS in call.args[0]]
+        if warnings:
+            raise AssertionError(warnings)
+
+    def summary(self, folder):
+        return json.loads((folder / "summary.json").read_text())
+
+    def test_the_report_of_ppo_is_complete(self):
+        summary = self.summary(self.ppo)
+        for name in ("reward", "length", "ended", "known"):
+            for when in ("before", "after"):
+                self.assertIsInstance(summary[f"{name}_{when}"], (int, float))
+        self.assertGreater(summary["kl"], 0)
+        self.assertLessEqual(summary["held_out_accuracy"]["low"], 1)
+        for name in ("samples.md", "calibration.png", "losses.png", "rl.png", "reward_and_kl.png"):
+            self.assertTrue((self.ppo / name).exists(), name)
+        table = (self.ppo / "samples.md").read_text(encoding="utf-8").splitlines()
+        self.assertEqual(len(table), 2 + outcome.SHOWN)
+        self.assertIn("labels that it has not learned from", self.console)
+
+    def test_the_result_is_a_small_adapter_that_knows_its_base(self):
+        folder = self.ppo / "rl" / "model"
+        files = {path.name for path in folder.iterdir()}
+        self.assertLessEqual({"adapter_config.json", "adapter_model.safetensors"}, files)
+        self.assertNotIn("model.safetensors", files)
+        base = answers.base_of(str(folder))
+        self.assertEqual(base["sha256"], answers.ChatModel.load(self.model, "cpu").hash)
+        taught = answers.ChatModel.load(str(folder), "cpu")
+        self.assertNotEqual(taught.hash, base["sha256"])
+        self.assertEqual(answers.hash_of(GPT.from_pretrained(folder)), taught.hash)
+
+    def test_an_adapter_of_another_base_is_refused(self):
+        folder = self.folder / "adapter"
+        shutil.copytree(self.ppo / "rl" / "model", folder)
+        other = tiny_chat.write_tiny_chat(self.folder / "other", seed=1)
+        config = json.loads((folder / "adapter_config.json").read_text())
+        config["base_model_name_or_path"] = other
+        (folder / "adapter_config.json").write_text(json.dumps(config))
+        with self.assertRaisesRegex(ValueError, "an adapter of another .*: get that base again"):
+            answers.ChatModel.load(str(folder), "cpu")
+
+    def test_the_merged_model_is_the_adapted_one(self):
+        merged = GPT.from_pretrained(self.ppo / "merged")
+        adapted = answers.ChatModel.load(str(self.ppo / "rl" / "model"), "cpu")
+        idx = torch.tensor([adapted.encode(answers.get_ask_config(), "Why?")])
+        with torch.no_grad():
+            logits = adapted.model(idx)[0]
+            torch.testing.assert_close(merged(idx)[0], logits, rtol=0, atol=1e-4)
+        self.assertIn("modified", (self.ppo / "merged" / "README.md").read_text())
+        answers.ChatModel.load(str(self.ppo / "merged"), "cpu")
+
+    def test_a_finished_run_is_not_repeated(self):
+        before = (self.ppo / "rl" / "finished.json").stat().st_mtime_ns
+        printed(self.teach, self.ppo)
+        self.assertEqual((self.ppo / "rl" / "finished.json").stat().st_mtime_ns, before)
+
+    def test_a_run_with_other_labels_needs_another_folder(self):
+        labels = self.folder / "labels.db"
+        shutil.copy(self.labels, labels)
+        database = Store(labels)
+        database.press(key_id(1), None, "undo", who="me")
+        database.close()
+        with self.assertRaisesRegex(ValueError, "labels.hash was .* choose another work_dir"):
+            self.teach(self.ppo, f"--labels={labels}")
+
+    def test_dpo_learns_from_the_labels_at_once(self):
+        printed(self.teach, self.folder / "dpo", "--method=dpo")
+        summary = self.summary(self.folder / "dpo")
+        self.assertGreater(summary["kl"], 0)
+        self.assertNotIn("held_out_accuracy", summary)
+
+    def test_rl_alone_from_the_reward_model_of_another_run(self):
+        folder = self.folder / "rloo"
+        printed(self.teach, folder, f"--base={self.ppo}", "--rl.algorithm=rloo")
+        self.assertFalse((folder / "reward").exists())
+        self.assertEqual(
+            self.summary(folder)["held_out_accuracy"], self.summary(self.ppo)["held_out_accuracy"]
+        )
+
+    def test_conversations_first_and_then_nothing_or_dpo(self):
+        talks = self.folder / "talks.jsonl"
+        row = {"messages": [{"role": "user", "content": "Hi"},
+                            {"role": "assistant", "content": "Hello!"}]}
+        talks.write_text(8 * (json.dumps(row) + "\n"))
+        options = [f"--sft={talks}", "--finetune.learning_rate=1e-2", "--finetune.epochs=6"]
+        printed(self.teach, self.folder / "sft", "--method=none", *options)
+        rows = read_metrics(self.folder / "sft" / "sft" / "metrics.jsonl")
+        self.assertTrue((self.folder / "sft" / "sft" / "model" / "base.json").exists())
+        self.assertTrue(rows)
+        base = f"--base={self.folder / 'sft'}"
+        printed(self.teach, self.folder / "both", "--method=dpo", base, *options)
+        self.assertTrue((self.folder / "both" / "rl" / "model").exists())
+
+    def test_too_few_labels_are_refused(self):
+        with self.assertRaisesRegex(ValueError, "holds 3 labels that choose .* 12 is the fewest"):
+            lessons.check_number([{}] * 3, "labels.db")
+        self.assertIn("few", lessons.check_number([{}] * 30, "labels.db"))
+        self.assertEqual(lessons.check_number([{}] * 200, "labels.db"), "")
+
+    def test_no_labels_at_all_are_one_clear_line(self):
+        with self.assertRaisesRegex(ValueError, "no such file. First label some pairs"):
+            self.teach(self.folder, f"--labels={self.folder / 'nothing.db'}")
+
+    def test_options_that_cannot_be_are_refused(self):
+        for option, message in (
+            ("--method=pppo", "--method=pppo must be one of ppo, dpo, none"),
+            ("--method=none", "teaches nothing without --sft"),
+            ("--rl.batch_size=0", "the stage rl cannot run .*batch_size=0"),
+            ("--data.held_out=0", "held_out=0.0 must be"),
+        ):
+            with self.subTest(option), self.assertRaisesRegex(ValueError, message):
+                self.teach(self.folder, option)
+
+    def compare(self, *options):
+        after = self.ppo / "rl" / "model"
+        fixed = [f"--before={self.model}", f"--after={after}", f"--work_dir={self.folder}"]
+        small = ["--ask.max_new_tokens=8", "--number=30", "--device=cpu"]
+        return printed(compare.main, [*fixed, *small, *options])
+
+    def test_a_rule_compares_before_with_after(self):
+        first = self.compare("--labeller=simple")
+        self.assertRegex(first, r"preferred in [0-9]+% of 30 comparisons \(95% interval")
+        self.assertRegex(first, "were alike, and count half")
+        self.assertEqual(self.compare("--labeller=simple"), first)
+        self.assertIn("of 30", self.compare("--labeller=short"))  # in a file of its own
+
+    def test_which_side_a_model_is_on_is_random_and_fixed_by_the_seed(self):
+        config = compare.get_config()
+        config.before, config.after = self.model, str(self.ppo / "rl" / "model")
+        config.ask.max_new_tokens = 4
+        config.device = "cpu"
+        duel = compare.Duel(config)
+        sides = [pair.left.model == duel.after.hash for pair in duel.pairs(0, 40)]
+        self.assertIn(sum(sides), range(8, 33))
+        self.assertEqual(sides[10:14], [
+            pair.left.model == duel.after.hash for pair in duel.pairs(10, 4)
+        ])
+
+    def test_a_model_is_not_compared_with_itself(self):
+        with self.assertRaisesRegex(ValueError, "are the same model"):
+            self.compare(f"--after={self.model}")
+
+
+class OutcomeTests(unittest.TestCase):
+    def test_points_of_a_comparison(self):
+        labels = []
+        for choice in ("left", "right", "alike", "skip"):
+            pair = a_pair()
+            pair.left.model, pair.right.model = "before", "after"
+            labels.append(Label("id", pair, choice, None, "me", ""))
+        points = compare.points(labels, "after")
+        self.assertEqual(points, [0.0, 1.0, 0.5])
+        self.assertEqual(compare.win_rate(points).rate, 0.5)
+
+    def test_the_calibration_of_a_reward_model_that_is_as_sure_as_it_should_be(self):
+        torch.manual_seed(0)
+        differences = 3 * torch.rand(20_000)
+        right = torch.rand(20_000) < torch.sigmoid(differences)
+        margins = torch.where(right, differences, -differences)
+        predicted, _, error = outcome.calibration(margins)
+        self.assertEqual(len(predicted), outcome.BINS)
+        self.assertLess(error, 0.02)
+        *_, error = outcome.calibration(10 * margins)
+        self.assertGreater(error, 0.1)
+
+    def test_an_accuracy_that_may_be_luck_is_called_so(self):
+        lucky = outcome.accuracy(torch.tensor([1.0, 1.0, -1.0]))
+        self.assertIn("may be luck", outcome.in_words(lucky))
+        good = outcome.accuracy(torch.ones(40))
+        self.assertNotIn("luck", outcome.in_words(good))
+
+    def test_labels_on_one_prompt_are_on_one_side(self):
+        rows = [{"prompt": [{"content": str(n // 3)}], "chosen": n} for n in range(60)]
+        train, held_out = lessons.hold_out(rows, 0.2, seed=0)
+        prompts = [{str(row["prompt"]) for row in side} for side in (train, held_out)]
+        self.assertFalse(prompts[0] & prompts[1])
+        self.assertEqual((len(train), len(held_out)), (48, 12))
+
+    def test_all_labels_on_one_prompt_cannot_be_held_out(self):
+        rows = [{"prompt": "same", "chosen": n} for n in range(20)]
+        with self.assertRaisesRegex(ValueError, "all 20 labels are on one prompt"):
+            lessons.hold_out(rows, 0.2, seed=0)
+
+    def test_what_is_written_on_the_page_is_a_demonstration(self):
+        pair = a_pair()
+        labels = [
+            Label("id", pair, "better", "mine", "me", ""),
+            Label("id", pair, "left", None, "me", ""),
+        ]
+        [row] = lessons.demonstrations(labels, "labels")
+        self.assertEqual(row["messages"][-1], {"role": "assistant", "content": "mine"})
+
+
+class CompareDeskTests(TempDirTestCase):
+    def test_where_answers_are_only_compared_nothing_can_be_written(self):
+        with DeskProcess(self.folder, may_write=False) as process:
+            client = Client(process.listening_on, process.token)
+            client.log_in()
+            pair = client.pair()
+            status, _, answer = client.press(1, pair["id"], "better", better="mine")
+            self.assertEqual((status, "only compared" in answer["error"]), (400, True))
+            body = {"id": key_id(2), "prompt": "mine"}
+            self.assertEqual(client.request("POST", "/prompts", body)[0], 400)
+            self.assertEqual(client.press(3, pair["id"], "left")[0], 200)
+
+    def test_when_there_are_no_more_pairs_the_page_is_told(self):
+        database = Store(self.folder / "labels.db")
+        self.addCleanup(database.close)
+        maker = desk.PairMaker(database, lambda typed, id: None)
+        self.assertFalse(maker.make_one())
+        self.assertTrue(maker.finished)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -904,6 +1501,8 @@ class BrowserIsThereTests(unittest.TestCase):
 
 @unittest.skipIf(why_no_browser(), f"to test the page: {why_no_browser()}")
 class PageTests(TempDirTestCase):
+    MESSAGE_SAYS = "words => element('message').textContent.includes(words)"
+
     @classmethod
     def setUpClass(cls):
         from playwright.sync_api import sync_playwright
@@ -991,9 +1590,7 @@ class PageTests(TempDirTestCase):
         self.assertEqual(self.wait_for_pair(other), shown)
         self.press("ArrowLeft")
         other.keyboard.press("ArrowRight")
-        other.wait_for_function(
-            "() => element('message').textContent.includes('answered already, in another window')"
-        )
+        other.wait_for_function(self.MESSAGE_SAYS, arg="answered already, in another window")
         self.wait_for_pair(other, other_than=shown)
         self.press("ArrowRight", other)
         choices = self.labels()
@@ -1039,7 +1636,7 @@ class PageTests(TempDirTestCase):
     def test_without_the_token_the_page_shows_what_to_do(self):
         stranger = self.new_context().new_page()
         stranger.goto(self.desk.address.partition("#")[0])
-        stranger.wait_for_function("() => element('message').textContent.includes('terminal shows')")
+        stranger.wait_for_function(self.MESSAGE_SAYS, arg="terminal shows")
         self.assertTrue(stranger.is_disabled("[data-choice=left]"))
 
     def test_a_better_answer_by_keyboard(self):
@@ -1106,7 +1703,7 @@ class PageTests(TempDirTestCase):
         pair = self.wait_for_pair(self.page)
         self.desk.kill()
         self.page.keyboard.press("ArrowLeft")
-        self.page.wait_for_function("() => element('message').textContent.includes('does not answer')")
+        self.page.wait_for_function(self.MESSAGE_SAYS, arg="does not answer")
         self.assertTrue(self.page.is_disabled("[data-choice=left]"))
         self.desk.start()
         self.page.reload()

@@ -188,7 +188,7 @@ class TestSample(unittest.TestCase):
             ({"prompts": [[]]}, "each must be a row of one token or more"),
             ({"n": 0}, "n=0 must be a whole number"),
             ({"batch_size": 0}, "batch_size=0 must be a whole number"),
-            ({"stop_strings": "ab"}, "is one string: put it into a list"),
+            ({"stop_strings": "ab"}, "must be a list of strings"),
             ({"stop_strings": ["a", ""]}, "give strings that are not empty"),
             ({"max_new_tokens": 0}, "max_new_tokens=0 must be a whole number"),
         ):
@@ -386,7 +386,8 @@ class TestYardsticks(unittest.TestCase):
         for scores in ([], [1.0, math.nan], [math.inf], [[1.0]]):
             self.assertRaisesRegex(ValueError, "must be finite numbers", tilted, scores, 1.0)
             self.assertRaisesRegex(ValueError, "must be finite numbers", best_of_n, scores, 2)
-        self.assertRaisesRegex(ValueError, "must all be above 0", tilted, [1.0], [1.0, 0.0])
+        message = "must be one or more finite numbers above 0"
+        self.assertRaisesRegex(ValueError, message, tilted, [1.0], [1.0, 0.0])
         self.assertRaisesRegex(ValueError, "n=0 must be", best_of_n, [1.0], 0)
 
 

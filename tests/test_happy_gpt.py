@@ -208,8 +208,8 @@ class TestReport(unittest.TestCase):
 
     def test_the_readme_shows_how_to_use_the_result(self):
         readme = (PROJECT / "readme.md").read_text(encoding="utf-8")
-        for line in report.USAGE.format(folder="out/happy_gpt/rl/model").splitlines()[2:]:
-            self.assertIn(line.strip(), readme)
+        for line in report.HOW_TO_USE_IT.format(folder="out/happy_gpt/rl/model").splitlines()[2:]:
+            self.assertIn(line, readme)
 
     def test_the_table_of_samples_escapes_what_markdown_reads(self):
         tweets = report.sample_tweets(tiny_gpt(1), self.tokenizer, 2, 4, lambda i, a, m: m.sum(1))
@@ -385,8 +385,7 @@ class TestWholeJob(ScriptTestCase):
 
     def check_usage(self, printed):
         """The lines that are printed at the end load the result and use it."""
-        _, _, lines = printed.partition("How to use the result:")
-        code = "\n".join(line.strip() for line in lines.splitlines())
+        _, _, code = printed.partition("To use the model from Python:")
         self.assertIn("rl/model", code)
         result = subprocess.run(
             [sys.executable, "-c", code],
@@ -395,7 +394,7 @@ class TestWholeJob(ScriptTestCase):
             env={**os.environ, "PYTHONPATH": str(ROOT)},
         )
         self.assertEqual(result.returncode, 0, result.stderr)
-        self.assertRegex(result.stdout, r"^\[['\"].*['\"]\]$")
+        self.assertEqual(len(result.stdout.splitlines()), 10)
 
     def stop_in_pretrain(self, number, code):
         """Send a signal to a run once it has logged something new."""

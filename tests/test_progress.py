@@ -7,6 +7,7 @@ import sys
 import unittest
 from unittest import mock
 
+from mingpt.checkpoint import wrapped
 from mingpt.progress import Progress
 from mingpt.trainer import Trainer
 from tests.common import ROOT, tiny_gpt
@@ -67,6 +68,28 @@ class TestProgress(unittest.TestCase):
         with mock.patch("sys.stderr", terminal), Progress("run", 3, silent=True) as shown:
             shown.update({"reward": 1.0})
         self.assertEqual(terminal.getvalue(), "")
+
+
+class TestErrors(unittest.TestCase):
+    """The one line that a script ends with when something is wrong."""
+
+    TEXT = "error: the folder out/a-rather-long-name/of-a-run holds a run with other options"
+
+    def wrapped(self, stream):
+        with (
+            mock.patch("sys.stderr", stream),
+            mock.patch.dict("os.environ", {"COLUMNS": "40", "LINES": "24"}),
+        ):
+            return wrapped(self.TEXT)
+
+    def test_on_a_terminal_its_lines_end_between_words(self):
+        lines = self.wrapped(Terminal()).splitlines()
+        self.assertGreater(len(lines), 1)
+        self.assertLessEqual(max(map(len, lines)), 40)
+        self.assertEqual(" ".join(lines), self.TEXT)
+
+    def test_in_a_file_it_stays_one_line(self):
+        self.assertEqual(self.wrapped(io.StringIO()), self.TEXT)
 
 
 class TestConsole(unittest.TestCase):

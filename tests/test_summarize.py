@@ -21,7 +21,15 @@ from mingpt import evaluation
 from mingpt.bpe import BPETokenizer
 from mingpt.rlhf import RewardModel
 from mingpt.run_folder import read_metrics
-from tests.common import NO_POINTS, ROOT, Server, TempDirTestCase, tiny_gpt
+from tests.common import (
+    NO_POINTS,
+    ROOT,
+    Server,
+    TempDirTestCase,
+    printed,
+    readme_examples,
+    tiny_gpt,
+)
 
 PROJECT = ROOT / "projects" / "summarize_rlhf"
 
@@ -516,6 +524,11 @@ class TestStages(unittest.TestCase):
         names = {path.name for path in (self.out / "plots").iterdir()}
         self.assertEqual(names, {"calibration.png", "training.png", "ppo.png"})
         self.assertNotIn(NO_POINTS, self.whole.stderr)
+
+    def test_the_lines_that_use_the_result_are_printed_and_work(self):
+        [example] = readme_examples("summarize_rlhf", self.out)
+        self.assertIn(example, self.whole.stdout)
+        self.assertNotIn("<|endoftext|>", printed(exec, example, {}))
 
     def test_comparisons(self):
         rows = []

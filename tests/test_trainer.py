@@ -572,6 +572,27 @@ class TestResume(TempDirTestCase):
             self.train("run", 8, lr_schedule="linear")
 
 
+class TestWhatItSays(TempDirTestCase):
+    def said(self, first_iterations):
+        """What a run logs that continues after so many iterations."""
+        options = {"work_dir": str(self.folder)}
+        first_options = config(**options, max_iters=max(1, first_iterations))
+        trainer = Trainer(first_options, tiny_gpt(), tokens())
+        if first_iterations:
+            trainer.run()
+        else:
+            trainer.save_checkpoint()
+        with self.assertLogs("mingpt", "INFO") as logs:
+            Trainer(config(**options), tiny_gpt(), tokens()).run()
+        return "\n".join(logs.output)
+
+    def test_that_it_continues_and_from_where(self):
+        self.assertIn("checkpoint.pt, after iteration 3", self.said(3))
+
+    def test_from_before_the_first_iteration_it_begins(self):
+        self.assertNotIn("continues", self.said(0))
+
+
 class TestOlderCheckpoint(TempDirTestCase):
     """A checkpoint from before warmup_iters was an option of the Trainer."""
 

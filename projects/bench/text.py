@@ -172,7 +172,7 @@ def their_vocabulary(pieces: list[str]) -> Run:
         tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
         tokenizer.pre_tokenizer = byte_level(add_prefix_space=False)
         trainer = tokenizers.trainers.BpeTrainer(
-            vocab_size=4095,  # ours has the end-of-text token besides
+            vocab_size=4095,  # ours has the end-of-text token, too
             show_progress=False,
             initial_alphabet=byte_level.alphabet(),
         )

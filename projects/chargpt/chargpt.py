@@ -233,7 +233,8 @@ from mingpt.model import GPT
 
 model = GPT.from_pretrained("{folder}")
 tokenizer = CharTokenizer.from_pretrained("{folder}")
-print(tokenizer.decode(model.generate(tokenizer("the "), 200, do_sample=True)[0]))"""
+written = model.generate(tokenizer("the "), 200, do_sample=True)[0]
+print(tokenizer.decode(written))"""
 
 
 def report(

@@ -14,9 +14,10 @@ from typing import Any
 
 import torch
 
-from mingpt import evaluation
+from mingpt import evaluation, lora
+from mingpt.bpe import BPETokenizer
 from mingpt.chat import Chat
-from mingpt.checkpoint import read_json
+from mingpt.checkpoint import read_json, to_json, write_text
 from mingpt.config import CfgNode, check_numbers, documented
 from mingpt.datasets import read_text
 from mingpt.evaluation import Samples
@@ -26,6 +27,15 @@ from store import Answer, Pair
 
 PROMPTS = Path(__file__).with_name("prompts.txt")
 TRIES = 4  # to sample two answers that differ
+BASE = "base.json"  # beside an adapter: the name and the hash of its base
+
+# GPT-2 has never seen a conversation. With --sft it learns one from this form.
+PLAIN_MODELS = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
+PLAIN_TEMPLATE = (
+    "{% for message in messages %}{{ message.role | capitalize }}: {{ message.content }}"
+    "{% if message.role == 'assistant' %}{{ eos_token }}{% endif %}\n{% endfor %}"
+    "{% if add_generation_prompt %}Assistant:{% endif %}"
+)
 
 
 @documented
@@ -73,9 +83,19 @@ class ChatModel:
 
     @classmethod
     def load(cls, name: str, device: str = "auto") -> "ChatModel":
-        """The model of this name, on the device, in evaluation mode."""
+        """The model of this name, on the device, in evaluation mode.
+
+        ValueError for an adapter whose base is another model by now.
+        """
         model = GPT.from_pretrained(name).to(pick_device(device)).eval()
-        return cls(name, model, Chat.from_pretrained(chat_name(name)))
+        base = base_of(name)
+        if base is not None and base["sha256"] != hash_of(model, with_adapter=False):
+            raise ValueError(
+                f"{name} is an adapter of another {base['name']}: its base had the SHA-256 "
+                f"{base['sha256'][:16]}..., which this one has not: get that base again, or teach "
+                "this one"
+            )
+        return cls(name, model, load_chat(name))
 
     def encode(self, ask: CfgNode, prompt: str) -> list[int]:
         """The ids that the model answers to. ValueError if no room is left for an answer."""
@@ -120,19 +140,32 @@ def as_answer(samples: Samples, row: int, model_hash: str) -> Answer:
     return Answer(text=text, ids=ids, ended=bool(samples.ended[row]), model=model_hash)
 
 
-def chat_name(name: str) -> str:
-    """Where the template of a model is: an adapter without one has that of its base."""
-    folder = Path(name)
-    adapter = folder / "adapter_config.json"
-    if adapter.exists() and not (folder / "tokenizer_config.json").exists():
-        return read_json(adapter)["base_model_name_or_path"]
-    return name
+def base_of(name: str) -> dict[str, str] | None:
+    """{"name": ..., "sha256": ...} of the base of an adapter of ours; None for another model."""
+    file = Path(name) / BASE
+    return read_json(file) if file.exists() else None
 
 
-def hash_of(model: torch.nn.Module) -> str:
+def save_adapter(model: Any, chat: Any, base: dict[str, str], folder: Path) -> None:
+    """Save the adapter of a model, its template, and what its base is: {"name", "sha256"}."""
+    lora.save_pretrained(model, folder, base["name"])
+    chat.save_pretrained(folder)
+    write_text(folder / BASE, to_json(base, indent=2) + "\n")
+
+
+def load_chat(name: str) -> Any:
+    """The model's own template; for a GPT-2, which has none, a plain one."""
+    if name in PLAIN_MODELS:
+        return Chat(BPETokenizer(), PLAIN_TEMPLATE)
+    return Chat.from_pretrained(name)
+
+
+def hash_of(model: torch.nn.Module, with_adapter: bool = True) -> str:
     """SHA-256 of a model's weights, by their names: it says which model wrote an answer."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
+        if not with_adapter and ".adapters." in name:
+            continue
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
         digest.update(memoryview(raw.numpy()))

@@ -33,6 +33,7 @@ class PairMaker(threading.Thread):
         self.store = store
         self.make_pair = make_pair
         self.problem = ""  # why no pair could be made, for the page
+        self.finished = False  # there are no more pairs
         self.wanted = threading.Event()
         self.stopping = False
 
@@ -59,6 +60,7 @@ class PairMaker(threading.Thread):
             return False
         id, prompt = typed or (None, None)
         pair = self.make_pair(prompt, id)
+        self.finished = pair is None
         if pair is None:
             return False
         self.store.add_pairs([pair])
@@ -100,6 +102,7 @@ def run_desk(
             "goal": goal,
             "lengths": lengths(store) if may_write else "",
             "who": f"as {who}" if who else "",
+            "finished": maker.finished,
             "may_write": may_write,
             "problem": maker.problem,
         }

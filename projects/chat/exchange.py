@@ -117,11 +117,11 @@ def check_messages(messages: Any) -> None:
 
 
 def answer_text(row: dict[str, Any], name: str) -> str:
-    """The text of an answer, which may be a list of one message."""
+    """The text of an answer, which may be a list of one message. It may be empty, too."""
     answer = row.get(name)
     if isinstance(answer, list) and len(answer) == 1 and isinstance(answer[0], dict):
         answer = answer[0].get("content")
-    if not isinstance(answer, str) or not answer.strip():
-        raise ValueError(f"{name} must be text, or a list of one message that has some")
+    if not isinstance(answer, str):
+        raise ValueError(f"{name} must be text, or a list of one message")
     check_encodable(f"{name} answer", answer)
     return answer

@@ -28,17 +28,18 @@ FIGURES = (
     *("val_loss_pretrain", "reward_pretrain", "reward_sft", "reward_rl", "kl_rl", "kl_optimal"),
     *("unique_rl", "length_sft", "length_rl"),
 )
-USAGE = """
-How to use the result:
+HOW_TO_USE_IT = """
+To use the model from Python:
 
-    from mingpt.chars import CharTokenizer
-    from mingpt.evaluation import sample
-    from mingpt.model import GPT
+from mingpt.chars import CharTokenizer
+from mingpt.evaluation import sample
+from mingpt.model import GPT
 
-    tokenizer = CharTokenizer.from_pretrained({folder!r})
-    model = GPT.from_pretrained({folder!r})
-    print(sample(model, [[tokenizer.eot_token]], 10, tokenizer=tokenizer, max_new_tokens=64).texts)
-"""
+model = GPT.from_pretrained("{folder}")
+tokenizer = CharTokenizer.from_pretrained("{folder}")
+start = [tokenizer.eot_token]
+tweets = sample(model, [start], n=10, tokenizer=tokenizer, max_new_tokens=64)
+print("\\n".join(tweets.texts))"""
 
 
 def sample_tweets(model: GPT, tokenizer, n: int, seed: int, reward_fn=None, prompt="") -> Samples:
@@ -157,7 +158,7 @@ def write(
     }
     write_text(work_dir / "summary.json", to_json(summary, indent=2) + "\n")
     print(table(summary, tweets, work_dir))
-    print(USAGE.format(folder=str(stages.model_folder(list(models)[-1]))))
+    print(HOW_TO_USE_IT.format(folder=stages.model_folder(list(models)[-1]).as_posix()))
 
 
 def sample_stages(
@@ -250,7 +251,7 @@ def table(summary: dict, tweets: dict[str, Samples], work_dir: Path) -> str:
     lines += ["", *list(tweets.values())[-1].texts[:10], ""]
     memory = "" if summary["peak_rss_mb"] is None else f", {summary['peak_rss_mb']} MB"
     lines.append(
-        f"{summary['seconds']:.0f} s{memory}; plots, samples and summary.json are in {work_dir}"
+        f"{summary['seconds']:.0f} s{memory}. Plots, samples and summary.json are in {work_dir}."
     )
     return "\n".join(lines)
 

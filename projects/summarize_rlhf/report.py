@@ -28,6 +28,18 @@ from mingpt.run_folder import read_metrics
 from mingpt.utils import import_extra, peak_memory_mb
 from pipeline import Run
 
+HOW_TO_USE_IT = """
+To use the model from Python:
+
+from mingpt.bpe import BPETokenizer
+from mingpt.evaluation import sample
+from mingpt.model import GPT
+
+model = GPT.from_pretrained("{folder}")
+tokenizer = BPETokenizer.from_pretrained("{folder}")
+text = "Returns:\\nThe Euclidean length of the vector.\\nTL;DR:"
+print(sample(model, [text], tokenizer=tokenizer, max_new_tokens=24).texts[0])"""
+
 
 @dataclass
 class Outcome:
@@ -72,6 +84,7 @@ def write(run: Run) -> None:
     tokenizer.save_pretrained(run.work_dir / "model")
     pipeline.write_json(run.work_dir / "summary.json", summary)
     print(table(summary, run.work_dir))
+    print(HOW_TO_USE_IT.format(folder=(run.work_dir / "model").as_posix()))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -203,9 +216,10 @@ def table(summary: dict, work_dir: Path) -> str:
     lines += [
         "",
         f"Of {summary['texts']} held-out texts the judge prefers PPO's summary for "
-        f"{summary['judge_prefers_ppo']:.1%}, at a KL of {summary['kl_ppo']:.2f} nats.",
-        f"{sum(summary['seconds'].values())} s in the stages{memory}; "
-        f"samples.md, summary.json, the plots and the model are in {work_dir}",
+        f"{summary['judge_prefers_ppo']:.1%},",
+        f"at a KL of {summary['kl_ppo']:.2f} nats.",
+        f"{sum(summary['seconds'].values())} s in the stages{memory}.",
+        f"samples.md, summary.json, the plots and the model are in {work_dir}.",
     ]
     return "\n".join(lines)
 

@@ -174,8 +174,9 @@ def write_accuracy(run: Run, rows: list[dict]) -> None:
             accuracies[stage][kind] = accuracy(margins_of_kind)
             curves[f"{stage}, {kind}"] = calibration(margins_of_kind)
         accuracies[stage]["all"] = accuracy(margins)
-        shares = [f"{kind} {share:.1%}" for kind, share in accuracies[stage].items()]
-        logger.info("held-out comparisons that the %s gets right: %s", name, ", ".join(shares))
+        logger.info("held-out comparisons that the %s gets right:", name)
+        for kind, share in accuracies[stage].items():
+            logger.info("  %s: %.1f%%", kind, 100 * share)
     curves["calibrated"] = ([0.5, 1], [0.5, 1])
     plot_metrics(
         run.work_dir / "plots" / "calibration.png",

@@ -1,0 +1,125 @@
+"""
+From labels to lessons: what the stages of teach.py learn from, and how it is held out.
+
+Labels on one prompt are all learned from, or all held out. Otherwise a reward model could know the
+held-out answers from its lessons, and would look better than it is.
+"""
+
+import hashlib
+import random
+from pathlib import Path
+from typing import Any
+
+from mingpt.checkpoint import to_json
+from mingpt.datasets import read_jsonl
+from store import Label, Store
+
+FEWEST = 12  # comparisons, below which nothing is taught
+FEW = 50  # comparisons, below which it is said that they are few
+
+
+def read_labels(path: str) -> list[Label]:
+    """All labels in a database. ValueError if there is no such file."""
+    if not Path(path).exists():
+        raise ValueError(f"{path}: there is no such file. First label some pairs with label.py")
+    store = Store(path)
+    labels = store.labels()
+    store.close()
+    return labels
+
+
+def comparisons(labels: list[Label]) -> list[dict[str, Any]]:
+    """The rows that a reward model or DPO learns from, as `Comparisons` takes them.
+
+    Left out are texts that say the same twice, and empty ones that have not even ended.
+    """
+    rows = []
+    for label in labels:
+        for chosen, rejected in label.comparisons():
+            answers = (chosen, rejected)
+            is_empty = any(not answer.text and not answer.ended for answer in answers)
+            is_same = chosen.text == rejected.text and chosen.ended == rejected.ended
+            if is_empty or is_same:
+                continue
+            rows.append({
+                "prompt": label.pair.messages,
+                "chosen": chosen.text,
+                "rejected": rejected.text,
+                "ended": [chosen.ended, rejected.ended],
+            })
+    return rows
+
+
+def check_number(rows: list[dict[str, Any]], path: str) -> str:
+    """What a person should know about so few rows, or "". ValueError if they are too few."""
+    n = len(rows)
+    if n < FEWEST:
+        raise ValueError(
+            f"{path} holds {n} labels that choose an answer, and {FEWEST} is the fewest that "
+            "anything can be learned from: 50 are a beginning, 200 are good. Label more with "
+            "label.py, which goes on where you stopped"
+        )
+    if n < FEW:
+        return (
+            f"{n} labels are few: the reward model may learn little more than chance from them, "
+            f"and its held-out accuracy is uncertain. From {FEW} on it gets better"
+        )
+    return ""
+
+
+def hold_out(
+    rows: list[dict[str, Any]], fraction: float, seed: int
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """(to learn from, held out): about this fraction of the rows is held out, by prompt."""
+    by_prompt: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        by_prompt.setdefault(to_json(row["prompt"]), []).append(row)
+    prompts = sorted(by_prompt)
+    random.Random(f"held out {seed}").shuffle(prompts)
+    held_out: list[dict[str, Any]] = []
+    learned: list[dict[str, Any]] = []
+    wanted = max(1, round(fraction * len(rows)))
+    for prompt in prompts:
+        side = held_out if len(held_out) < wanted else learned
+        side += by_prompt[prompt]
+    if not learned:
+        raise ValueError(
+            f"all {len(rows)} labels are on one prompt, so none can be held out: label answers to "
+            "other prompts, too"
+        )
+    return learned, held_out
+
+
+def demonstrations(labels: list[Label], source: str) -> list[dict[str, Any]]:
+    """The rows that the sft stage learns from: conversations, as {"messages": [...]}.
+
+    source: a file of JSON lines, or the word `labels` for the answers that were written on the
+    page.
+    """
+    if source != "labels":
+        rows = read_jsonl(source)
+        for number, row in enumerate(rows, start=1):
+            if not isinstance(row.get("messages"), list):
+                raise ValueError(
+                    f'{source}, row {number}: must be like {{"messages": [{{"role": "user", '
+                    '"content": "..."}, {"role": "assistant", "content": "..."}]}'
+                )
+    else:
+        rows = [
+            {
+                "messages": [
+                    *label.pair.messages,
+                    {"role": "assistant", "content": label.better},
+                ]
+            }
+            for label in labels
+            if label.choice == "better"
+        ]
+    if not rows:
+        raise ValueError(f"--sft={source} holds no conversations")
+    return rows
+
+
+def digest(rows: list[dict[str, Any]]) -> str:
+    """A short hash of some rows: a run of other labels is another run."""
+    return hashlib.sha256(to_json(rows).encode()).hexdigest()[:16]

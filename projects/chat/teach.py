@@ -1,0 +1,403 @@
+"""
+Teach a chat model what you like, from the labels of label.py.
+
+  1. sft      only with --sft: fine-tuning on conversations, on the assistant's turns alone
+  2. reward   only with --method=ppo: a reward model learns which answers you choose
+  3. rl       PPO against that reward model; or, with --method=dpo, DPO on the labels themselves
+
+    python projects/chat/teach.py                                   all of it, into out/chat/taught
+    python projects/chat/teach.py --method=dpo --system.work_dir=out/chat/dpo
+    python projects/chat/teach.py --rl.kl_coef=0.1 --base=out/chat/taught \\
+        --system.work_dir=out/chat/other                            rl alone, from the reward there
+    python projects/chat/teach.py --sft=talks.jsonl --method=none --model.name=gpt2
+                                                                    a dialog agent out of GPT-2
+
+The base model is never changed. What is learned is an adapter of a few megabytes (mingpt/lora.py):
+policy, reference, value function and reward model all stand on the one frozen trunk. The policy's
+adapter is in rl/model; talk.py and compare.py take that folder as their model. --merge writes a
+whole model instead, which needs no base any more.
+
+An interrupted run continues where it stopped, and finished stages are skipped.
+"""
+
+import functools
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+import answers
+import lessons
+import outcome
+from answers import ChatModel
+from mingpt import evaluation, lora
+from mingpt.checkpoint import run_script
+from mingpt.config import CfgNode, check_booleans, check_numbers, documented, parse_args
+from mingpt.datasets import Comparisons, Completions
+from mingpt.heads import ActorCritic, RewardModel, ValueModel
+from mingpt.rlhf import DPOLoss, PPOTrainer, choose, comparison_loss
+from mingpt.stages import Stages
+from mingpt.trainer import Trainer
+from mingpt.utils import import_extra, log_to_console, set_seed
+
+logger = logging.getLogger("mingpt.chat")
+
+METHODS = ("ppo", "dpo", "none")
+
+
+@documented
+def get_config() -> CfgNode:
+    """Every option and its default."""
+    C = CfgNode()
+    C.method = "ppo"                 # or dpo; or none, to stop after sft
+    C.labels = "out/chat/labels.db"  # where label.py has put them
+    C.sft = ""                       # a file of conversations to learn first, or `labels`: the
+                                     # answers that you have written on the page
+    C.base = ""                      # folder of another run, whose finished stages are taken
+    C.merge = False                  # also write the whole model, with the adapter merged into it
+
+    C.system = CfgNode()
+    C.system.seed = 3407             # of everything: batches, samples, what is held out
+    C.system.work_dir = "out/chat/taught"  # everything that is written goes there
+
+    C.model = CfgNode()
+    C.model.name = "smollm2"         # or a hub name, a folder, a .gguf file
+    C.model.rank = 8                 # of the adapters
+    C.model.alpha = 16.0             # their updates are scaled by alpha / rank
+
+    C.ask = answers.get_ask_config()
+
+    C.data = CfgNode()
+    C.data.held_out = 0.2            # this share of the labels is kept to test the reward model
+    C.data.prompts = ""              # prompts for PPO, one a line; empty: the project's own 300
+    C.data.normalized_on = 128       # answers of the reference, on which rewards have mean 0 and
+                                     # variance 1
+
+    C.finetune = Trainer.get_default_config()
+    C.finetune.epochs = 2
+    C.finetune.batch_size = 8
+    C.finetune.learning_rate = 2e-4
+    C.finetune.lr_schedule = "linear"
+    C.finetune.weight_decay = 0.0
+
+    C.reward = Trainer.get_default_config()
+    C.reward.epochs = 3
+    C.reward.batch_size = 8          # labels
+    C.reward.learning_rate = 3e-4
+    C.reward.lr_schedule = "linear"
+    C.reward.warmup_iters = 5
+    C.reward.weight_decay = 0.0
+    C.reward.log_every = 1
+    C.reward.centering = 0.01        # draws the mean reward of each prompt to 0
+
+    C.rl = PPOTrainer.get_default_config()
+    C.rl.max_iters = 30
+    C.rl.batch_size = 32             # answers in a rollout
+    C.rl.minibatch_size = 16
+    C.rl.micro_batch_size = 8
+    C.rl.ppo_epochs = 2
+    C.rl.learning_rate = 1e-4
+    C.rl.value_lr_ratio = 3.0
+    C.rl.lr_schedule = "linear"
+    C.rl.gae_lambda = 1.0
+    C.rl.kl_coef = 0.05
+    C.rl.kl_target = 10.0            # nats an answer
+    C.rl.kl_horizon = 600
+    C.rl.missing_eos_penalty = 0.5
+    C.rl.checkpoint_every = 5
+
+    # The Trainer's options for --method=dpo.
+    C.dpo = Trainer.get_default_config()
+    C.dpo.epochs = 3
+    C.dpo.batch_size = 8             # labels
+    C.dpo.learning_rate = 1e-4
+    C.dpo.lr_schedule = "linear"
+    C.dpo.warmup_iters = 5
+    C.dpo.weight_decay = 0.0
+    C.dpo.log_every = 1
+    C.dpo.beta = 0.1                 # strength of the penalty for leaving the reference
+
+    # Some things are not for the user to choose here: folders are named after the stages, and the
+    # answers are sampled as `ask` says.
+    for section in (C.finetune, C.reward, C.rl, C.dpo):
+        del section.work_dir
+    del C.rl.max_new_tokens, C.rl.temperature, C.rl.stop_token
+
+    C.report = CfgNode()
+    C.report.prompts = ""            # fresh prompts, one a line; empty: the project's own 100
+    C.report.batch_size = 32         # answers at a time
+    return C
+
+
+def check_config(config: CfgNode) -> None:
+    """ValueError for options that cannot be, before anything is loaded."""
+    if config.method not in METHODS:
+        raise ValueError(f"--method={config.method} must be one of {', '.join(METHODS)}")
+    if config.method == "none" and not config.sft:
+        raise ValueError("--method=none teaches nothing without --sft=FILE: give one of them")
+    answers.check_ask(config.ask)
+    check_booleans(config, "merge")
+    check_numbers(config.system, "seed", whole=True)
+    check_numbers(config.model, "rank", low=1, whole=True)
+    check_numbers(config.model, "alpha", low=1e-6)
+    check_numbers(config.data, "held_out", low=0.01, high=0.9)
+    check_numbers(config.data, "normalized_on", low=2, whole=True)
+    check_numbers(config.dpo, "beta", low=1e-6)
+    check_numbers(config.reward, "centering")
+
+
+# --------------------------------------------------------------------------------------------------
+# What a run consists of
+
+
+class Lessons:
+    """What the stages learn from: demonstrations, and labels to learn from and to test on."""
+
+    def __init__(self, config: CfgNode):
+        needs_labels = config.method != "none" or config.sft == "labels"
+        labels = lessons.read_labels(config.labels) if needs_labels else []
+        self.demonstrations = []
+        if config.sft:
+            self.demonstrations = lessons.demonstrations(labels, config.sft)
+        self.train: list[dict] = []
+        self.held_out: list[dict] = []
+        if config.method == "none":
+            return
+        rows = lessons.comparisons(labels)
+        warning = lessons.check_number(rows, config.labels)
+        if warning:
+            logger.warning(warning)
+        self.train, self.held_out = lessons.hold_out(
+            rows, config.data.held_out, config.system.seed
+        )
+        logger.info("%d labels to learn from, %d held out", len(self.train), len(self.held_out))
+
+    def facts(self) -> dict[str, str]:
+        """What says whether a run had the same lessons: by the sections of `make_stages`."""
+        return {
+            "labels.hash": lessons.digest(self.train + self.held_out),
+            "demonstrations.hash": lessons.digest(self.demonstrations),
+        }
+
+
+class AdapterStages(Stages):
+    """Stages that leave adapters of one base model, in place of whole models."""
+
+    def __init__(self, *args: Any, base_model: dict[str, str], **options: Any):
+        self.base_model = base_model  # its name and its hash
+        super().__init__(*args, **options)
+
+    def save_model(self, model: Any, folder: Path, tokenizer: Any) -> None:
+        """Save the adapter that was trained."""
+        answers.save_adapter(model, tokenizer, self.base_model, folder)
+
+
+def make_stages(config: CfgNode, material: Lessons, model: ChatModel) -> AdapterStages:
+    """The run's stages: who trains them, what they depend on, what is checked and locked."""
+    dpo = config.method == "dpo"
+    sampling = {
+        "max_new_tokens": config.ask.max_new_tokens,
+        "temperature": config.ask.temperature,
+        "stop_token": list(model.chat.stop_tokens),
+    }
+    return AdapterStages(
+        config,
+        config.system.work_dir,
+        order={
+            "sft": Trainer if config.sft else None,
+            "reward": Trainer if config.method == "ppo" else None,
+            "rl": {"ppo": PPOTrainer, "dpo": Trainer, "none": None}[config.method],
+        },
+        base=config.base,
+        # Which sections of options, and which facts, a stage depends on beside those before it.
+        sections={
+            "sft": ["finetune", "demonstrations"],
+            "reward": ["reward", "labels", "data"],
+            "rl": [*(["dpo", "rl"] if dpo else ["rl", "dpo"]), "labels", "data", "ask", "method"],
+        },
+        extras={"reward": ["centering"], "rl": ["beta"] if dpo else []},
+        overrides={} if dpo else {"rl": sampling},
+        free=["base", "labels", "merge", "method", "sft", "system.work_dir", "report.*"],
+        facts={"base_hash": model.hash, "method.name": config.method, **material.facts()},
+        tokenizer=model.chat,
+        base_model={"name": model.name, "sha256": model.hash},
+    )
+
+
+def load_base(config: CfgNode) -> ChatModel:
+    """The base model, without any adapter."""
+    if (Path(config.model.name) / "adapter_config.json").exists():
+        raise ValueError(
+            f"--model.name={config.model.name} is an adapter: give its base, or merge it first "
+            "(teach.py --merge)"
+        )
+    return ChatModel.load(config.model.name, config.rl.device)
+
+
+# --------------------------------------------------------------------------------------------------
+# The stages
+
+
+def sft(config: CfgNode, stages: AdapterStages, material: Lessons, model: ChatModel) -> Trainer:
+    """Fine-tune on conversations: the loss is on the assistant's turns alone."""
+    set_seed(config.system.seed)
+    lora.add(model.model, config.model.rank, config.model.alpha)
+    data = Completions(material.demonstrations, model.chat, model.model.config.block_size)
+    return Trainer(
+        stages.trainer_config("sft"),
+        model.model,
+        data,
+        collate_fn=data.collate,
+        weight_fn=data.weight,
+    )
+
+
+def reward(config: CfgNode, stages: AdapterStages, material: Lessons, model: ChatModel) -> Trainer:
+    """Learn which answers are chosen: an adapter and a head on the frozen trunk."""
+    set_seed(config.system.seed + 1)
+    prepare_policy(config, stages, model)
+    return Trainer(
+        stages.trainer_config("reward"),
+        new_reward_model(config, model),
+        load_comparisons(material.train, model),
+        load_comparisons(material.held_out, model),
+        loss_fn=functools.partial(comparison_loss, centering=config.reward.centering),
+        collate_fn=Comparisons.collate,
+    )
+
+
+def ppo(config: CfgNode, stages: AdapterStages, material: Lessons, model: ChatModel) -> Trainer:
+    """Answer so that the reward model likes it, and stay near to the reference."""
+    set_seed(config.system.seed + 2)
+    prepare_policy(config, stages, model)
+    reward_model = load_reward_model(config, stages, model)
+    normalize(config, reward_model, model)  # the policy still is the reference
+    trainer_config = stages.trainer_config("rl")
+    value_model = None
+    if choose(trainer_config).advantage == "gae":
+        value_model = ValueModel.on(
+            model.model, rank=config.model.rank, alpha=config.model.alpha
+        )
+    prompts = answers.read_prompts(config.data.prompts)
+    return PPOTrainer(
+        trainer_config,
+        model.model,
+        reward_model,
+        [model.encode(config.ask, prompt) for prompt in prompts],
+        value_model=value_model,
+        tokenizer=model.chat,
+    )
+
+
+def dpo(config: CfgNode, stages: AdapterStages, material: Lessons, model: ChatModel) -> Trainer:
+    """Learn from the labels themselves, without a reward model."""
+    set_seed(config.system.seed + 2)
+    prepare_policy(config, stages, model)
+    return Trainer(
+        stages.trainer_config("rl"),
+        ActorCritic(model.model),
+        load_comparisons(material.train, model),
+        load_comparisons(material.held_out, model),
+        loss_fn=DPOLoss(model.model, config.dpo.beta),
+        collate_fn=Comparisons.collate,
+    )
+
+
+# --------------------------------------------------------------------------------------------------
+# Their parts
+
+
+def prepare_policy(config: CfgNode, stages: AdapterStages, model: ChatModel) -> None:
+    """Give the policy an adapter: that of sft, where there is one, or one that changes nothing."""
+    if config.sft:
+        lora.load(model.model, stages.model_folder("sft"))
+    else:
+        lora.add(model.model, config.model.rank, config.model.alpha)
+
+
+def new_reward_model(config: CfgNode, model: ChatModel) -> RewardModel:
+    """A reward model on the policy's trunk, which has learned nothing yet."""
+    return RewardModel.on(model.model, rank=config.model.rank, alpha=config.model.alpha)
+
+
+def load_reward_model(
+    config: CfgNode, stages: AdapterStages, model: ChatModel
+) -> RewardModel:
+    """The reward model of the reward stage, on the policy's trunk."""
+    reward_model = new_reward_model(config, model)
+    lora.load(reward_model, stages.model_folder("reward"))
+    return reward_model.eval()
+
+
+def normalize(config: CfgNode, reward_model: RewardModel, reference: ChatModel) -> None:
+    """Give the rewards mean 0 and variance 1 on answers of the reference (Ziegler et al. 2019).
+
+    kl_coef is in units of this reward, and Bradley-Terry leaves open where its zero is.
+    """
+    prompts = answers.read_prompts(config.data.prompts)
+    asked = [
+        answers.prompt_number(prompts, i, config.system.seed)
+        for i in range(config.data.normalized_on)
+    ]
+    batch_size = config.report.batch_size
+    samples = reference.sample(config.ask, asked, 1, config.system.seed, batch_size)
+    scores = evaluation.score(samples, reward_model, batch_size)
+    reward_model.normalize(scores.to(reward_model.head.weight.device), unit_variance=True)
+
+
+def load_comparisons(rows: list[dict], model: ChatModel) -> Comparisons:
+    """The labels as token ids."""
+    return Comparisons(rows, model.chat, model.model.config.block_size)
+
+
+# --------------------------------------------------------------------------------------------------
+# All together
+
+
+def main(args: list[str]) -> None:
+    config = get_config()
+    parse_args(config, args, __doc__)
+    check_config(config)
+    log_to_console()
+    import_extra("matplotlib", "projects")  # before the work, not after it
+    started = time.time()
+    material = Lessons(config)
+    model: ChatModel | None = load_base(config)
+    stages = make_stages(config, material, model)
+    seconds_before = stages.seconds()  # finished stages took this when they ran
+    makers = {"sft": sft, "reward": reward, "rl": dpo if config.method == "dpo" else ppo}
+    for stage in stages.names:
+        if stages.finished(stage):
+            continue
+        # Each stage begins with a base that carries no adapter of an earlier one.
+        model = model or load_base(config)
+        make_trainer = functools.partial(makers[stage], config, stages, material, model)
+        trainer = stages.run(stage, make_trainer)
+        seconds_before += trainer.resumed_seconds
+        model = None
+    report(config, stages, material, started - seconds_before)
+    if config.merge:
+        folder = Path(config.system.work_dir) / "merged"
+        outcome.write_merged(stages.model_folder(stages.names[-1]), folder)
+
+
+def report(config: CfgNode, stages: AdapterStages, material: Lessons, started: float) -> None:
+    """Write what came of it: see outcome.py."""
+    last = stages.names[-1]
+    # Before: the base, or what sft has made of it, where the last stage began there.
+    begins_with_sft = config.sft and last != "sft"
+    name = str(stages.model_folder("sft")) if begins_with_sft else config.model.name
+    before = ChatModel.load(name, config.rl.device)
+    after = ChatModel.load(str(stages.model_folder(last)), config.rl.device)
+    reward_model = None
+    margins = None
+    if "reward" in stages.names:
+        reward_model = load_reward_model(config, stages, before)
+        held_out = load_comparisons(material.held_out, before)
+        margins = outcome.margins(reward_model, held_out, config.report.batch_size)
+        normalize(config, reward_model, before)
+    outcome.write(config, stages, before, after, reward_model, margins, started)
+
+
+if __name__ == "__main__":
+    run_script(main)
