@@ -23,6 +23,9 @@ Read this file from top to bottom. Each section adds one idea to the one before:
     6. BPETokenizer        the class to use: train, save, load
     7. Files               in which a vocabulary is kept
 
+Other models have other words and further special tokens: words.py has their rules, and
+tokenizer_files.py reads their files. The algorithm is the same for all.
+
 Sources: Sennrich et al. 2016 (arXiv:1508.07909) for the algorithm; Radford et al. 2019 (GPT-2) for
 the bytes, the words, and the files encoder.json and vocab.bpe, called vocab.json and merges.txt
 in Hugging Face's libraries.
@@ -667,6 +670,15 @@ def get_encoder() -> Encoder:
 
 # --- 7. Files ------------------------------------------------------------------------------------
 
+FILE_NAMES = [
+    ("vocab.json", "merges.txt"),  # transformers' and ours
+    ("encoder.json", "vocab.bpe"),  # OpenAI's
+]
+GPT2_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main"
+GPT2_SHA256 = {
+    "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
+    "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
+}
 
 
 def read_vocabulary(path: Path) -> Vocabulary:
@@ -682,17 +694,6 @@ def read_vocabulary(path: Path) -> Vocabulary:
         return read_tokenizer_json(path / "tokenizer.json")
     vocab, merges = read_files(path)
     return gpt2_vocabulary(vocab, merges)
-
-
-FILE_NAMES = [
-    ("vocab.json", "merges.txt"),  # transformers' and ours
-    ("encoder.json", "vocab.bpe"),  # OpenAI's
-]
-GPT2_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main"
-GPT2_SHA256 = {
-    "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
-    "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
-}
 
 
 def read_files(folder: str | Path) -> tuple[dict[str, int], list[tuple[str, str]]]:

@@ -25,6 +25,7 @@ from mingpt.rlhf import PPOTrainer, TextReward
 from mingpt.templates import Renderer
 from tests import tokenizer_fixtures as fixtures
 from tests.common import Server, TempDirTestCase, tiny_gpt
+from tests.test_gguf import metadata_of, small_llama, tensors_of, write
 
 # SmolLM2's own template, as its file has it.
 SMOLLM2 = (
@@ -592,6 +593,29 @@ class TestLoading(TempDirTestCase):
         messages = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "Yes"}]
         self.assertEqual(characters.decode(characters.encode(messages)), text)
         self.assertEqual(characters.stop_tokens, [characters.tokenizer.eot_token])
+
+    def test_a_gguf(self):
+        theirs_json = json.loads(theirs("smollm2").backend_tokenizer.to_str())
+        vocab = chat().tokenizer.vocab
+        special = chat().special
+        tokens = sorted(vocab, key=vocab.__getitem__)
+        model = small_llama(vocab_size=len(tokens))
+        metadata = metadata_of(model.config) | {
+            "tokenizer.ggml.tokens": ("add_array", tokens),
+            "tokenizer.ggml.token_type": ("add_array", [3 if t in special else 1 for t in tokens]),
+            "tokenizer.ggml.merges": (
+                "add_array",
+                [" ".join(merge) for merge in theirs_json["model"]["merges"]],
+            ),
+            "tokenizer.ggml.eos_token_id": ("add_uint32", special["<|im_end|>"]),
+            "tokenizer.ggml.eot_token_id": ("add_uint32", special["<|endoftext|>"]),
+            "tokenizer.chat_template": ("add_string", SMOLLM2),
+        }
+        path = write(self.folder / "x.gguf", metadata, tensors_of(model))
+        loaded = Chat.from_pretrained(path)
+        self.assertEqual(loaded.encode([SYSTEM, QUESTION]), chat().encode([SYSTEM, QUESTION]))
+        self.assertEqual(loaded.stop_tokens, [special["<|im_end|>"], special["<|endoftext|>"]])
+        self.assertEqual(BPETokenizer.from_pretrained(path).special, special)
 
     def test_smollm2(self):
         fixtures.real_smollm2()
