@@ -36,7 +36,8 @@ from typing import Any, Literal, Self, overload
 
 from mingpt.bpe import BPETokenizer, Encoder
 from mingpt.checkpoint import read_json, read_text, write_text
-from mingpt.datasets import end_token
+from mingpt.config import CfgNode, check_booleans
+from mingpt.datasets import check_tokenizer, end_token
 from mingpt.hub import find_pretrained
 from mingpt.templates import CHATML, Renderer, TemplateError
 from mingpt.tokenizer_files import AddedToken, AddedTokens, nfc
@@ -279,6 +280,7 @@ class Chat:
     def __init__(self, tokenizer: Any, template: str):
         if not isinstance(template, str):
             raise TypeError(f"got a template of type {type(template).__name__}; expected a text")
+        check_tokenizer(tokenizer, "encode", "decode")
         self.tokenizer = tokenizer
         self.template = template
         self.name = "the chat template"  # in errors
@@ -353,6 +355,8 @@ class Chat:
         return_mask also for a template that changes what it wrote before when a message is added,
         so that the conversation was never as it is now when the assistant answered.
         """
+        options = CfgNode(add_generation_prompt=add_generation_prompt, return_mask=return_mask)
+        check_booleans(options, "add_generation_prompt", "return_mask")
         if isinstance(messages, str):
             if add_generation_prompt or return_mask:
                 raise ValueError("got a text; a generation prompt and a mask need messages")

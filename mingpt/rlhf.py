@@ -62,7 +62,7 @@ from torch.nn import functional as F
 
 from mingpt import distributed, lora
 from mingpt.checkpoint import get_rng_state, set_rng_state
-from mingpt.config import CfgNode as CN, check_booleans, check_numbers, documented
+from mingpt.config import CfgNode as CN, check_booleans, check_numbers, check_present, documented
 from mingpt.datasets import Prompts, check_tokenizer, default_stop_token
 from mingpt.heads import ActorCritic, RewardModel, ValueHead, ValueModel, first_column
 from mingpt.model import GPT, check_mask_values, last_real, stop_ids
@@ -862,6 +862,7 @@ def choose(config: CN) -> Algorithm:
 
     ValueError for an unknown algorithm, an unknown choice, or choices that do not go together.
     """
+    check_present(config, ["algorithm", *CHOICES])
     if config.algorithm not in ALGORITHMS:
         raise ValueError(f"algorithm={config.algorithm!r} must be one of {', '.join(ALGORITHMS)}")
     # Begin with the row, and replace what the config sets itself. None means the row's value.

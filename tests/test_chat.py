@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import os
 import pickle
 import sys
 import time
@@ -22,7 +23,7 @@ from mingpt.evaluation import sample
 from mingpt.rlhf import PPOTrainer, TextReward
 from mingpt.templates import Renderer
 from tests import tokenizer_fixtures as fixtures
-from tests.common import TempDirTestCase, tiny_gpt
+from tests.common import Server, TempDirTestCase, tiny_gpt
 
 # SmolLM2's own template, as its file has it.
 SMOLLM2 = (
@@ -100,6 +101,7 @@ QUESTION = {"role": "user", "content": "What is 6 x 7?"}
 ANSWER = {"role": "assistant", "content": "It's 42, naïvely."}
 THANKS = {"role": "user", "content": "  Thanks!\n"}
 BYE = {"role": "assistant", "content": "Bye"}
+PROMPT = [SYSTEM, QUESTION]
 CONVERSATIONS = [
     [QUESTION],
     [SYSTEM, QUESTION],
@@ -339,6 +341,18 @@ class TestHostileContents(unittest.TestCase):
             with self.subTest(role), self.assertRaisesRegex(ValueError, "message 1 has the role"):
                 chat().encode([QUESTION, {"role": role, "content": "a"}])
 
+    @settings(max_examples=200, deadline=None)
+    @given(st.one_of(CONTENTS, st.text(st.sampled_from("imendstaroftx_u<|>"), max_size=12)))
+    def test_in_any_role(self, role):
+        for chat in (roles_as_tokens(), bare()):
+            messages = [{"role": role, "content": "a"}, {"role": role, "content": "b"}]
+            try:
+                ids = chat.encode(messages)
+            except ValueError as error:
+                self.assertRegex(str(error), "message 0 has the role")
+            else:
+                self.assertFalse(set(ids) & set(chat.special.values()))
+
     def test_unusual_roles_are_taken(self):
         for role in ("tool", "moderator"):
             text = chat().decode(chat().encode([QUESTION, {"role": role, "content": "a"}]))
@@ -372,6 +386,13 @@ class TestHostileContents(unittest.TestCase):
 @cache
 def bare():
     return chat_with(BARE)
+
+
+@cache
+def roles_as_tokens():
+    """A Chat whose template makes tokens of the roles, as Phi's does."""
+    pieces = "<|im_{{ m.role }}|><|{{ m.role }}|>{{ m.role }}"
+    return chat_with(f"{{% for m in messages %}}{pieces}{{% endfor %}}")
 
 
 @cache
@@ -523,6 +544,21 @@ class TestLoading(TempDirTestCase):
         self.assertEqual(Chat.from_pretrained(self.folder).stop_tokens, [2, 0])
         self.assertEqual(Chat.from_pretrained(self.folder).eot_token, 2)
 
+    def test_a_name_on_the_hub(self):
+        with fixtures.folder() as folder:
+            theirs("like qwen2").save_pretrained(folder)
+            (folder / "config.json").write_text("{}")
+            files = {
+                f"/a/b/resolve/main/{path.name}": path.read_bytes() for path in folder.iterdir()
+            }
+        server = self.enterContext(Server(files))
+        environment = {"HF_ENDPOINT": server.url, "MINGPT_HOME": str(self.folder)}
+        self.enterContext(mock.patch.dict(os.environ, environment))
+        loaded = Chat.from_pretrained("a/b")
+        self.assertEqual(loaded.encode(PROMPT), chat("like qwen2").encode(PROMPT))
+        with self.assertRaisesRegex(ValueError, "the chat template of a/b fails at message 1"):
+            loaded.encode([QUESTION, {"role": "bishop", "content": "a"}])
+
     def test_a_tokenizer_of_characters(self):
         text = "user: Q\nassistant: Yes\n"
         characters = Chat(CharTokenizer(sorted(set(text))), NO_SPECIAL)
@@ -541,10 +577,8 @@ class TestLoading(TempDirTestCase):
 
 
 class TestDatasets(TempDirTestCase):
-    PROMPT = [SYSTEM, QUESTION]
-
     def test_demonstrations(self):
-        rows = [{"messages": [*self.PROMPT, ANSWER, THANKS, BYE]}]
+        rows = [{"messages": [*PROMPT, ANSWER, THANKS, BYE]}]
         [(x, y)] = Completions(rows, chat(), block_size=200)
         ids, mask = chat().encode(rows[0]["messages"], return_mask=True)
         learned = [i for i, is_learned in zip(ids, mask, strict=True) if is_learned]
@@ -553,22 +587,22 @@ class TestDatasets(TempDirTestCase):
         self.assertEqual(x.tolist(), ids[:len(x)])
 
     def test_a_completion_of_messages(self):
-        [(x, y)] = Completions([{"prompt": self.PROMPT, "completion": "Yes"}], chat(), 200)
+        [(x, y)] = Completions([{"prompt": PROMPT, "completion": "Yes"}], chat(), 200)
         [as_messages] = Completions(
-            [{"messages": [*self.PROMPT, {"role": "assistant", "content": "Yes"}]}], chat(), 200
+            [{"messages": [*PROMPT, {"role": "assistant", "content": "Yes"}]}], chat(), 200
         )
         self.assertEqual((x.tolist(), y.tolist()), tuple(t.tolist() for t in as_messages))
 
     def test_comparisons(self):
-        texts = {"prompt": self.PROMPT, "chosen": "Yes", "rejected": ["No", "Never"]}
+        texts = {"prompt": PROMPT, "chosen": "Yes", "rejected": ["No", "Never"]}
         messages = {
-            "prompt": self.PROMPT,
+            "prompt": PROMPT,
             "chosen": [{"role": "assistant", "content": "Yes"}],
             "rejected": [[{"role": "assistant", "content": c}] for c in ("No", "Never")],
         }
         [(prompt, completions)] = Comparisons([texts], chat(), 200)
         [(same_prompt, same_completions)] = Comparisons([messages], chat(), 200)
-        self.assertEqual(prompt.tolist(), chat().encode(self.PROMPT, add_generation_prompt=True))
+        self.assertEqual(prompt.tolist(), chat().encode(PROMPT, add_generation_prompt=True))
         self.assertEqual(prompt.tolist(), same_prompt.tolist())
         as_lists = [completion.tolist() for completion in completions]
         self.assertEqual(as_lists, [completion.tolist() for completion in same_completions])
@@ -576,7 +610,7 @@ class TestDatasets(TempDirTestCase):
 
     def test_a_comparison_that_was_cut_off(self):
         row = {
-            "prompt": self.PROMPT,
+            "prompt": PROMPT,
             "chosen": [{"role": "assistant", "content": "Yes"}],
             "rejected": [{"role": "assistant", "content": "No"}],
             "ended": [True, False],
@@ -586,7 +620,7 @@ class TestDatasets(TempDirTestCase):
 
     def test_an_answer_that_is_none(self):
         for chosen in ([QUESTION], [ANSWER, THANKS]):
-            row = {"prompt": self.PROMPT, "chosen": chosen, "rejected": "No"}
+            row = {"prompt": PROMPT, "chosen": chosen, "rejected": "No"}
             with self.assertRaisesRegex(ValueError, "row 0 .* expected one message of the assist"):
                 Comparisons([row], chat(), 200)
         row = {"prompt": "text", "chosen": [ANSWER], "rejected": "No"}
@@ -594,18 +628,18 @@ class TestDatasets(TempDirTestCase):
             Comparisons([row], chat(), 200)
 
     def test_prompts(self):
-        ids = chat().encode(self.PROMPT, add_generation_prompt=True)
-        rows = [self.PROMPT, {"prompt": self.PROMPT}, {"messages": self.PROMPT}]
+        ids = chat().encode(PROMPT, add_generation_prompt=True)
+        rows = [PROMPT, {"prompt": PROMPT}, {"messages": PROMPT}]
         for row in rows:
             self.assertEqual(Prompts([row], chat()).ids[0].tolist(), ids)
         with self.assertRaisesRegex(TypeError, "prompts is one list of messages"):
-            Prompts(self.PROMPT, chat())
+            Prompts(PROMPT, chat())
 
     def test_rows_without_answers_and_without_a_chat(self):
         with self.assertRaisesRegex(ValueError, "row 0 has no message of the assistant"):
-            Completions([{"messages": self.PROMPT}], chat(), 200)
+            Completions([{"messages": PROMPT}], chat(), 200)
         with self.assertRaisesRegex(ValueError, "row 0 has messages.* pass a Chat"):
-            Completions([{"messages": self.PROMPT}], chat().tokenizer, 200)
+            Completions([{"messages": PROMPT}], chat().tokenizer, 200)
         with self.assertRaisesRegex(ValueError, "row 1: message 0 has the role"):
             wrong = {"messages": [{"role": "<|im_end|>", "content": "a"}, ANSWER]}
             Completions([{"messages": [QUESTION, ANSWER]}, wrong], chat(), 200)
@@ -630,7 +664,7 @@ class TestDatasets(TempDirTestCase):
         config.merge_from_dict({"max_iters": 1, "batch_size": 2, "max_new_tokens": 4})
         policy = tiny_gpt(vocab_size=chat().tokenizer.vocab_size, block_size=128)
         trainer = PPOTrainer(
-            config, policy, TextReward(reward, chat()), [self.PROMPT] * 2, tokenizer=chat()
+            config, policy, TextReward(reward, chat()), [PROMPT] * 2, tokenizer=chat()
         )
         trainer.run()
         self.assertEqual(trainer.stop_token, chat().eot_token)
@@ -640,5 +674,5 @@ class TestDatasets(TempDirTestCase):
 
     def test_samples_of_messages(self):
         policy = tiny_gpt(vocab_size=chat().tokenizer.vocab_size, block_size=128)
-        samples = sample(policy, [self.PROMPT], 2, tokenizer=chat(), max_new_tokens=4)
+        samples = sample(policy, [PROMPT], 2, tokenizer=chat(), max_new_tokens=4)
         self.assertEqual(len(samples.texts), 2)

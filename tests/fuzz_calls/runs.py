@@ -217,7 +217,7 @@ def trainer_data(draw):
     alias = {
         "train_dataset": "train_dataset|batch|ids|idx|targets|example|item|longer|equal",
         "valid_dataset": "valid_dataset|batch",
-        "loss_fn": "loss_fn|loss|metric",
+        "loss_fn": "loss_fn|loss|metric|positional argument",
         "collate_fn": "collate_fn|batch",
         "weight_fn": "weight_fn|weight",
         "model": "model",
