@@ -50,7 +50,9 @@ PROJECT = ROOT / "projects" / "chat"
 # A desk whose pairs are made at once, without a model: the server of the tests. Its arguments are
 # the project's folder, that of the labels, and whether the person may write.
 DESK = """
-import sys
+import os, sys, threading
+# It ends with the tests, whatever happens to them: then its standard input is closed.
+threading.Thread(target=lambda: (sys.stdin.read(), os._exit(0)), daemon=True).start()
 sys.path.insert(0, sys.argv[1])
 import desk
 from store import Answer, Pair, Store
@@ -121,6 +123,7 @@ class DeskProcess:
         """Start it, and wait until it listens."""
         self.process = subprocess.Popen(
             [sys.executable, "-c", DESK, PROJECT, self.folder, str(self.may_write)],
+            stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             encoding="utf-8",
             env={**os.environ, "PYTHONPATH": str(ROOT)},
@@ -133,7 +136,12 @@ class DeskProcess:
     def kill(self):
         """kill -9."""
         self.process.kill()
+        self.forget()
+
+    def forget(self):
+        """Wait for the end of a process that was killed."""
         self.process.wait()
+        self.process.stdin.close()
         self.process.stdout.close()
 
 
@@ -733,8 +741,7 @@ class RestartTests(TempDirTestCase):
                         self.assertEqual(status, 200, answer)
                         acknowledged = True
                     except (OSError, http.client.HTTPException):
-                        process.process.wait()
-                        process.process.stdout.close()
+                        process.forget()
                         process.start()
                         kills += 1
                 if choice == "undo":
@@ -745,8 +752,7 @@ class RestartTests(TempDirTestCase):
                 if timer:
                     timer.join()
                     if process.process.poll() is not None or self.was_killed(process):
-                        process.process.wait()
-                        process.process.stdout.close()
+                        process.forget()
                         process.start()
                         kills += 1
         database = Store(self.folder / "labels.db")
@@ -1550,6 +1556,14 @@ class PageTests(TempDirTestCase):
         self.wait_for_pair(page, other_than=pair)
         return pair
 
+    def wait_until(self, is_so):
+        """Wait until is_so(the database)."""
+        database = Store(self.folder / "labels.db")
+        self.addCleanup(database.close)
+        deadline = time.time() + 10
+        while not is_so(database) and time.time() < deadline:
+            time.sleep(0.01)
+
     def labels(self):
         database = Store(self.folder / "labels.db")
         labels = [(label.pair.id, label.choice) for label in database.labels()]
@@ -1653,10 +1667,13 @@ class PageTests(TempDirTestCase):
         self.assertEqual([choice for _, choice in self.labels()], ["left"])
 
     def test_a_typed_prompt_is_answered_next(self):
+        shown = self.wait_for_pair(self.page)
         self.page.keyboard.press("p")
         self.page.keyboard.type("<script>How are you?</script>")
         self.page.keyboard.press("Enter")
         self.page.wait_for_function("() => !sending")
+        self.assertEqual(self.page.evaluate("state.pair.id"), shown)  # it is being read
+        self.wait_until(lambda database: database.typed_prompt() is None)
         self.press("s")
         self.assertEqual(self.page.text_content("#prompt"), "<script>How are you?</script>")
 
