@@ -32,8 +32,8 @@ BASE = "base.json"  # beside an adapter: the name and the hash of its base
 # GPT-2 has never seen a conversation. With --sft it learns one from this form.
 PLAIN_MODELS = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 PLAIN_TEMPLATE = (
-    "{% for message in messages %}{{ message.role | capitalize }}: {{ message.content }}"
-    "{% if message.role == 'assistant' %}{{ eos_token }}{% endif %}\n{% endfor %}"
+    "{% for message in messages %}{{ message.role | capitalize + ': ' + message.content }}"
+    "{{ '<|endoftext|>' if message.role == 'assistant' else '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}Assistant:{% endif %}"
 )
 
