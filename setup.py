@@ -20,7 +20,7 @@ setup(
     package_data={"mingpt": ["py.typed"]},
     python_requires=">=3.11",
     install_requires=[
-        "torch>=2.4",
+        "torch>=2.5",
         "numpy>=1.26",
         "requests>=2.31",
         "urllib3>=2.2",  # requests stands on it; older ones cannot read what has arrived so far
@@ -28,6 +28,7 @@ setup(
         "safetensors>=0.4.3",
         "tqdm>=4.66",
         "filelock>=3.16",
+        "jinja2>=3.1.6",  # chat templates; older ones let a template out of the sandbox
     ],
     extras_require={
         # What the scripts in projects/ use beside the library.
@@ -46,6 +47,7 @@ setup(
             "tiktoken>=0.8",
             "tokenizers>=0.20",
             "trl==1.9.2",
+            "peft>=0.17",
             "matplotlib>=3.8",
             "gguf>=0.17",
         ],
@@ -53,6 +55,7 @@ setup(
         # ipykernel execute the notebooks (tests/run_notebooks.py).
         "test": [
             "transformers>=4.57",
+            "peft>=0.17",
             "tokenizers>=0.20",
             "tiktoken>=0.8",
             "hypothesis>=6.100",

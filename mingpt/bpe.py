@@ -439,22 +439,27 @@ class Encoder:
         """
         if not isinstance(text, str):
             raise TypeError(f"got {type(text).__name__} {text!r:.60}; encode takes a text")
-        allowed_special = set(allowed_special)
-        unknown = sorted(allowed_special - self.special.keys())
+        allowed = self.check_allowed(allowed_special) if allowed_special else frozenset()
+        try:
+            if not allowed and not self.added.has_ordinary:
+                return self.encode_ordinary(nfc(text) if self.added.normalize else text)
+            # cut the text at the added tokens, and encode what is between them
+            ids = []
+            for piece in self.added.split(text, allowed):
+                ids += [piece] if isinstance(piece, int) else self.encode_ordinary(piece)
+            return ids
+        except UnicodeEncodeError:
+            return self.encode(without_lone_surrogates(text), allowed)
+
+    def check_allowed(self, allowed_special: Iterable[str]) -> frozenset[str]:
+        """The special tokens that the caller allows; ValueError for others than this one's."""
+        allowed = frozenset(allowed_special)
+        unknown = sorted(allowed - self.special.keys())
         if unknown:
             raise ValueError(
                 f"got allowed_special={unknown}; this vocabulary has {sorted(self.special)}"
             )
-        try:
-            if not allowed_special and not self.added.has_ordinary:
-                return self.encode_ordinary(nfc(text) if self.added.normalize else text)
-            # cut the text at the added tokens, and encode what is between them
-            ids = []
-            for piece in self.added.split(text, allowed_special):
-                ids += [piece] if isinstance(piece, int) else self.encode_ordinary(piece)
-            return ids
-        except UnicodeEncodeError:
-            return self.encode(without_lone_surrogates(text), allowed_special)
+        return allowed
 
     def encode_ordinary(self, text: str) -> list[int]:
         """The ids of a text without added tokens: split it, look up each word, join the ids."""
@@ -561,20 +566,28 @@ class BPETokenizer(Encoder):
         return torch.tensor([self.encode(text)], dtype=torch.long)
 
     @classmethod
-    def train(cls, texts: Iterable[str], vocab_size: int) -> Self:
+    def train(
+        cls,
+        texts: Iterable[str],
+        vocab_size: int,
+        special_tokens: Iterable[str] = (),
+    ) -> Self:
         """Learn a vocabulary of vocab_size tokens: 256 bytes, the merges, and the end of a text.
 
-        The same texts always give the same vocabulary: of equally frequent pairs, the one of the
-        earlier tokens comes first. Raises ValueError where vocab_size is below 257, or where the
-        texts give fewer tokens; TypeError for texts that are none.
+        special_tokens: further ones behind that end, like "<|im_start|>" for a chat. The same texts
+        always give the same vocabulary: of equally frequent pairs, the one of the earlier tokens
+        comes first. Raises ValueError where vocab_size is below 257 and the special tokens, or
+        where the texts give fewer tokens; TypeError for texts that are none.
         """
         if isinstance(texts, str):
             raise TypeError(f"got the text {texts[:60]!r}; train takes several: pass [text]")
         check_numbers(CfgNode(vocab_size=vocab_size), "vocab_size", whole=True)
-        if vocab_size < 257:
+        special = [END_OF_TEXT, *special_tokens]
+        least = 256 + len(special)
+        if vocab_size < least:
             raise ValueError(
-                f"got vocab_size={vocab_size}; it must be 257 or more: "
-                "256 bytes and the end of a text come first"
+                f"got vocab_size={vocab_size}; it must be {least} or more: "
+                f"256 bytes and {special} come first"
             )
         word_counts = Counter(chain.from_iterable(GPT2.split(well_formed(text)) for text in texts))
         # GPT-2 orders the bytes by the characters that it writes them with
@@ -584,16 +597,23 @@ class BPETokenizer(Encoder):
         words = [[byte_ids[byte] for byte in word.encode("utf-8")] for word in word_counts]
         counts = list(word_counts.values())
         merges = []
-        for left, right in most_frequent_pairs(words, counts, vocab_size - 257):
+        for left, right in most_frequent_pairs(words, counts, vocab_size - least):
             merges.append((tokens[left], tokens[right]))
             tokens.append(tokens[left] + tokens[right])
-        tokens.append(END_OF_TEXT)
+        tokens += special
         if len(tokens) < vocab_size:
             raise ValueError(
                 f"the texts give only {len(tokens)} tokens, not vocab_size={vocab_size}: "
                 "pass more text, or ask for fewer tokens"
             )
-        return cls({token: i for i, token in enumerate(tokens)}, merges)
+        vocab = {token: i for i, token in enumerate(tokens)}
+        if len(vocab) < len(tokens):
+            raise ValueError(f"got special_tokens={special[1:]}; some are tokens already")
+        return cls(
+            vocab,
+            merges,
+            added_tokens=tuple(AddedToken(token, vocab[token]) for token in special),
+        )
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write what `from_pretrained`, `transformers` and `tokenizers` read.

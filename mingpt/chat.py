@@ -36,7 +36,8 @@ from typing import Any, Literal, Self, overload
 
 from mingpt.bpe import BPETokenizer, Encoder
 from mingpt.checkpoint import read_json, read_text, write_text
-from mingpt.datasets import end_token
+from mingpt.config import CfgNode, check_booleans
+from mingpt.datasets import check_tokenizer, end_token
 from mingpt.hub import find_pretrained
 from mingpt.templates import CHATML, Renderer, TemplateError
 from mingpt.tokenizer_files import AddedToken, AddedTokens, nfc
@@ -279,6 +280,7 @@ class Chat:
     def __init__(self, tokenizer: Any, template: str):
         if not isinstance(template, str):
             raise TypeError(f"got a template of type {type(template).__name__}; expected a text")
+        check_tokenizer(tokenizer, "encode", "decode")
         self.tokenizer = tokenizer
         self.template = template
         self.name = "the chat template"  # in errors
@@ -353,6 +355,8 @@ class Chat:
         return_mask also for a template that changes what it wrote before when a message is added,
         so that the conversation was never as it is now when the assistant answered.
         """
+        options = CfgNode(add_generation_prompt=add_generation_prompt, return_mask=return_mask)
+        check_booleans(options, "add_generation_prompt", "return_mask")
         if isinstance(messages, str):
             if add_generation_prompt or return_mask:
                 raise ValueError("got a text; a generation prompt and a mask need messages")
@@ -525,6 +529,9 @@ class Conversation:
             turns = []
             for number, i in enumerate(answers):
                 before, prompt, after = texts[3 * number:3 * number + 3]
+                # Some templates end a conversation with a line end that they write nowhere else.
+                if not text.startswith(after):
+                    after = after.rstrip()
                 self.check_prefixes(i, before, prompt, after, text)
                 turns.append(Turn(len(prompt), len(after)))
         except ValueError:
@@ -534,19 +541,22 @@ class Conversation:
         return turns
 
     def check_prefixes(self, i: int, before: str, prompt: str, after: str, text: str) -> None:
-        """ValueError unless each of these texts begins with the one before it."""
-        if len(prompt) == len(before):
+        """ValueError unless the text begins with what was written up to message i, and without it.
+
+        before: the text of the messages before message i. prompt: the same, with the generation
+        prompt. after: the text with message i.
+        """
+        if prompt == before:
             raise ValueError(
                 f"{self.chat.name} writes no generation prompt, so it does not tell where the "
                 f"answer in message {i} begins"
             )
-        for shorter, longer in ((before, prompt), (prompt, after), (after, text)):
-            if not longer.startswith(shorter):
-                raise ValueError(
-                    f"{self.chat.name} changes what it wrote before when a message is added: the "
-                    f"conversation was another one when the assistant wrote message {i}. Learn "
-                    "from conversations that end with that message, each of them a row"
-                )
+        if not after.startswith(prompt) or not text.startswith(after):
+            raise ValueError(
+                f"{self.chat.name} changes what it wrote before when a message is added: the "
+                f"conversation was another one when the assistant wrote message {i}. Learn "
+                "from conversations that end with that message, each of them a row"
+            )
 
     def rendered(self, wanted: list[tuple[list[dict], bool]]) -> list[str]:
         """The texts of (messages, add_generation_prompt), with errors that name the message."""

@@ -6,7 +6,6 @@ as the hub's own. HF_ENDPOINT and HF_TOKEN are honoured, as in Hugging Face's pr
 """
 
 import contextlib
-import importlib
 import logging
 import os
 import re
@@ -14,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import quote, urlsplit
 
+from mingpt import gguf
 from mingpt.checkpoint import finish_write, read_json, read_text, write_text
 from mingpt.download import NotFound, download, home
 
@@ -56,7 +56,6 @@ def find_pretrained(name_or_path: str | Path, revision: str = "main", weights: b
         finish_write(path if path.is_dir() else path.parent)
         return path
     if str(name_or_path) == "smollm2":
-        gguf = importlib.import_module("mingpt.gguf")  # it needs an extra: only where it is used
         return gguf.smollm2()
     return hub_folder(str(name_or_path), revision, weights)
 
@@ -122,16 +121,16 @@ def fetch_others(fetch: Callable[..., Path], folder: Path) -> None:
     note = folder / ABSENT
     absent = set(read_text(note).split()) if note.exists() else set()
     asked = [file for file in OTHER_FILES if file not in absent and not (folder / file).exists()]
-    for file in asked:
-        try:
-            fetch(file, tries=1)
-        except NotFound:
-            absent.add(file)
-        except ConnectionError as error:  # whoever needs the file will say so
-            logger.warning("going on without %s: %s", file, error)
-            return
-    if asked:
-        write_text(note, "".join(f"{file}\n" for file in sorted(absent)))
+    try:
+        for file in asked:
+            try:
+                fetch(file, tries=1)
+            except NotFound:
+                absent.add(file)
+        if asked:
+            write_text(note, "".join(f"{file}\n" for file in sorted(absent)))
+    except (OSError, ValueError) as error:  # no network, say. Whoever needs a file will miss it
+        logger.warning("going on without files that a model need not have: %s", error)
 
 
 def hub_headers() -> dict[str, str]:

@@ -54,6 +54,7 @@ from mingpt.trunk import (
     init_weights,
     visible_keys,
 )
+from mingpt.unembed import Linear
 
 # What each kind of rope_scaling must say, by Hugging Face's names.
 ROPE_SCALINGS = {
@@ -84,8 +85,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., size) -> (..., size). PyTorch squares in fp32, also where x is in half precision.
-        """
+        """(..., size) -> (..., size), computed in fp32 also where x is in half precision."""
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
@@ -140,12 +140,12 @@ class Attention(nn.Module):
         super().__init__()
         hs = config.head_size
         bias = config.attention_bias
-        self.q_proj = nn.Linear(config.n_embd, config.n_head * hs, bias=bias)
+        self.q_proj = Linear(config.n_embd, config.n_head * hs, bias=bias)
         # Fewer heads of keys and values: the cache gets smaller by the same factor.
-        self.k_proj = nn.Linear(config.n_embd, config.n_kv_head * hs, bias=bias)
-        self.v_proj = nn.Linear(config.n_embd, config.n_kv_head * hs, bias=bias)
+        self.k_proj = Linear(config.n_embd, config.n_kv_head * hs, bias=bias)
+        self.v_proj = Linear(config.n_embd, config.n_kv_head * hs, bias=bias)
         # mixes what the heads have gathered
-        self.o_proj = nn.Linear(config.n_head * hs, config.n_embd, bias=config.output_bias)
+        self.o_proj = Linear(config.n_head * hs, config.n_embd, bias=config.output_bias)
         self.query_key_norm = config.query_key_norm
         if self.query_key_norm:
             self.q_norm = RMSNorm(hs, config.norm_eps)
@@ -200,9 +200,9 @@ class MLP(nn.Module):
 
     def __init__(self, config: CN):
         super().__init__()
-        self.gate_proj = nn.Linear(config.n_embd, config.n_inner, bias=False)
-        self.up_proj = nn.Linear(config.n_embd, config.n_inner, bias=False)
-        self.down_proj = nn.Linear(config.n_inner, config.n_embd, bias=False)
+        self.gate_proj = Linear(config.n_embd, config.n_inner, bias=False)
+        self.up_proj = Linear(config.n_embd, config.n_inner, bias=False)
+        self.down_proj = Linear(config.n_inner, config.n_embd, bias=False)
         self.dropout = nn.Dropout(config.resid_pdrop)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -212,7 +212,9 @@ class MLP(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """One layer, as in GPT-2: attention, then the MLP, each reads x through a norm and adds to x.
+    """One layer, as in GPT-2: attention, then the MLP.
+
+    Each of the two reads x through a norm, and adds its output to x, the residual stream.
     """
 
     def __init__(self, config: CN, layer: int):
@@ -394,7 +396,7 @@ def check_rope_scaling(scaling: Any) -> dict[str, Any] | None:
     kind = scaling.get("rope_type", scaling.get("type"))  # its name until 2024
     if kind == "default":
         return None
-    if kind not in ROPE_SCALINGS:
+    if not isinstance(kind, str) or kind not in ROPE_SCALINGS:
         known = ", ".join(ROPE_SCALINGS)
         raise ValueError(f"rope_scaling has rope_type={kind!r}; ours are default, {known}")
     names = ROPE_SCALINGS[kind]

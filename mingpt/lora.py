@@ -470,6 +470,11 @@ def adapter_on(trunk: Any) -> Adapter | None:
     return switch_of(trunk).on if hasattr(trunk, "adapters") else None
 
 
+def stands_on_another(model: Any) -> bool:
+    """Whether a model stands on the trunk of another one."""
+    return isinstance(getattr(model, "transformer", None), AdaptedTrunk)
+
+
 def is_adapted(model: Any) -> bool:
     """Whether there are adapters on the trunk of a model."""
     return hasattr(trunk_of(model), "adapters")

@@ -252,8 +252,6 @@ def new_trunk(config: CN) -> Trunk:
     return ARCHITECTURES[config.architecture](config)
 
 
-
-
 class GPT(Pretrained, nn.Module):
     """GPT language model: the trunk, and a linear head over the vocabulary.
 
@@ -608,23 +606,11 @@ def stop_ids(stop_token: int | list[int] | tuple[int, ...] | None) -> list[int]:
 
 
 def resolve_config(config: CN) -> CN:
-    """A copy of config with the sizes of its preset filled in; ValueError if it is inconsistent."""
-    check_is_config(config, "GPT")
-    given = config.to_dict()
-    config = CN()
-    config.merge_from_dict(given)
-    known = vars(GPT.get_default_config())
-    unknown = sorted(vars(config).keys() - known.keys())
-    if unknown:
-        raise ValueError(f"a model has no options {unknown}; it has {', '.join(known)}")
-    # Configs that were saved before there were architectures lack these options.
-    newer = {"architecture", *(name for trunk in ARCHITECTURES.values() for name in trunk.options)}
-    config.merge_from_dict({name: known[name] for name in newer - vars(config).keys()})
-    missing = sorted(known.keys() - vars(config).keys())
-    if missing:
-        raise ValueError(
-            f"the config lacks the options {missing}: begin with GPT.get_default_config()"
-        )
+    """A copy of config with all that is None filled in; ValueError if it is inconsistent.
+
+    The sizes come from its preset, and the options of a Llama from the trunk.
+    """
+    config = copy_config(config)
     sizes = {name: getattr(config, name) for name in ("n_layer", "n_head", "n_embd")}
     sizes_set = [size is not None for size in sizes.values()]
     by_preset = config.model_type is not None and not any(sizes_set)
@@ -647,6 +633,26 @@ def resolve_config(config: CN) -> CN:
     check_booleans(config, "tie_weights")
     check_architecture(config)
     return config
+
+
+def copy_config(config: CN) -> CN:
+    """A copy of config. ValueError for options that a model does not have, and for missing ones."""
+    check_is_config(config, "GPT")
+    copy = CN()
+    copy.merge_from_dict(config.to_dict())
+    known = vars(GPT.get_default_config())
+    unknown = sorted(vars(copy).keys() - known.keys())
+    if unknown:
+        raise ValueError(f"a model has no options {unknown}; it has {', '.join(known)}")
+    # Configs that were saved before there were architectures lack these options.
+    newer = {"architecture", *(name for trunk in ARCHITECTURES.values() for name in trunk.options)}
+    copy.merge_from_dict({name: known[name] for name in newer - vars(copy).keys()})
+    missing = sorted(known.keys() - vars(copy).keys())
+    if missing:
+        raise ValueError(
+            f"the config lacks the options {missing}: begin with GPT.get_default_config()"
+        )
+    return copy
 
 
 def check_architecture(config: CN) -> None:

@@ -390,8 +390,11 @@ def from_gguf(path: Path | str, vocabulary: dict[str, Any] | None) -> Vocabulary
 
     Raises ValueError for one that is no byte-level BPE, or whose `pre` is unknown here.
     """
-    if not vocabulary or not vocabulary.get("merges"):
-        raise ValueError(f"{path} has no vocabulary of byte-level BPE. {WAY_OUT}")
+    kind = (vocabulary or {}).get("model", "gpt2")  # GGUF's name for byte-level BPE
+    if not vocabulary or not vocabulary.get("merges") or kind != "gpt2":
+        raise ValueError(
+            f"{path} has no vocabulary of byte-level BPE, but one of the kind {kind!r}. {WAY_OUT}"
+        )
     pre = vocabulary.get("pre")
     if pre not in GGUF_RULES:
         raise ValueError(

@@ -6,7 +6,8 @@ is the largest of a small GPT, so that how its product is done shows in the spee
 whole model:
 
 - `Unembed` is for training, when the matrix is tied to the embedding and gets two gradients;
-- `next_logits` is for generation, when there are only a few rows to multiply.
+- `next_logits` is for generation, when there are only a few rows to multiply. `Linear` does the
+  same for the other matrices of a Llama.
 
 On a first reading, take both for `F.linear` and go on. projects/bench/readme.md has the timings.
 """
@@ -14,7 +15,7 @@ On a first reading, take both for `F.linear` and go on. projects/bench/readme.md
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 # Up to this many rows, MKL may leave F.linear to a single thread: see `next_logits`.
@@ -66,3 +67,17 @@ def next_logits(x: Tensor, weight: Tensor) -> Tensor:
     # A single row would make this a product of matrix and vector, which is slow again: double it.
     rows = x.repeat(2, 1) if B == 1 else x.contiguous()
     return (weight @ rows.t()).t()[:B]
+
+
+class Linear(nn.Linear):
+    """nn.Linear, which takes the few rows of a step of generation as `next_logits` does."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out)."""
+        rows = x.shape[:-1].numel()
+        if torch.is_grad_enabled() or rows > MAX_SWAPPED_ROWS:
+            return super().forward(x)
+        y = next_logits(x.flatten(0, -2), self.weight)  # (rows, out)
+        if self.bias is not None:
+            y = y + self.bias
+        return y.unflatten(0, x.shape[:-1])

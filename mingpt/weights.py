@@ -34,7 +34,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from mingpt import weights_gpt2, weights_llama
+from mingpt import gguf, weights_gpt2, weights_llama
 from mingpt.checkpoint import atomic_write, read_json, to_json, write_text, write_together
 from mingpt.config import CfgNode
 from mingpt.hub import find_pretrained, shards, weights_file
@@ -43,7 +43,9 @@ from mingpt.model_files import ModelFiles, load_file, write_safetensors
 __all__ = ["Pretrained", "find_pretrained"]
 
 # How the files of each architecture spell it.
-FAMILIES: dict[str, ModuleType] = {"gpt2": weights_gpt2, "llama": weights_llama}
+FAMILIES: dict[str, ModuleType] = {
+    family.ARCHITECTURE: family for family in (weights_gpt2, weights_llama)
+}
 
 # What may stand before the names of the trunk's own parameters, once or several times.
 PREFIXES = (
@@ -68,8 +70,8 @@ SKIPPED = (
 # The ids with a meaning, by transformers' names.
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
-# A file that names more blocks than this must have all their tensors before anything is built. It
-# is twice as many as the largest GPT-2 has.
+# A file that names more blocks than this must have all their tensors before anything is built.
+# Hardly any model has as many.
 DEEP = 96
 
 
@@ -147,7 +149,8 @@ class Pretrained(nn.Module):
         config = cls.get_default_config()
         family = family_of(files)
         check_known(options, config, family)
-        config.merge_from_dict(family.read_options(files, config, cls.presets, options))
+        config.architecture = family.ARCHITECTURE
+        config.merge_from_dict(family.read_options(files, cls.presets, options))
         # 4. Build the model with empty parameters, and put the files' tensors in their place.
         try:
             if config.n_layer > DEEP:
@@ -158,7 +161,7 @@ class Pretrained(nn.Module):
         # A tied head is the embedding, and counts once.
         shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
         fit(cls, config, shapes, files)
-        fill(model, load_all(files, family, config, shapes, dtype))
+        fill(model, load_all(files, config, shapes, dtype))
         model.special_tokens = read_special_tokens(path, files.config_json, config.vocab_size)
         return model
 
@@ -182,13 +185,16 @@ class Pretrained(nn.Module):
                 continue  # it goes into config.json
             name_in_file, tensor = family.stored(name, parameter, self.task)
             tensors[name_in_file] = tensor
+        generates = self.special_tokens and self.task == "CausalLM"
         with write_together(folder) as new:
             write_text(new / "config.json", to_json(config_json(self), indent=2) + "\n")
-            if self.special_tokens and self.task == "CausalLM":
+            if generates:
                 tokens = to_json(saved_tokens(self), indent=2)
                 write_text(new / "generation_config.json", tokens + "\n")
             with atomic_write(new / "model.safetensors") as f:
                 write_safetensors(f, tensors)
+        if not generates:  # then it is of the model that was here before
+            (Path(folder) / "generation_config.json").unlink(missing_ok=True)
 
 
 def config_json(model: Pretrained) -> dict[str, Any]:
@@ -245,8 +251,6 @@ def read_files(path: Path) -> ModelFiles:
 
 def read_gguf(path: Path) -> ModelFiles:
     """What a file of llama.cpp's holds: its options and tensors."""
-    gguf = importlib.import_module("mingpt.gguf")  # it needs an extra: only where it is used
-
     options, tensors, vocabulary, _ = gguf.read(path)
     names = {name: vocabulary.get(name) for name in SPECIAL_TOKENS}
     names["pad_token_id"] = vocabulary.get("padding_token_id")
@@ -302,10 +306,16 @@ def family_of(files: ModelFiles) -> ModuleType:
 
 
 def check_known(options: dict[str, Any], config: CfgNode, family: ModuleType) -> None:
-    """ValueError for options that the config of a model does not have."""
+    """ValueError for options that a model does not have, and for another architecture."""
     unknown = sorted(options.keys() - vars(config).keys() - family.FIXED.keys())
     if unknown:
         raise ValueError(f"a model has no options {unknown}; it has {', '.join(vars(config))}")
+    asked = options.get("architecture", family.ARCHITECTURE)
+    if asked != family.ARCHITECTURE:
+        raise ValueError(
+            f"architecture={asked!r} was asked for, and the files have {family.ARCHITECTURE!r}: "
+            "leave it out"
+        )
 
 
 def check_dtype(dtype: torch.dtype) -> None:
@@ -410,7 +420,6 @@ def fit(
 
 def load_all(
     files: ModelFiles,
-    family: ModuleType,
     config: CfgNode,
     shapes: dict[str, torch.Size],
     dtype: torch.dtype,
@@ -419,7 +428,7 @@ def load_all(
 
     A matrix that must be transposed becomes a view: its memory stays as it is in the file.
     """
-    turned = family.transposed(files.tensors, config)
+    turned = FAMILIES[config.architecture].transposed(files.tensors, config)
     loaded = {}
     for name in shapes:
         tensor = files.load(name, dtype)

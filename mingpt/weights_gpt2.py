@@ -29,6 +29,8 @@ from torch import Tensor
 from mingpt.config import CfgNode
 from mingpt.model_files import ModelFiles, check_fixed, check_sizes
 
+ARCHITECTURE = "gpt2"  # our name for it
+
 # What config.json calls the architecture.
 MODEL_TYPES = ("gpt2",)
 
@@ -41,6 +43,20 @@ OURS = {
     "n_positions": "block_size",  # how many tokens the model can read at once
     "tie_word_embeddings": "tie_weights",  # whether the embedding is the head's matrix as well
 }
+
+# What a file may say of a GPT-2, by our names. (Its "n_inner" is always 4 n_embd here, as the
+# tensors' shapes must show; ours of that name is a Llama's.)
+OPTIONS = (
+    "n_layer",
+    "n_head",
+    "n_embd",
+    "vocab_size",
+    "block_size",
+    "embd_pdrop",
+    "resid_pdrop",
+    "attn_pdrop",
+    "tie_weights",
+)
 
 # Options of config.json that our GPT has no choice in, and their values here. Where an option is
 # missing, transformers takes the first of these. Weights that were trained with any other value
@@ -61,7 +77,6 @@ FIXED: dict[str, tuple[Any, ...]] = {
 
 def read_options(
     files: ModelFiles,
-    config: CfgNode,
     presets: dict[str, tuple[int, int, int]],
     options: dict[str, Any],
 ) -> dict[str, Any]:
@@ -69,9 +84,8 @@ def read_options(
 
     The shapes of the tensors give the sizes, and what is written beside them gives the
     rest. In config.json, transformers and we put the options at the top, minGPT's scripts
-    under "model"; nanoGPT and our trainers keep them as model_args. config: a model's, with the
-    defaults. Raises ValueError where the files contradict the shapes, and where nothing tells what
-    must be known.
+    under "model"; nanoGPT and our trainers keep them as model_args. Raises ValueError where
+    these contradict the shapes, and where nothing tells what must be known.
     """
     path, config_json, model_args = files.path, files.config_json, files.model_args
     # What the caller says of options that we have no choice in: which GELU a nanoGPT has.
@@ -91,14 +105,12 @@ def read_options(
     if "dropout" in model_args:  # nanoGPT has one probability for all
         dropout = dict.fromkeys(("embd_pdrop", "resid_pdrop", "attn_pdrop"), model_args["dropout"])
         model_args = dropout | model_args
-    # "model_type" means something else here: it names one of our presets
-    known = vars(config).keys() - {"model_type"}
     for source in (config_json, min_gpt, model_args):
         if not isinstance(source, dict):
             continue
         for name, value in source.items():
             our_option = OURS.get(name, name)
-            if our_option in known and value is not None:  # minGPT's None: a preset decides
+            if our_option in OPTIONS and value is not None:  # minGPT's None: a preset decides
                 of_file[our_option] = value
     check_sizes(of_file | options, sizes, path)
     check_activation(files, fixed)
@@ -111,9 +123,8 @@ def check_activation(files: ModelFiles, fixed: dict[str, Any]) -> None:
     Only nanoGPT has models without biases. Its model_args lack our names of the dropouts.
     """
     has_biases = any(is_bias(name) for name in files.tensors)
-    is_nanogpt = not has_biases or (
-        files.model_args and "embd_pdrop" not in files.model_args
-    )
+    has_its_options = files.model_args and "embd_pdrop" not in files.model_args
+    is_nanogpt = not has_biases or has_its_options
     if is_nanogpt and "activation_function" not in fixed:
         raise ValueError(
             f"{files.path} is nanoGPT's, and does not tell which GELU its model has: the exact one "

@@ -195,7 +195,8 @@ def judge_error(
 
 def says(message: str, plan: Plan, argument: str, value: Any) -> bool:
     """Whether an error message names the argument or what came."""
-    clues = [re.escape(name_of(argument)), re.escape(type(value).__name__)]
+    type_name = re.escape(type(value).__name__)
+    clues = [re.escape(name_of(argument)), rf"\b{type_name}\b(?!\()"]
     if argument in plan.alias:
         clues.append(plan.alias[argument])
     if torch.is_tensor(value) or isinstance(value, np.ndarray):

@@ -25,11 +25,12 @@ from unittest import mock
 
 import torch
 
+from mingpt import plots
 from mingpt.datasets import read_jsonl
 from mingpt.model import GPT
 from mingpt.run_folder import read_metrics
 from tests import tiny_chat
-from tests.common import ROOT, TempDirTestCase, printed
+from tests.common import NO_POINTS, ROOT, TempDirTestCase, printed
 
 sys.path.insert(0, str(ROOT / "projects" / "chat"))
 import answers
@@ -1255,15 +1256,20 @@ class TeachTests(TempDirTestCase):
 
     @classmethod
     def teach(cls, work_dir, *options):
-        teach.main([
-            f"--labels={cls.labels}",
-            f"--model.name={cls.model}",
-            "--rl.device=cpu",
-            f"--system.work_dir={work_dir}",
-            f"--report.prompts={cls.prompts}",
-            *SMALL,
-            *options,
-        ])
+        with mock.patch.object(plots.logger, "warning") as warning:
+            teach.main([
+                f"--labels={cls.labels}",
+                f"--model.name={cls.model}",
+                "--rl.device=cpu",
+                f"--system.work_dir={work_dir}",
+                f"--report.prompts={cls.prompts}",
+                *SMALL,
+                *options,
+            ])
+        # Every curve that a plot draws has points in the metrics of the run.
+        warnings = [call.args for call in warning.call_args_list if NO_POINTS in call.args[0]]
+        if warnings:
+            raise AssertionError(warnings)
 
     def summary(self, folder):
         return json.loads((folder / "summary.json").read_text())

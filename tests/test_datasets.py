@@ -120,7 +120,9 @@ class TestReadJsonl(TempDirTestCase):
             read_jsonl(self.folder / "none.jsonl")
 
     def test_a_file_that_is_not_utf8(self):
-        with self.assertRaisesRegex(ValueError, "rows.jsonl is not UTF-8 text: byte 10 is 0xe9"):
+        with self.assertRaisesRegex(
+            ValueError, r"rows.jsonl is not UTF-8 text: byte 10 is 0xe9 \(.*\), in line 1"
+        ):
             read_jsonl(self.write('{"text": "é"}', encoding="latin-1"), "text")
 
 
@@ -376,7 +378,7 @@ class TestPrompts(unittest.TestCase):
             ([], r"prompt 1 has shape \(0,\): each must be a row of one token or more"),
             ([[1]], r"prompt 1 has shape \(1, 1\)"),
             (None, "prompt 1 is None; expected text or token ids"),
-            ([{"role": "user"}], "prompt 1 is .*'user'.*; expected text or token ids"),
+            ([{"role": "user"}], "row 1 has messages, .*'user'.*: pass a Chat as the tokenizer"),
             ([1.5], "prompt 1 is .1.5.; token ids must be whole numbers"),
             ([True], "prompt 1 is .True.; token ids must be whole numbers"),
         ):

@@ -1,17 +1,27 @@
-"""finetune on a tiny random GPT-2: what it learns and writes, and that transformers can load it."""
+"""finetune on tiny random models: what it learns and writes, and that transformers can load it."""
 
 import json
+import os
 import tempfile
 import unittest
 from pathlib import Path
 from unittest import mock
 
+import tokenizers
 import torch
 import transformers
 
 from mingpt.bpe import END_OF_TEXT, BPETokenizer
 from mingpt.model import GPT
-from tests.common import ROOT, TempDirTestCase, load_script, printed, readme_examples, tiny_gpt
+from tests.common import (
+    ROOT,
+    Server,
+    TempDirTestCase,
+    load_script,
+    printed,
+    readme_examples,
+    tiny_gpt,
+)
 
 finetune = load_script(ROOT / "projects" / "finetune" / "finetune.py")
 
@@ -102,6 +112,81 @@ class TestData(TempDirTestCase):
         self.assertIn(279, train.tensors[0])
 
 
+def write_qwen(folder, text):
+    """A tiny random model with the files that Qwen2.5 has on the hub, by its own libraries."""
+    # Its tokenizer: NFC, a pattern that takes digits one by one, bytes, and tokens for turns.
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.normalizer = tokenizers.normalizers.NFC()
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
+        [
+            tokenizers.pre_tokenizers.Split(tokenizers.Regex(QWEN_PATTERN), "isolated"),
+            tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=290, initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    )
+    tokenizer.train_from_iterator([text], trainer)
+    tokenizer.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
+    tokens = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, **tokens
+    ).save_pretrained(folder)
+
+    # And its model.
+    config = transformers.Qwen2Config(
+        vocab_size=tokenizer.get_vocab_size(),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        tie_word_embeddings=True,
+    )
+    torch.manual_seed(0)
+    transformers.Qwen2ForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+
+
+QWEN_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|"
+    r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+class TestHub(TempDirTestCase):
+    def test_a_llama_of_the_hub_learns_too(self):
+        options = write_song_and_model(self.folder)
+        write_qwen(self.folder / "qwen", (self.folder / "song.txt").read_text(encoding="utf-8"))
+        name = "Qwen/Qwen2.5-0.5B"
+        files = {
+            f"/{name}/resolve/main/{path.name}": path.read_bytes()
+            for path in (self.folder / "qwen").iterdir()
+        }
+        server = self.enterContext(Server(files))
+        hub = {"HF_ENDPOINT": server.url, "MINGPT_HOME": str(self.folder / "home")}
+        self.enterContext(mock.patch.dict(os.environ, hub))
+
+        printed(finetune.main, [*options, f"--model.name={name}", "--trainer.max_iters=100"])
+        summary = json.loads((self.folder / "out" / "summary.json").read_text(encoding="utf-8"))
+        self.assertLess(summary["valid_loss"], summary["valid_loss_before"] / 2)
+
+        # transformers reads the result: the same tokens, the same logits.
+        model = self.folder / "out" / "model"
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(model)
+        self.assertIsInstance(theirs, transformers.Qwen2ForCausalLM)
+        tokenizer = BPETokenizer.from_pretrained(model)
+        idx = tokenizer("6 green bottles hanging on 12 walls")
+        their_tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+        their_ids = their_tokenizer("6 green bottles hanging on 12 walls").input_ids
+        self.assertEqual(their_ids, idx[0].tolist())
+        self.assertEqual(their_tokenizer.eos_token_id, tokenizer.eot_token)
+        with torch.no_grad():
+            ours = GPT.from_pretrained(model)(idx)[0]
+            torch.testing.assert_close(ours, theirs(idx).logits, atol=1e-4, rtol=0)
+
+
 class TestMistakes(TempDirTestCase):
     def setUp(self):
         super().setUp()
@@ -138,13 +223,7 @@ class TestMistakes(TempDirTestCase):
     def test_no_evaluations(self):
         self.refuses("eval_every=None", "--trainer.eval_every=None")
 
-    def test_a_model_of_the_hub_whose_vocabulary_is_not_known(self):
-        config = finetune.get_config()
-        config.model.name = "someone/gpt2-german"
-        with self.assertRaisesRegex(ValueError, "vocabulary of someone/gpt2-german is not known"):
-            finetune.load_tokenizer(config, 50257)
-
     def test_a_model_without_its_vocabulary(self):
         (self.folder / "tiny" / "vocab.json").unlink()
         (self.folder / "tiny" / "merges.txt").unlink()
-        self.refuses("a folder with the vocab.json")
+        self.refuses("a folder with the tokenizer.json, or vocab.json")

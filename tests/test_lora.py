@@ -1,17 +1,29 @@
 """lora.py: adapters on every trunk, in peft's files, and policy, value and reward on one trunk."""
 
 import copy
+import gc
 import json
 import logging
+import math
+import types
 import unittest
 
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from torch.utils.data import TensorDataset
 
 from mingpt import lora
+from mingpt.chars import CharTokenizer
+from mingpt.datasets import Comparisons
 from mingpt.heads import ActorCritic, RewardModel, ValueModel
+from mingpt.model import GPT
+from mingpt.rlhf import DPOLoss, PPOTrainer, comparison_loss
+from mingpt.stages import plain
+from mingpt.trainer import Trainer
+from mingpt.utils import set_seed
 from tests.common import TempDirTestCase, tiny_gpt
+from tests.test_distributed import TwoProcessesTestCase
 
 # The options of `tiny_gpt` for each trunk that there is.
 TRUNKS = {
@@ -21,6 +33,8 @@ TRUNKS = {
 
 # The linear layers of a block.
 LAYERS = {"gpt2": 4, "llama": 7}
+
+TOKENIZER = CharTokenizer("abcdefghij")  # the end of a text is 10
 
 
 def setUpModule():
@@ -505,6 +519,417 @@ class TestOnOneTrunk(TempDirTestCase):
         lora.merge(policy)
         with self.assertRaisesRegex(ValueError, "an adapter was merged into it"):
             value(random_ids())
+
+
+PROMPTS = [[1], [2], [1, 2]]
+
+
+def ppo_config(**options):
+    """The options of a short run of PPO, which learns a lot in each step."""
+    config = PPOTrainer.get_default_config()
+    config.merge_from_dict(
+        {
+            "device": "cpu",
+            "batch_size": 8,
+            "group_size": 2,
+            "max_new_tokens": 6,
+            "stop_token": 0,
+            "max_iters": 3,
+            "learning_rate": 1e-2,
+            **options,
+        }
+    )
+    return config
+
+
+def three_adapters(trunk="gpt2"):
+    """(policy, reward model, value function) on one trunk; the value function starts as the
+    reward model."""
+    policy = adapted(trunk)
+    reward = teach(RewardModel.on(policy), seed=5)
+    return policy, reward, ValueModel.on(reward)
+
+
+def threes(idx, attention_mask, completion_mask):
+    """A reward function: how often 3 was written."""
+    return ((idx == 3) & completion_mask).sum(1).float()
+
+
+def run(trainer):
+    """Run a trainer. Its metrics, a row for each iteration, without times."""
+    rows = []
+
+    def note(trainer):
+        rows.append({k: v for k, v in trainer.metrics.items() if k not in ("tokens/s", "seconds")})
+
+    trainer.add_callback("on_batch_end", note)
+    set_seed(1)
+    trainer.run()
+    return rows
+
+
+class TestPPO(TempDirTestCase):
+    """Policy, value function, reward model and reference on one trunk."""
+
+    def assert_same(self, rows, expected, tolerance=1e-4):
+        self.assertEqual(len(rows), len(expected))
+        for row, expected_row in zip(rows, expected, strict=True):
+            for name, value in expected_row.items():
+                with self.subTest(name):
+                    delta = tolerance * (1 + abs(value))
+                    self.assertAlmostEqual(row[name], value, delta=delta)
+
+    def test_it_learns_as_four_models_do(self):
+        for trunk in TRUNKS:
+            policy, reward, value = three_adapters(trunk)
+            own_policy = adapted(trunk)
+            own_reward = RewardModel.from_gpt(reward)
+            own_value = ValueModel.from_gpt(tiny(trunk))
+            lora.add(own_value, rank=4)
+            own_value.head.load_state_dict(value.head.state_dict())
+            own_value.transformer.adapters.default.load_state_dict(
+                value.transformer.adapter.state_dict()
+            )
+            set_seed(0)
+            trainer = PPOTrainer(ppo_config(), policy, reward, PROMPTS, value)
+            set_seed(0)
+            own = PPOTrainer(
+                ppo_config(),
+                own_policy,
+                own_reward,
+                PROMPTS,
+                own_value,
+                ref_policy=lora.merged_copy(own_policy),
+            )
+            with self.subTest(trunk):
+                rows = run(trainer)
+                self.assert_same(rows, run(own))
+                self.assertGreater(rows[-1]["objective/kl"], 0.1)  # so something was learned
+                for p, own_p in zip(policy.parameters(), own_policy.parameters(), strict=True):
+                    torch.testing.assert_close(p, own_p, atol=1e-3, rtol=0)
+
+    def test_the_ratio_starts_at_one(self):
+        for trunk in TRUNKS:
+            for precision in ("fp32", "bf16"):
+                with self.subTest(trunk, precision=precision):
+                    policy, reward, value = three_adapters(trunk)
+                    config = ppo_config(precision=precision, max_iters=2)
+                    rows = run(PPOTrainer(config, policy, reward, PROMPTS, value))
+                    self.assertTrue(all(row["log_prob_error"] < 1e-4 for row in rows))
+
+    def test_by_default_the_value_function_stands_on_the_policys_trunk(self):
+        policy = adapted()
+        trainer = PPOTrainer(ppo_config(), policy, threes, PROMPTS)
+        self.assertIs(trainer.model.value_model.transformer.trunk, policy.transformer)
+
+    def test_a_fresh_adapters_reference_is_the_base(self):
+        policy = tiny()
+        before = policy(random_ids())[0]
+        lora.add(policy)
+        trainer = PPOTrainer(ppo_config(), policy, threes, PROMPTS)
+        self.assertIsNone(trainer.ref_policy.transformer.adapter)
+        run(trainer)
+        self.assertTrue(torch.equal(trainer.ref_policy(random_ids())[0], before))
+        self.assertFalse(torch.equal(policy(random_ids())[0], before))
+
+    def test_the_reference_is_the_policy_as_it_was(self):
+        policy = adapted()
+        before = policy(random_ids())[0]
+        trainer = PPOTrainer(ppo_config(), policy, threes, PROMPTS)
+        rows = run(trainer)
+        self.assertAlmostEqual(rows[0]["objective/kl"], 0.0, delta=1e-5)
+        self.assertTrue(torch.equal(trainer.ref_policy(random_ids())[0], before))
+        with lora.active(policy, "reference"):
+            self.assertTrue(torch.equal(policy(random_ids())[0], before))
+
+    def test_nothing_else_changes(self):
+        policy, reward, value = three_adapters()
+        base = lora.merged_copy(tiny()).state_dict()
+        rewards = reward(random_ids())
+        run(PPOTrainer(ppo_config(), policy, reward, PROMPTS, value))
+        for name, x in base.items():
+            self.assertTrue(torch.equal(policy.state_dict()[name], x), name)
+        self.assertTrue(torch.equal(reward(random_ids()), rewards))
+
+    def test_every_algorithm_and_a_head_on_the_trunk(self):
+        cases = {"rloo": {}, "grpo": {}, "reinforce": {}, "ppo": {"shared_trunk": True}}
+        for algorithm, options in cases.items():
+            with self.subTest(algorithm):
+                config = ppo_config(algorithm=algorithm, max_iters=1, **options)
+                policy = adapted()
+                before = policy(random_ids())[0]
+                rows = run(PPOTrainer(config, policy, threes, PROMPTS))
+                self.assertLess(rows[0]["log_prob_error"], 1e-4)
+                self.assertFalse(torch.equal(policy(random_ids())[0], before))
+
+    def test_a_step_by_turns_is_that_of_both_at_once(self):
+        for precision in ("fp32", "bf16"):
+            found = {}
+            for take_turns in (True, False):
+                policy, reward, value = three_adapters()
+                config = ppo_config(precision=precision, micro_batch_size=4)
+                trainer = PPOTrainer(config, policy, reward, PROMPTS, value)
+                self.assertTrue(trainer.take_turns)
+                trainer.take_turns = take_turns
+                set_seed(0)
+                trainer.model.eval()
+                rollout = trainer.rollout(*next(trainer.batches()))
+                rollout.returns += 1.0
+                trainer.minibatch_step(rollout)
+                found[take_turns] = [p.grad for p in trainer.model.parameters()]
+            with self.subTest(precision):
+                tolerance = 1e-6 if precision == "fp32" else 1e-2
+                torch.testing.assert_close(
+                    found[True], found[False], atol=tolerance, rtol=tolerance
+                )
+
+    def test_it_holds_one_set_of_weights(self):
+        options = {"n_embd": 64, "vocab_size": 500}
+        alone = tiny(**options)
+        lora.add(alone, rank=2)
+        data = TensorDataset(random_ids(8), random_ids(8))
+        alone = Trainer(trainer_config(), alone, data)
+        policy = tiny(**options)
+        lora.add(policy, rank=2)
+        reward = RewardModel.on(policy)
+        trainer = PPOTrainer(ppo_config(), policy, reward, PROMPTS)
+        self.assertLess(held([trainer, reward]), 1.3 * held([alone]))
+
+    def test_the_learning_rate_of_the_value_function(self):
+        policy, reward, value = three_adapters()
+        trainer = PPOTrainer(ppo_config(value_lr_ratio=3.0), policy, reward, PROMPTS, value)
+        groups = trainer.optimizer.param_groups
+        found = {id(p): group.get("lr_ratio", 1.0) for group in groups for p in group["params"]}
+        for p in policy.parameters():
+            self.assertEqual(found.get(id(p)), 1.0 if p.requires_grad else None)
+        self.assertEqual({found[id(p)] for p in value.parameters()}, {3.0})
+
+
+def held(roots):
+    """Bytes of all numbers that some objects hold, directly or not; those of a storage once."""
+    storages = {}
+    seen = set()
+    stack = list(roots)
+    while stack:
+        x = stack.pop()
+        if id(x) in seen or isinstance(x, type | types.ModuleType | types.FunctionType):
+            continue
+        seen.add(id(x))
+        if isinstance(x, torch.Tensor):
+            storages[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        stack += gc.get_referents(x)
+    return sum(storages.values())
+
+
+def trainer_config(**options):
+    config = Trainer.get_default_config()
+    config.merge_from_dict(
+        {"device": "cpu", "batch_size": 4, "max_iters": 4, "learning_rate": 1e-2, **options}
+    )
+    return config
+
+
+class TestCheckpoints(TempDirTestCase):
+    def ppo(self, policy=None, **options):
+        """A PPOTrainer with three adapters on a policy's trunk."""
+        policy = policy or adapted()
+        reward = teach(RewardModel.on(policy), seed=5)
+        set_seed(0)
+        config = ppo_config(work_dir=str(self.folder / "run"), **options)
+        return PPOTrainer(config, policy, reward, PROMPTS, ValueModel.on(reward))
+
+    def checkpoint(self):
+        return torch.load(self.folder / "run" / "checkpoint.pt", weights_only=True)
+
+    def test_they_hold_adapters_and_heads_only(self):
+        trainer = self.ppo(max_iters=1)
+        run(trainer)
+        state = self.checkpoint()["model"]
+        self.assertEqual(state.keys(), trained_names(trainer.model))
+        kinds = {name.split(".")[-1] for name in state}
+        self.assertEqual(kinds, {"A", "B", "weight", "bias"})
+        self.assertEqual(
+            {name for name in state if name.endswith(("weight", "bias"))},
+            {"value_model.head.weight", "value_model.head.bias"},
+        )
+
+    def test_an_interrupted_run_ends_as_an_uninterrupted_one(self):
+        uninterrupted = self.ppo(max_iters=4)
+        run(uninterrupted)
+        expected = self.checkpoint()
+        (self.folder / "run" / "checkpoint.pt").unlink()
+        run(self.ppo(max_iters=2))
+        resumed = self.ppo(max_iters=4)
+        resumed.run()
+        torch.testing.assert_close(self.checkpoint()["model"], expected["model"], atol=0, rtol=0)
+        self.assertEqual(self.checkpoint()["ref_checksum"], expected["ref_checksum"])
+
+    def test_another_base_is_refused(self):
+        run(self.ppo(max_iters=1))
+        with self.assertRaisesRegex(ValueError, "a run on other frozen weights"):
+            run(self.ppo(adapted(seed=1), max_iters=2))
+
+    def test_a_reward_model_on_another_trunk_is_refused(self):
+        work_dir = str(self.folder / "run")
+
+        def trainer(policy, max_iters):
+            return Trainer(
+                trainer_config(work_dir=work_dir, max_iters=max_iters),
+                RewardModel.on(policy),
+                comparisons(),
+                loss_fn=comparison_loss,
+                collate_fn=Comparisons.collate,
+            )
+
+        run(trainer(adapted(), 1))
+        self.assertTrue(all(".adapter." in n or "head." in n for n in self.checkpoint()["model"]))
+        run(trainer(adapted(), 2))
+        with self.assertRaisesRegex(ValueError, "a run on other frozen weights"):
+            run(trainer(adapted(seed=1), 3))
+
+    def test_a_model_of_which_nothing_is_trained(self):
+        with self.assertRaisesRegex(ValueError, "no parameter of the GPT requires gradients"):
+            data = TensorDataset(random_ids(8), random_ids(8))
+            Trainer(trainer_config(), tiny().requires_grad_(False), data)
+
+    def test_a_stage_leaves_the_merged_model(self):
+        model = adapted()
+        plain(model).save_pretrained(self.folder)
+        logits = GPT.from_pretrained(self.folder)(random_ids())[0]
+        torch.testing.assert_close(logits, model(random_ids())[0], atol=1e-4, rtol=1e-4)
+
+
+def comparisons():
+    """Pairs in which people choose what is written with `a`."""
+    rows = [{"chosen": "a" * (1 + i % 3), "rejected": "b" * (1 + i % 2)} for i in range(16)]
+    return Comparisons(rows, TOKENIZER, 12)
+
+
+class TestLearning(unittest.TestCase):
+    """SFT, reward models and DPO with adapters."""
+
+    def test_sft_of_a_language_model(self):
+        for trunk in TRUNKS:
+            with self.subTest(trunk):
+                model = tiny(trunk)
+                lora.add(model, rank=4)
+                x = random_ids(8)
+                data = TensorDataset(x[:, :-1], x[:, 1:])
+                rows = run(Trainer(trainer_config(max_iters=30), model, data))
+                self.assertLess(rows[-1]["loss"], 0.7 * rows[0]["loss"])
+
+    def learn(self, model, loss_fn, **options):
+        return run(
+            Trainer(
+                trainer_config(max_iters=20, batch_size=16, **options),
+                model,
+                comparisons(),
+                loss_fn=loss_fn,
+                collate_fn=Comparisons.collate,
+            )
+        )
+
+    def test_a_reward_model(self):
+        policy = adapted()
+        before = policy(random_ids())[0]
+        rows = self.learn(RewardModel.on(policy), comparison_loss)
+        self.assertLess(rows[-1]["loss"], 0.5 * rows[0]["loss"])
+        self.assertTrue(torch.equal(policy(random_ids())[0], before))
+
+    def test_dpo_begins_at_log_2_and_learns(self):
+        fresh = tiny()
+        lora.add(fresh)
+        for name, policy in {"fresh": fresh, "trained": adapted()}.items():
+            with self.subTest(name):
+                loss_fn = DPOLoss(policy)
+                self.assertIs(loss_fn.reference.policy.transformer.trunk, policy.transformer)
+                rows = self.learn(ActorCritic(policy), loss_fn)
+                self.assertAlmostEqual(rows[0]["loss"], math.log(2), places=5)
+                self.assertLess(rows[-1]["loss"], 0.5)
+
+    def test_dpo_learns_as_with_a_reference_of_its_own(self):
+        policy, other = adapted(), adapted()
+        own = DPOLoss(lora.merged_copy(other))
+        rows = self.learn(ActorCritic(policy), DPOLoss(policy))
+        expected = self.learn(ActorCritic(other), own)
+        for row, expected_row in zip(rows, expected, strict=True):
+            self.assertAlmostEqual(row["loss"], expected_row["loss"], delta=1e-4)
+
+    def test_the_reference_has_no_dropout_where_the_policy_has(self):
+        policy = adapted(resid_pdrop=0.5)
+        loss_fn = DPOLoss(policy, dropout=True)
+        policy.train()
+        batch = (random_ids(), torch.ones(3, 8, dtype=torch.bool))
+        first, _ = loss_fn.reference(*batch)
+        self.assertTrue(torch.equal(loss_fn.reference(*batch)[0], first))
+        self.assertTrue(policy.transformer.training)
+
+    def test_compiled(self):
+        policy = adapted(n_layer=1)
+        model = ActorCritic(policy, teach(ValueModel.on(policy), seed=5))
+        batch = (random_ids(), torch.ones(3, 8, dtype=torch.bool))
+        expected = model(*batch)
+        sum(x.sum() for x in expected).backward()
+        gradients = [p.grad for p in model.parameters() if p.requires_grad]
+        model.zero_grad()
+        model.compile(backend="aot_eager")  # traced, and then run by PyTorch
+        found = model(*batch)
+        sum(x.sum() for x in found).backward()
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+        compiled_gradients = [p.grad for p in model.parameters() if p.requires_grad]
+        torch.testing.assert_close(compiled_gradients, gradients, atol=1e-4, rtol=1e-4)
+
+
+# What each process runs: a reward model and PPO on one trunk, and what this process has seen.
+SCRIPT = """
+import json
+import sys
+from pathlib import Path
+
+from mingpt.heads import RewardModel, ValueModel
+from mingpt.rlhf import PPOTrainer, comparison_loss
+from mingpt.trainer import Trainer
+from mingpt.datasets import Comparisons
+from tests.test_lora import PROMPTS, adapted, comparisons, ppo_config, run, trainer_config
+
+_, folder = sys.argv[1:]
+policy = adapted()
+reward = RewardModel.on(policy)
+trainer = Trainer(
+    trainer_config(),
+    reward,
+    comparisons(),
+    loss_fn=comparison_loss,
+    collate_fn=Comparisons.collate,
+)
+seen = {"losses": [row["loss"] for row in run(trainer)]}
+trainer = PPOTrainer(ppo_config(), policy, reward, PROMPTS, ValueModel.on(reward))
+seen["errors"] = [row["log_prob_error"] for row in run(trainer)]
+weights = [p.detach().double().abs().sum().item() for p in trainer.model.parameters()]
+seen["weights"] = sum(weights)
+Path(f"{folder}.rank{trainer.rank}.json").write_text(json.dumps(seen))
+"""
+
+
+class TestTwoProcesses(TwoProcessesTestCase):
+    @classmethod
+    def setUpClass(cls):
+        super().setUpClass()
+        (cls.folder / "script.py").write_text(SCRIPT)
+        cls.two = cls.train(2, "adapters", "two")
+        [cls.one] = cls.train(1, "adapters", "one")
+
+    def test_both_have_the_same_weights(self):
+        self.assertEqual(self.two[0]["weights"], self.two[1]["weights"])
+
+    def test_a_reward_model_learns_as_in_one(self):
+        losses = zip(self.two[0]["losses"], self.one["losses"], strict=True)
+        for found, expected in losses:
+            self.assertAlmostEqual(found, expected, delta=1e-5)
+
+    def test_the_ratio_starts_at_one(self):
+        for end in (*self.two, self.one):
+            self.assertTrue(all(error < 1e-4 for error in end["errors"]))
 
 
 if __name__ == "__main__":

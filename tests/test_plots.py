@@ -60,6 +60,7 @@ class TestProjects(unittest.TestCase):
 
     def test_every_plot_is_looked_at(self):
         tests = {
+            "chat": "test_chat_project.py",
             "chargpt": "test_chargpt.py",
             "happy_gpt": "test_happy_gpt.py",
             "summarize_rlhf": "test_summarize.py",

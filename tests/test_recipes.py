@@ -186,9 +186,10 @@ class TestRecipes(RecipeTestCase):
         names, printed = self.run_recipe(12)
         # The last answer is only right for a model that has read the first turn.
         self.assertEqual(printed, block(12, "text"))
-        # A prompt is all that was said before, and the loss is on the answer.
-        prompt = "user: I like cats.\nassistant: Me too!\nuser: What do I like?\nassistant:"
-        self.assertEqual(names["rows"][1], {"prompt": prompt, "completion": " You like cats."})
+        # The loss is on the assistant's turns and their ends.
+        _, targets = names["data"][0]
+        learned = names["chat"].decode([i for i in targets.tolist() if i >= 0])
+        self.assertEqual(learned, "Me too!<|endoftext|>You like cats.<|endoftext|>")
 
 
 class TestPage(unittest.TestCase):

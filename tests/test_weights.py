@@ -315,6 +315,16 @@ class TestOptions(TempDirTestCase):
         self.assertEqual(config.attn_pdrop, 0.3)
         self.assertEqual(config.block_size, 12)
 
+    def test_a_width_inside_the_mlp_that_transformers_names_is_the_usual_one(self):
+        path = self.folder / "config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "n_inner": 64}))
+        self.assertIsNone(GPT.from_pretrained(self.folder).config.n_inner)  # a Llama's option
+
+    def test_another_architecture_is_refused(self):
+        with self.assertRaisesRegex(ValueError, "architecture='llama' was asked for"):
+            GPT.from_pretrained(self.folder, architecture="llama")
+        self.assertEqual(GPT.from_pretrained(self.folder, architecture="gpt2").config.n_embd, 16)
+
     def test_unknown_ones_are_refused(self):
         with self.assertRaisesRegex(ValueError, "no options .'n_heads'"):
             GPT.from_pretrained(self.folder, n_heads=2)

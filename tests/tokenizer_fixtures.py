@@ -1,12 +1,18 @@
 """Small tokenizers of each family, made with the package `tokenizers`, and texts to try them on."""
 
+import contextlib
 import json
+import tempfile
+import unittest
+from functools import cache
 from pathlib import Path
 
 import tokenizers
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
 
-from mingpt import bpe
+from mingpt import bpe, gguf
+from mingpt.bpe import BPETokenizer
+from tests.test_gguf import cached_smollm2
 
 # As the four families write them in tokenizer.json.
 LLAMA3 = (
@@ -68,3 +74,19 @@ def save(tokenizer, folder, **config):
     tokenizer.save(str(folder / "tokenizer.json"))
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>", **config}
     (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+
+
+@contextlib.contextmanager
+def folder():
+    """A temporary folder."""
+    with tempfile.TemporaryDirectory() as name:
+        yield Path(name)
+
+
+@cache
+def real_smollm2():
+    """(our tokenizer, the vocabulary in the file) of SmolLM2; skips the test without its file."""
+    path = cached_smollm2()
+    if path is None:
+        raise unittest.SkipTest("smollm2 is not in the cache")
+    return BPETokenizer.from_pretrained("smollm2"), gguf.read(path)[2]

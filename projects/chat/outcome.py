@@ -230,7 +230,7 @@ def plots(work_dir: Path, stages: Stages, margins: Tensor | None) -> None:
             xlabel="how sure the reward model is",
         )
     losses = {
-        stage: {"loss": curve(rows, "loss"), "accuracy": curve(rows, "accuracy")}
+        stage: {name: curve(rows, name) for name in ("loss", "accuracy") if name in rows[0]}
         for stage, rows in metrics.items()
         if rows and "loss" in rows[0]
     }

@@ -425,7 +425,7 @@ def as_row(pair: Pair) -> dict[str, Any]:
     row: dict[str, Any] = {
         "prompt": pair.prompt,
         "messages": json.dumps(pair.messages),
-        "sampling": json.dumps(pair.sampling),
+        "sampling": json.dumps(pair.sampling, allow_nan=False),
         "typed": pair.typed,
         "at": now(),
     }

@@ -1,13 +1,15 @@
 """
-Fine-tune GPT-2, of any size, on a text of your own.
+Fine-tune a pretrained language model on a text of your own: GPT-2, or one of the Llama family.
 
-    python projects/finetune/finetune.py --data.path=book.txt                        gpt2, 124M
-    python projects/finetune/finetune.py --data.path=book.txt --model.name=FOLDER    your weights
+    python projects/finetune/finetune.py --data.path=book.txt                       GPT-2, 124M
+    python projects/finetune/finetune.py --data.path=book.txt --model.name=smollm2  SmolLM2, 135M
+    python projects/finetune/finetune.py --data.path=book.txt --model.name=NAME     one of the hub,
+                                                                         a folder of yours, a file
 
 The model with the lowest validation loss goes to out/finetune/model, where this library and
 `transformers` can load it. Samples from before and after the training go to
 out/finetune/samples.md. In the text, <|endoftext|> marks where one document ends and the next
-one begins.
+one begins, whatever the model's own token for that is called.
 
 Read this file from top to bottom: config, data, model, report, and in `main` all of them together
 with the training. Running the script again continues an interrupted run.
@@ -31,6 +33,9 @@ from mingpt.utils import log_to_console, set_seed
 
 logger = logging.getLogger("mingpt.finetune")
 
+# One of these is in every folder that has a tokenizer.
+TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "encoder.json")
+
 # -- config ----------------------------------------------------------------------------------------
 
 
@@ -47,8 +52,8 @@ def get_config() -> CfgNode:
     C.data.block_size = 256          # tokens in a training window
 
     C.model = CfgNode()
-    C.model.name = "gpt2"            # or gpt2-medium, -large, -xl, a hub name, a folder, a file
-    C.model.tokenizer = ""           # gpt2, or its folder; empty: the one in the model's folder
+    C.model.name = "gpt2"            # or smollm2, a name on the hub, a folder, a file
+    C.model.tokenizer = ""           # a name or a folder, too; empty: the one beside the weights
     C.model.dropout = 0.1            # while training
 
     C.trainer = Trainer.get_default_config()
@@ -92,7 +97,7 @@ def load_windows(
     The first is of the first 90% of the text, to train on, and the second of the rest, to validate
     on. The windows follow each other; what does not fill a window at the end is left out.
     """
-    ids = torch.tensor(tokenizer.encode(text, allowed_special=[END_OF_TEXT]))
+    ids = torch.tensor(encode_documents(text, tokenizer))
     block_size, batch_size = config.data.block_size, config.trainer.batch_size
     train_ids, valid_ids = ids.tensor_split([int(0.9 * len(ids))])
     if len(valid_ids) <= block_size or len(train_ids) <= batch_size * block_size:
@@ -104,6 +109,20 @@ def load_windows(
     logger.info("%d characters, %d tokens: %d to train on, %d to validate on",
                 len(text), len(ids), len(train_ids), len(valid_ids))
     return windows(train_ids, block_size), windows(valid_ids, block_size)
+
+
+def encode_documents(text: str, tokenizer: BPETokenizer) -> list[int]:
+    """The ids of a text, with the tokenizer's own end token where END_OF_TEXT stands."""
+    first, *others = text.split(END_OF_TEXT)
+    if others and tokenizer.eot_token is None:
+        raise ValueError(
+            f"the text marks the end of documents with {END_OF_TEXT}, but the tokenizer has no "
+            "token for that: take the marks out of the text"
+        )
+    ids = tokenizer.encode(first)
+    for document in others:
+        ids += [tokenizer.eot_token, *tokenizer.encode(document)]
+    return ids
 
 
 def windows(ids: torch.Tensor, block_size: int) -> TensorDataset:
@@ -135,35 +154,28 @@ def load_model(config: CfgNode) -> GPT:
 def load_tokenizer(config: CfgNode, vocab_size: int) -> BPETokenizer:
     """The tokenizer of a model with this vocabulary size.
 
-    It is the one that the options name, else the one in the folder of the weights, else GPT-2's.
-    ValueError if it cannot be the model's.
+    It is the one that the options name, else the one beside the weights. ValueError if it cannot be
+    the model's.
     """
-    name = config.model.tokenizer
-    if not name:
-        name = default_tokenizer(config.model.name)
+    name = config.model.tokenizer or default_tokenizer(config.model.name)
     tokenizer = BPETokenizer() if name == "gpt2" else BPETokenizer.from_pretrained(name)
     if tokenizer.vocab_size > vocab_size:
         raise ValueError(
             f"the model {config.model.name} has {vocab_size} tokens, but the tokenizer {name} has "
-            f"{tokenizer.vocab_size}: give --model.tokenizer=FOLDER, a folder with the vocab.json "
-            "and merges.txt that the model was trained with"
+            f"{tokenizer.vocab_size}: give --model.tokenizer=FOLDER, a folder with the "
+            "tokenizer.json, or vocab.json and merges.txt, that the model was trained with"
         )
     return tokenizer
 
 
 def default_tokenizer(model_name: str) -> str:
-    """The folder of a model's own vocabulary if it has one, or "gpt2"."""
-    weights = Path(model_name)
-    if weights.exists():
-        folder = weights if weights.is_dir() else weights.parent
-        if (folder / "vocab.json").exists() or (folder / "encoder.json").exists():
-            return str(folder)
-    elif "/" in model_name:
-        raise ValueError(
-            f"the vocabulary of {model_name} is not known: give --model.tokenizer=gpt2, or a "
-            "folder with its vocab.json and merges.txt"
-        )
-    return "gpt2"
+    """Where a model's own tokenizer is: under its name, beside its file, or GPT-2's, built in."""
+    path = Path(model_name)
+    if not path.exists() or path.suffix == ".gguf":
+        return model_name
+    folder = path if path.is_dir() else path.parent
+    has_one = any((folder / file).exists() for file in TOKENIZER_FILES)
+    return str(folder) if has_one else "gpt2"
 
 
 # -- report ----------------------------------------------------------------------------------------

@@ -76,12 +76,6 @@ def trainer_options(draw):
 @generator("Trainer", 2)
 def trainer(draw):
     """An iteration or two of a GPT, against AdamW by hand where that is simple."""
-    setup = [
-        "torch.manual_seed(3)",
-        "model = new_gpt(1)",
-        "make = lambda **o: Trainer(options(Trainer.get_default_config, **o), model, fold(1))",
-        "def run(**o):\n    trainer = make(**o)\n    trainer.run()\n    return trainer",
-    ]
     options = run_options(draw)
 
     def right(result, **options):
@@ -96,7 +90,7 @@ def trainer(draw):
         "tensorboard": "tensorboard",
         "precision": "precision",
     }
-    return Plan("run", options, right, WRONG_RUN, setup, alias)
+    return Plan("train_with", options, right, WRONG_RUN, alias=alias)
 
 
 def check_first_step(trainer, options):
@@ -129,7 +123,7 @@ def trainer_without(draw):
             "epochs",
         ]
     )
-    good = "options(Trainer.get_default_config, device='cpu', max_iters=1, batch_size=2)"
+    good = "trainer_config()"
     wrong = [
         "None",
         "{}",
@@ -153,16 +147,12 @@ def trainer_without(draw):
 @generator("Trainer(data)", 1.5)
 def trainer_data(draw):
     """Models, datasets and functions that are none."""
-    good = "options(Trainer.get_default_config, device='cpu', max_iters=1, batch_size=2)"
-    setup = [
-        f"config = {good}",
-        "def run(**o):\n    trainer = Trainer(config, **o)\n    trainer.run()\n    return trainer",
-    ]
 
     def right(result, **rest):
         assert result.iter_num == 1
 
     arguments = {
+        "config": "trainer_config()",
         "model": "new_gpt(1)",
         "train_dataset": "fold(1)",
         "valid_dataset": draw.choice(["None", "fold(2)"]),
@@ -227,17 +217,17 @@ def trainer_data(draw):
     alias = {
         "train_dataset": "train_dataset|batch|ids|idx|targets|example|item|longer|equal",
         "valid_dataset": "valid_dataset|batch",
-        "loss_fn": "loss_fn|loss|metric",
+        "loss_fn": "loss_fn|loss|metric|positional argument",
         "collate_fn": "collate_fn|batch",
         "weight_fn": "weight_fn|weight",
         "model": "model",
     }
-    return Plan("run", arguments, right, wrong, setup, alias, ("FloatingPointError",))
+    return Plan("train", arguments, right, wrong, [], alias, ("FloatingPointError",))
 
 
 @generator("add_callback")
 def add_callback(draw):
-    good = "options(Trainer.get_default_config, device='cpu', max_iters=1, batch_size=2)"
+    good = "trainer_config()"
     setup = [f"trainer = Trainer({good}, new_gpt(1), fold(1))"]
     events = ["on_train_begin", "on_batch_end", "on_evaluate", "on_log", "on_train_end"]
     arguments = {"onevent": repr(draw.choice(events)), "callback": "lambda trainer: None"}
@@ -249,36 +239,15 @@ def add_callback(draw):
     return Plan(f"trainer.{method}", arguments, lambda result, **rest: None, wrong, setup)
 
 
-RESUME_SETUP = [
-    "def config(**o):\n    return options(Trainer.get_default_config, device='cpu', batch_size=2, "
-    "work_dir=FOLDER / 'run', **o)",
-    "utils.set_seed(5)",
-    "Trainer(config(max_iters=2), new_gpt(1), fold(1)).run()",
-    "good = (FOLDER / 'run' / 'checkpoint.pt').read_bytes()",
-    "state = load_torch(FOLDER / 'run' / 'checkpoint.pt')",
-    "def resume(o, model, data, prepare):\n    prepare()\n    trainer = Trainer(config(**o), model, data)\n"
-    "    trainer.run()\n    return trainer",
-    "def rewrite(**o):\n    torch.save({**state, **o}, FOLDER / 'run' / 'checkpoint.pt')",
-    "def drop(*names):\n    torch.save({k: v for k, v in state.items() if k not in names}, "
-    "FOLDER / 'run' / 'checkpoint.pt')",
-    "def cut(n):\n    (FOLDER / 'run' / 'checkpoint.pt').write_bytes(good[:n])",
-]
-
-
 @generator("resume", 2)
 def resume(draw):
-    def right(result, o, model, data, prepare):
+    def right(result, options, model, data, prepare):
         assert result.iter_num == 3
-        from tests.fuzz_names import Trainer, fold, new_gpt, options, utils
+        from tests.fuzz_names import fold, new_gpt, train, trainer_config, utils
 
         # The same as a run that was never interrupted.
         utils.set_seed(5)
-        whole = Trainer(
-            options(Trainer.get_default_config, device="cpu", batch_size=2, max_iters=3),
-            new_gpt(1),
-            fold(1),
-        )
-        whole.run()
+        whole = train(trainer_config(max_iters=3), new_gpt(1), fold(1))
         for name, p in whole.model.state_dict().items():
             assert torch.equal(p, result.model.state_dict()[name]), name
 
@@ -305,19 +274,19 @@ def resume(draw):
         f"lambda: rewrite({name}={value})",
         f"lambda: drop({name!r})",
         f"lambda: cut({draw.randint(0, 9999)})",
-        "lambda: torch.save(gpt(1).state_dict(), FOLDER / 'run' / 'checkpoint.pt')",
-        "lambda: torch.save([1], FOLDER / 'run' / 'checkpoint.pt')",
+        "lambda: torch.save(gpt(1).state_dict(), CHECKPOINT)",
+        "lambda: torch.save([1], CHECKPOINT)",
         "lambda: write('run/checkpoint.pt', b'junk')",
         "lambda: write('run/checkpoint.pt', b'')",
         "lambda: rewrite(rng=[{}])",
-        "lambda: rewrite(rng=state['rng'] * 2)",
+        "lambda: rewrite(rng=load_torch(CHECKPOINT)['rng'] * 2)",
         "lambda: rewrite(optimizer={'state': {}, 'param_groups': []})",
-        "lambda: rewrite(optimizer={'state': 3, 'param_groups': state['optimizer']['param_groups']})",
+        "lambda: rewrite_optimizer(state=3)",
         "lambda: rewrite(model={})",
-        "lambda: rewrite(model={**state['model'], 'x': torch.ones(1)})",
+        "lambda: rewrite(model={**load_torch(CHECKPOINT)['model'], 'x': torch.ones(1)})",
     ]
     wrong = {
-        "o": [
+        "options": [
             "{'max_iters': 3, 'learning_rate': 0.5}",
             "{'max_iters': 3, 'betas': (0.1, 0.2)}",
             "{'max_iters': 3, 'lr_schedule': 'linear'}",
@@ -334,13 +303,13 @@ def resume(draw):
         "prepare": broken,
     }
     arguments = {
-        "o": "{'max_iters': 3}",
+        "options": "{'max_iters': 3}",
         "model": "new_gpt(1)",
         "data": "fold(1)",
         "prepare": "lambda: None",
     }
     alias = dict.fromkeys(arguments, "fuzz-|checkpoint|holds a run|another")
-    return Plan("resume", arguments, right, wrong, RESUME_SETUP, alias)
+    return Plan("resume", arguments, right, wrong, ["begin_run()"], alias)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -417,11 +386,6 @@ WRONG_PPO = {
     "value_lr_ratio": ["-1", "None", "'x'"],
     "shared_trunk": ["'x'", "None", "1"],
 }
-PPO_SETUP = [
-    "def run(**o):\n    config = options(PPOTrainer.get_default_config, **o)\n"
-    "    trainer = PPOTrainer(config, new_gpt(1), threes, ['ab', 'cde', 'f', 'gh'], "
-    "tokenizer=LETTERS)\n    trainer.run()\n    return trainer",
-]
 
 
 @generator("PPOTrainer.check_config", 3)
@@ -459,27 +423,19 @@ def ppo(draw):
     if options.get("missing_eos_penalty"):
         options.pop("stop_token", None)
     return Plan(
-        "run",
+        "train_ppo_with",
         options,
         right,
         WRONG_PPO,
-        PPO_SETUP,
-        {"group_size": "group_size|batch_size", "max_new_tokens": "max_new_tokens|block_size"},
+        alias={
+            "group_size": "group_size|batch_size",
+            "max_new_tokens": "max_new_tokens|block_size",
+        },
     )
 
 
 @generator("PPOTrainer(arguments)", 1.5)
 def ppo_arguments(draw):
-    setup = [
-        "def config(**o):\n    return options(PPOTrainer.get_default_config, device='cpu', max_iters=1,"
-        " batch_size=4, max_new_tokens=3, **o)",
-        "def run(config, **o):\n    trainer = PPOTrainer(config, **o)\n    trainer.run()\n"
-        "    return trainer",
-        "def plain(completions, prompts):\n    return [1.0 for _ in completions]",
-        "class Bad(nn.Module):\n    def forward(self, idx, attention_mask):\n"
-        "        return torch.zeros(len(idx), 1)",
-    ]
-
     def right(result, **rest):
         assert result.iter_num == 1 and result.metrics["log_prob_error"] < 1e-4
 
@@ -487,7 +443,7 @@ def ppo_arguments(draw):
         ["device", "algorithm", "max_new_tokens", "kl_target", "batch_size", "stop_token"]
     )
     arguments = {
-        "config": "config()",
+        "config": "ppo_config()",
         "policy": "new_gpt(1)",
         "reward_fn": draw.choice(["threes", "reward_model(1)", "TextReward(plain, LETTERS)"]),
         "prompts": draw.choice(
@@ -508,7 +464,7 @@ def ppo_arguments(draw):
             "{}",
             "Trainer.get_default_config()",
             "GPT.get_default_config()",
-            f"without(config(), {name!r})",
+            f"without(ppo_config(), {name!r})",
             "CfgNode()",
             "'x'",
         ],
@@ -543,7 +499,7 @@ def ppo_arguments(draw):
             "[{'x': 1}]",
         ],
         "value_model": [
-            "Bad()",
+            "Column()",
             "gpt(1)",
             "3",
             "'x'",
@@ -570,7 +526,7 @@ def ppo_arguments(draw):
         "ref_policy": "ref_policy|reference",
         "tokenizer": "tokenizer",
     }
-    return Plan("run", arguments, right, wrong, setup, alias, ("RewardError",))
+    return Plan("train_ppo", arguments, right, wrong, [], alias, ("RewardError",))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -579,15 +535,6 @@ def ppo_arguments(draw):
 
 @generator("TextReward", 1.5)
 def text_reward(draw):
-    setup = [
-        "def length(completions, **kwargs):\n    return [len(c) for c in completions]",
-        "def gold(completions, answer):\n    return [float(a in c) for c, a in zip(completions, answer)]",
-        "def maybe(completions):\n    return [None if c == '' else 2 for c in completions]",
-        "async def later(completions):\n    return [1.0]",
-        "def needs(completions, missing):\n    return [1.0]",
-        "def blind(x=1):\n    return [1.0]",
-        "def only(completions, /):\n    return [1.0]",
-    ]
     f = draw.choice(["length", "[length]", "[length, maybe]", "(length, length)"])
     count = 2 if "," in f else 1
 
@@ -634,22 +581,12 @@ def text_reward(draw):
         "weights": "weight",
         "tokenizer": "tokenizer",
     }
-    return Plan("TextReward", arguments, right, wrong, setup, alias)
+    return Plan("TextReward", arguments, right, wrong, alias=alias)
 
 
 @generator("rewards.score", 1.5)
 def score(draw):
     B, T = draw.randint(1, 4), draw.randint(2, 6)
-    setup = [
-        "def length(completions):\n    return [len(c) for c in completions]",
-        "def gold(completions, answer):\n    return [float(a) for a in answer]",
-        "def raises(completions):\n    raise KeyError('x')",
-        "def short(completions):\n    return [1.0] * (len(completions) + 1)",
-        "def words(completions):\n    return ['good'] * len(completions)",
-        "def none(completions):\n    return [None] * len(completions)",
-        "def nan(completions):\n    return [math.nan] * len(completions)",
-        "def scalar(completions):\n    return 1.0",
-    ]
 
     def right(result, idx, completion_mask, **rest):
         expected = ((idx == 3) & completion_mask).sum(1)
@@ -663,7 +600,7 @@ def score(draw):
         "completion_mask": written,
         "tokenizer": draw.choice(["None", "LETTERS"]),
     }
-    functions = ["raises", "short", "words", "none", "nan", "scalar", "gold"]
+    functions = ["raises", "too_many", "words", "nothing", "not_a_number", "scalar", "gold"]
     wrong = {
         "reward_fn": [
             *(f"TextReward({f}, LETTERS)" for f in functions),
@@ -690,7 +627,7 @@ def score(draw):
         "attention_mask": "mask|shape",
         "completion_mask": "mask|shape",
     }
-    return Plan("rewards.score", arguments, right, wrong, setup, alias)
+    return Plan("rewards.score", arguments, right, wrong, alias=alias)
 
 
 @generator("sample", 1.5)
@@ -844,25 +781,23 @@ def best_of_each(draw):
 
 @generator("Stages")
 def stages(draw):
-    setup = [
-        "def tree(**o):\n    config = CfgNode(data={'size': 3})\n"
-        "    config.sft = options(Trainer.get_default_config, device='cpu', max_iters=1, batch_size=2, **o)\n"
-        "    del config.sft.work_dir\n    return config",
-    ]
-
     def right(result, **rest):
         assert result.names == ["sft"] and not result.finished("sft")
 
-    arguments = {"config": "tree()", "folder": "FOLDER / 'run'", "order": "{'sft': Trainer}"}
+    arguments = {
+        "config": "stages_config()",
+        "folder": "FOLDER / 'run'",
+        "order": "{'sft': Trainer}",
+    }
     wrong = {
         "config": [
             "None",
             "{}",
             "CfgNode()",
-            "tree(batch_size=0)",
-            "tree(typo=1)",
-            "tree(lr_schedule='x')",
-            "without(tree(), 'sft')",
+            "stages_config(batch_size=0)",
+            "stages_config(typo=1)",
+            "stages_config(lr_schedule='x')",
+            "without(stages_config(), 'sft')",
             "'x'",
         ],
         "order": ["None", "{'x': Trainer}", "{}", "['sft']", "{'sft': GPT}", "{'sft': 3}", "'sft'"],
@@ -881,7 +816,7 @@ def stages(draw):
         "overrides": "overrides|typo",
         "base": "base|missing",
     }
-    return Plan("Stages", arguments, right, wrong, setup, alias)
+    return Plan("Stages", arguments, right, wrong, alias=alias)
 
 
 assert masks and math
