@@ -26,6 +26,8 @@ from unittest import mock
 import torch
 
 from mingpt import plots
+from mingpt.bpe import BPETokenizer
+from mingpt.chat import Chat
 from mingpt.datasets import read_jsonl
 from mingpt.model import GPT
 from mingpt.run_folder import read_metrics
@@ -798,6 +800,23 @@ class DeskTests(TempDirTestCase):
         self.assertEqual(maker.problem, "")
         self.assertEqual(database.count_open(), 2)
 
+    def test_a_typed_prompt_that_cannot_be_answered_does_not_keep_the_others_waiting(self):
+        database = Store(self.folder / "labels.db")
+        self.addCleanup(database.close)
+        database.add_prompt(key_id(1), "much too long")
+
+        def make_pair(typed, id):
+            if typed:
+                raise ValueError("it leaves no room")
+            return a_pair()
+
+        maker = desk.PairMaker(database, make_pair)
+        self.assertTrue(maker.make_one())
+        self.assertIn("cannot be answered: it leaves no room", maker.notice)
+        self.assertIsNone(database.typed_prompt())
+        self.assertTrue(maker.make_one())
+        self.assertEqual(database.count_open(), 1)
+
     def test_the_lengths_of_what_is_chosen_are_shown(self):
         database = Store(self.folder / "labels.db")
         self.addCleanup(database.close)
@@ -1048,6 +1067,12 @@ class LabellerTests(TempDirTestCase):
                 self.assertRaisesRegex(ValueError, message),
             ):
                 label.main([f"--work_dir={self.folder}", option])
+
+    def test_a_prompt_that_is_too_long_is_found_at_once(self):
+        prompts = self.folder / "prompts.txt"
+        prompts.write_text("Why?\n" + "x" * 300 + "\n")
+        with self.assertRaisesRegex(ValueError, "leaves -?[0-9]+ for the answer"):
+            self.label("a", "--labeller=simple", f"--prompts={prompts}")
 
     def test_export_and_import_on_the_command_line(self):
         self.label("a", "--labeller=simple", "--number=5")
@@ -1359,6 +1384,15 @@ class TeachTests(TempDirTestCase):
         base = f"--base={self.folder / 'sft'}"
         printed(self.teach, self.folder / "both", "--method=dpo", base, *options)
         self.assertTrue((self.folder / "both" / "rl" / "model").exists())
+
+    def test_gpt2_reads_a_plain_template_and_learns_the_assistants_turns(self):
+        tokenizer = BPETokenizer.train(["User: Hi! Assistant: Hello, how are you?"], 270)
+        chat = Chat(tokenizer, answers.PLAIN_TEMPLATE)
+        messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hey!"}]
+        ids, mask = chat.encode(messages, return_mask=True)
+        self.assertEqual(chat.decode(ids), "User: Hi\nAssistant: Hey!<|endoftext|>")
+        learned = [i for i, is_learned in zip(ids, mask, strict=True) if is_learned]
+        self.assertEqual(chat.decode(learned), " Hey!<|endoftext|>")
 
     def test_too_few_labels_are_refused(self):
         with self.assertRaisesRegex(ValueError, "holds 3 labels that choose .* 12 is the fewest"):

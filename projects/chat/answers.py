@@ -108,6 +108,11 @@ class ChatModel:
             )
         return ids
 
+    def check_prompts(self, ask: CfgNode, prompts: Sequence[str]) -> None:
+        """ValueError for the first prompt that leaves no room for an answer."""
+        for prompt in prompts:
+            self.encode(ask, prompt)
+
     def sample(
         self, ask: CfgNode, prompts: Sequence[str], n: int, seed: int, batch_size: int = 32
     ) -> Samples:
