@@ -1226,6 +1226,14 @@ class TalkTests(TempDirTestCase):
         self.assertIn("error: ", err)
         self.assertIn("cannot be written", err)
 
+    def test_a_template_that_was_tampered_with_is_one_clear_line(self):
+        template = Path(self.model) / "chat_template.jinja"
+        for tampered in ("{{ messages.__class__.__mro__ }}", "{% for", "{{ 1 / 0 }}"):
+            template.write_text(tampered)
+            out, err = self.talk("Hello?\n")
+            self.assertEqual(out, "")
+            self.assertRegex(err, r"\Aerror: the chat template of [^\n]+\n\Z")
+
     def test_through_a_real_pipe(self):
         result = subprocess.run(
             [sys.executable, PROJECT / "talk.py", f"--model={self.model}", "--max_new_tokens=5"],
@@ -1749,6 +1757,24 @@ class PageTests(TempDirTestCase):
         self.assertEqual(len(sent), 3)
         self.assertEqual(len(set(sent)), 1)
         self.assertEqual(self.labels(), [(pair, "right")])
+
+    def test_a_full_disk_is_told_and_the_key_is_sent_until_there_is_room(self):
+        sent = []
+
+        def fail(route):
+            sent.append(route.request.post_data)
+            if len(sent) < 3:
+                route.fulfill(status=507, json={"error": "labels.db: the disk is full"})
+            else:
+                route.continue_()
+
+        self.page.route("**/keys", fail)
+        pair = self.wait_for_pair(self.page)
+        self.page.keyboard.press("ArrowLeft")
+        self.page.wait_for_function(self.MESSAGE_SAYS, arg="disk is full (trying again)")
+        self.wait_for_pair(self.page, other_than=pair)
+        self.assertEqual((len(sent), len(set(sent))), (3, 1))
+        self.assertEqual(self.labels(), [(pair, "left")])
 
     def test_a_key_that_was_pressed_while_the_server_was_down_survives_a_reload(self):
         pair = self.wait_for_pair(self.page)
