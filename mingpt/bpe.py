@@ -23,6 +23,9 @@ Read this file from top to bottom. Each section adds one idea to the one before:
     6. BPETokenizer        the class to use: train, save, load
     7. Files               in which a vocabulary is kept
 
+Other models have other words and further special tokens: words.py has their rules, and
+tokenizer_files.py reads their files. The algorithm is the same for all.
+
 Sources: Sennrich et al. 2016 (arXiv:1508.07909) for the algorithm; Radford et al. 2019 (GPT-2) for
 the bytes, the words, and the files encoder.json and vocab.bpe, called vocab.json and merges.txt
 in Hugging Face's libraries.
@@ -365,41 +368,10 @@ class Encoder:
         self.vocab = vocab
         self.merge_list = merges
         self.word_rule: WordRule = self.vocabulary.words
-        added = {token.content for token in self.vocabulary.added_tokens}
         self.added = AddedTokens(self.vocabulary.added_tokens, self.vocabulary.normalize)
         self.special = {token.content: token.id for token in self.added.tokens if token.special}
-
-        # Each byte as a token. Real vocabularies lack some that are rare in texts.
-        characters = bytes_to_unicode()
-        missing = [character for character in characters.values() if character not in vocab]
-        if not vocab.keys() >= {characters[byte] for byte in COMMON_BYTES}:
-            raise ValueError(
-                f"the vocabulary has no token for {len(missing)} of the 256 bytes "
-                f"({missing[:5]} ...): pass one of byte-level BPE, like GPT-2's"
-            )
-        self.unknown_id = GONE
-        if self.vocabulary.unknown is not None:
-            self.unknown_id = vocab.get(self.vocabulary.unknown, GONE)
-        self.byte_ids = [vocab.get(characters[byte], self.unknown_id) for byte in range(256)]
-        self.lacks_bytes = bool(missing)
-
-        # The bytes of each token, as a string in which character b stands for byte b (Latin-1):
-        # str.join, which decode spends its time in, takes half as long as bytes.join.
-        self.latin = {character: chr(byte) for byte, character in characters.items()}
-        strange = [t for t in vocab if t not in added and not self.latin.keys() >= set(t)]
-        if strange:
-            raise ValueError(
-                f"the vocabulary has tokens that are not written in bytes ({strange[:5]}), and "
-                f"that are not among its added tokens, {sorted(added)[:5]}"
-            )
-        self.token_text = {
-            i: "".join(self.latin[c] for c in token)
-            for token, i in vocab.items()
-            if token not in added
-        }
-        for token in self.added.tokens:
-            self.token_text[token.id] = token.content.encode("utf-8").decode("latin-1")
-
+        self.byte_ids = self.ids_of_bytes()
+        self.token_text = self.texts_of_tokens()
         try:
             self.merges: list[Merge] = [(vocab[a], vocab[b], vocab[a + b]) for a, b in merges]
         except KeyError as error:
@@ -409,7 +381,6 @@ class Encoder:
             ) from None
         self.ranks = {(left, right): rank for rank, (left, right, _) in enumerate(self.merges)}
         self.check_special_tokens()
-
         # Where merges are ignored, a word that is a token by itself: {its bytes in Latin-1: its id}
         self.whole_words: dict[str, int] = {}
         if self.vocabulary.ignore_merges:
@@ -418,10 +389,49 @@ class Encoder:
             self.whole_words = {text: i for i, text in token_text if i not in added_ids}
         self.words = WordCache(self.encode_word)
 
+    def ids_of_bytes(self) -> list[int]:
+        """The id of each byte. Real vocabularies lack some bytes that are rare in texts.
+
+        The unknown token takes their place; where there is none, GONE stands for it.
+        """
+        characters = bytes_to_unicode()
+        if not self.vocab.keys() >= {characters[byte] for byte in COMMON_BYTES}:
+            missing = [token for token in characters.values() if token not in self.vocab]
+            raise ValueError(
+                f"the vocabulary has no token for {len(missing)} of the 256 bytes "
+                f"({missing[:5]} ...): pass one of byte-level BPE, like GPT-2's"
+            )
+        unknown = GONE
+        if self.vocabulary.unknown is not None:
+            unknown = self.vocab.get(self.vocabulary.unknown, GONE)
+        return [self.vocab.get(characters[byte], unknown) for byte in range(256)]
+
+    def texts_of_tokens(self) -> dict[int, str]:
+        """The bytes of each token, as a text in which character b stands for byte b (Latin-1).
+
+        str.join, which decode spends its time in, takes half as long as bytes.join.
+        """
+        latin = {character: chr(byte) for byte, character in bytes_to_unicode().items()}
+        added = {token.content for token in self.added.tokens}
+        strange = [t for t in self.vocab if t not in added and not latin.keys() >= set(t)]
+        if strange:
+            raise ValueError(
+                f"the vocabulary has tokens that are not written in bytes ({strange[:5]}), and "
+                f"that are not among its added tokens, {sorted(added)[:5]}"
+            )
+        texts = {
+            i: "".join(latin[character] for character in token)
+            for token, i in self.vocab.items()
+            if token not in added
+        }
+        for token in self.added.tokens:
+            texts[token.id] = token.content.encode("utf-8").decode("latin-1")
+        return texts
+
     def check_special_tokens(self) -> None:
         """ValueError for a special token that the bytes of a text could become by merging."""
-        from_text = {*self.byte_ids, *(new_id for _, _, new_id in self.merges)}
-        from_text.discard(self.unknown_id)
+        from_text = {self.vocab.get(character) for character in bytes_to_unicode().values()}
+        from_text |= {new_id for _, _, new_id in self.merges}
         unsafe = [token for token, i in self.special.items() if i in from_text]
         if unsafe:
             raise ValueError(
@@ -475,7 +485,7 @@ class Encoder:
             if whole is not None:
                 return (whole,)
         ids = [self.byte_ids[byte] for byte in word]
-        if self.lacks_bytes and GONE in ids:
+        if GONE in ids:
             logger.warning("%r has bytes that the vocabulary lacks: they are left out", word)
             ids = [i for i in ids if i != GONE]
         merge = merge_long if len(ids) > LONG_WORD else merge_short
@@ -663,6 +673,15 @@ def get_encoder() -> Encoder:
 
 # --- 7. Files ------------------------------------------------------------------------------------
 
+FILE_NAMES = [
+    ("vocab.json", "merges.txt"),  # transformers' and ours
+    ("encoder.json", "vocab.bpe"),  # OpenAI's
+]
+GPT2_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main"
+GPT2_SHA256 = {
+    "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
+    "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
+}
 
 
 def read_vocabulary(path: Path) -> Vocabulary:
@@ -678,17 +697,6 @@ def read_vocabulary(path: Path) -> Vocabulary:
         return read_tokenizer_json(path / "tokenizer.json")
     vocab, merges = read_files(path)
     return gpt2_vocabulary(vocab, merges)
-
-
-FILE_NAMES = [
-    ("vocab.json", "merges.txt"),  # transformers' and ours
-    ("encoder.json", "vocab.bpe"),  # OpenAI's
-]
-GPT2_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main"
-GPT2_SHA256 = {
-    "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
-    "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
-}
 
 
 def read_files(folder: str | Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
