@@ -23,6 +23,9 @@ Read this file from top to bottom. Each section adds one idea to the one before:
     6. BPETokenizer        the class to use: train, save, load
     7. Files               in which a vocabulary is kept
 
+Other models have other words and further special tokens: words.py has their rules, and
+tokenizer_files.py reads their files. The algorithm is the same for all.
+
 Sources: Sennrich et al. 2016 (arXiv:1508.07909) for the algorithm; Radford et al. 2019 (GPT-2) for
 the bytes, the words, and the files encoder.json and vocab.bpe, called vocab.json and merges.txt
 in Hugging Face's libraries.
@@ -33,6 +36,7 @@ import importlib
 import importlib.util
 import json
 import logging
+import os
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
@@ -364,41 +368,10 @@ class Encoder:
         self.vocab = vocab
         self.merge_list = merges
         self.word_rule: WordRule = self.vocabulary.words
-        added = {token.content for token in self.vocabulary.added_tokens}
         self.added = AddedTokens(self.vocabulary.added_tokens, self.vocabulary.normalize)
         self.special = {token.content: token.id for token in self.added.tokens if token.special}
-
-        # Each byte as a token. Real vocabularies lack some that are rare in texts.
-        characters = bytes_to_unicode()
-        missing = [character for character in characters.values() if character not in vocab]
-        if not vocab.keys() >= {characters[byte] for byte in COMMON_BYTES}:
-            raise ValueError(
-                f"the vocabulary has no token for {len(missing)} of the 256 bytes "
-                f"({missing[:5]} ...): pass one of byte-level BPE, like GPT-2's"
-            )
-        self.unknown_id = GONE
-        if self.vocabulary.unknown is not None:
-            self.unknown_id = vocab.get(self.vocabulary.unknown, GONE)
-        self.byte_ids = [vocab.get(characters[byte], self.unknown_id) for byte in range(256)]
-        self.lacks_bytes = bool(missing)
-
-        # The bytes of each token, as a string in which character b stands for byte b (Latin-1):
-        # str.join, which decode spends its time in, takes half as long as bytes.join.
-        self.latin = {character: chr(byte) for byte, character in characters.items()}
-        strange = [t for t in vocab if t not in added and not self.latin.keys() >= set(t)]
-        if strange:
-            raise ValueError(
-                f"the vocabulary has tokens that are not written in bytes ({strange[:5]}), and "
-                f"that are not among its added tokens, {sorted(added)[:5]}"
-            )
-        self.token_text = {
-            i: "".join(self.latin[c] for c in token)
-            for token, i in vocab.items()
-            if token not in added
-        }
-        for token in self.added.tokens:
-            self.token_text[token.id] = token.content.encode("utf-8").decode("latin-1")
-
+        self.byte_ids = self.ids_of_bytes()
+        self.token_text = self.texts_of_tokens()
         try:
             self.merges: list[Merge] = [(vocab[a], vocab[b], vocab[a + b]) for a, b in merges]
         except KeyError as error:
@@ -408,7 +381,6 @@ class Encoder:
             ) from None
         self.ranks = {(left, right): rank for rank, (left, right, _) in enumerate(self.merges)}
         self.check_special_tokens()
-
         # Where merges are ignored, a word that is a token by itself: {its bytes in Latin-1: its id}
         self.whole_words: dict[str, int] = {}
         if self.vocabulary.ignore_merges:
@@ -417,10 +389,49 @@ class Encoder:
             self.whole_words = {text: i for i, text in token_text if i not in added_ids}
         self.words = WordCache(self.encode_word)
 
+    def ids_of_bytes(self) -> list[int]:
+        """The id of each byte. Real vocabularies lack some bytes that are rare in texts.
+
+        The unknown token takes their place; where there is none, GONE stands for it.
+        """
+        characters = bytes_to_unicode()
+        if not self.vocab.keys() >= {characters[byte] for byte in COMMON_BYTES}:
+            missing = [token for token in characters.values() if token not in self.vocab]
+            raise ValueError(
+                f"the vocabulary has no token for {len(missing)} of the 256 bytes "
+                f"({missing[:5]} ...): pass one of byte-level BPE, like GPT-2's"
+            )
+        unknown = GONE
+        if self.vocabulary.unknown is not None:
+            unknown = self.vocab.get(self.vocabulary.unknown, GONE)
+        return [self.vocab.get(characters[byte], unknown) for byte in range(256)]
+
+    def texts_of_tokens(self) -> dict[int, str]:
+        """The bytes of each token, as a text in which character b stands for byte b (Latin-1).
+
+        str.join, which decode spends its time in, takes half as long as bytes.join.
+        """
+        latin = {character: chr(byte) for byte, character in bytes_to_unicode().items()}
+        added = {token.content for token in self.added.tokens}
+        strange = [t for t in self.vocab if t not in added and not latin.keys() >= set(t)]
+        if strange:
+            raise ValueError(
+                f"the vocabulary has tokens that are not written in bytes ({strange[:5]}), and "
+                f"that are not among its added tokens, {sorted(added)[:5]}"
+            )
+        texts = {
+            i: "".join(latin[character] for character in token)
+            for token, i in self.vocab.items()
+            if token not in added
+        }
+        for token in self.added.tokens:
+            texts[token.id] = token.content.encode("utf-8").decode("latin-1")
+        return texts
+
     def check_special_tokens(self) -> None:
         """ValueError for a special token that the bytes of a text could become by merging."""
-        from_text = {*self.byte_ids, *(new_id for _, _, new_id in self.merges)}
-        from_text.discard(self.unknown_id)
+        from_text = {self.vocab.get(character) for character in bytes_to_unicode().values()}
+        from_text |= {new_id for _, _, new_id in self.merges}
         unsafe = [token for token, i in self.special.items() if i in from_text]
         if unsafe:
             raise ValueError(
@@ -439,22 +450,29 @@ class Encoder:
         """
         if not isinstance(text, str):
             raise TypeError(f"got {type(text).__name__} {text!r:.60}; encode takes a text")
-        allowed_special = set(allowed_special)
-        unknown = sorted(allowed_special - self.special.keys())
+        allowed = frozenset() if allowed_special == () else self.check_allowed(allowed_special)
+        try:
+            if not allowed and not self.added.has_ordinary:
+                return self.encode_ordinary(nfc(text) if self.added.normalize else text)
+            # cut the text at the added tokens, and encode what is between them
+            ids = []
+            for piece in self.added.split(text, allowed):
+                ids += [piece] if isinstance(piece, int) else self.encode_ordinary(piece)
+            return ids
+        except UnicodeEncodeError:
+            return self.encode(without_lone_surrogates(text), allowed)
+
+    def check_allowed(self, allowed_special: Iterable[str]) -> frozenset[str]:
+        """The special tokens that the caller allows; ValueError for others than this one's."""
+        if not isinstance(allowed_special, Iterable):
+            raise TypeError(f"got allowed_special={allowed_special!r}; expected a list of tokens")
+        allowed = frozenset(allowed_special)
+        unknown = sorted(allowed - self.special.keys())
         if unknown:
             raise ValueError(
                 f"got allowed_special={unknown}; this vocabulary has {sorted(self.special)}"
             )
-        try:
-            if not allowed_special and not self.added.has_ordinary:
-                return self.encode_ordinary(nfc(text) if self.added.normalize else text)
-            # cut the text at the added tokens, and encode what is between them
-            ids = []
-            for piece in self.added.split(text, allowed_special):
-                ids += [piece] if isinstance(piece, int) else self.encode_ordinary(piece)
-            return ids
-        except UnicodeEncodeError:
-            return self.encode(without_lone_surrogates(text), allowed_special)
+        return allowed
 
     def encode_ordinary(self, text: str) -> list[int]:
         """The ids of a text without added tokens: split it, look up each word, join the ids."""
@@ -467,7 +485,7 @@ class Encoder:
             if whole is not None:
                 return (whole,)
         ids = [self.byte_ids[byte] for byte in word]
-        if self.lacks_bytes and GONE in ids:
+        if GONE in ids:
             logger.warning("%r has bytes that the vocabulary lacks: they are left out", word)
             ids = [i for i in ids if i != GONE]
         merge = merge_long if len(ids) > LONG_WORD else merge_short
@@ -561,20 +579,28 @@ class BPETokenizer(Encoder):
         return torch.tensor([self.encode(text)], dtype=torch.long)
 
     @classmethod
-    def train(cls, texts: Iterable[str], vocab_size: int) -> Self:
+    def train(
+        cls,
+        texts: Iterable[str],
+        vocab_size: int,
+        special_tokens: Iterable[str] = (),
+    ) -> Self:
         """Learn a vocabulary of vocab_size tokens: 256 bytes, the merges, and the end of a text.
 
-        The same texts always give the same vocabulary: of equally frequent pairs, the one of the
-        earlier tokens comes first. Raises ValueError where vocab_size is below 257, or where the
-        texts give fewer tokens; TypeError for texts that are none.
+        special_tokens: further ones behind that end, like "<|im_start|>" for a chat. The same texts
+        always give the same vocabulary: of equally frequent pairs, the one of the earlier tokens
+        comes first. Raises ValueError where vocab_size is below 257 and the special tokens, or
+        where the texts give fewer tokens; TypeError for texts that are none.
         """
         if isinstance(texts, str):
             raise TypeError(f"got the text {texts[:60]!r}; train takes several: pass [text]")
         check_numbers(CfgNode(vocab_size=vocab_size), "vocab_size", whole=True)
-        if vocab_size < 257:
+        special = [END_OF_TEXT, *special_tokens]
+        least = 256 + len(special)
+        if vocab_size < least:
             raise ValueError(
-                f"got vocab_size={vocab_size}; it must be 257 or more: "
-                "256 bytes and the end of a text come first"
+                f"got vocab_size={vocab_size}; it must be {least} or more: "
+                f"256 bytes and {special} come first"
             )
         word_counts = Counter(chain.from_iterable(GPT2.split(well_formed(text)) for text in texts))
         # GPT-2 orders the bytes by the characters that it writes them with
@@ -584,16 +610,23 @@ class BPETokenizer(Encoder):
         words = [[byte_ids[byte] for byte in word.encode("utf-8")] for word in word_counts]
         counts = list(word_counts.values())
         merges = []
-        for left, right in most_frequent_pairs(words, counts, vocab_size - 257):
+        for left, right in most_frequent_pairs(words, counts, vocab_size - least):
             merges.append((tokens[left], tokens[right]))
             tokens.append(tokens[left] + tokens[right])
-        tokens.append(END_OF_TEXT)
+        tokens += special
         if len(tokens) < vocab_size:
             raise ValueError(
                 f"the texts give only {len(tokens)} tokens, not vocab_size={vocab_size}: "
                 "pass more text, or ask for fewer tokens"
             )
-        return cls({token: i for i, token in enumerate(tokens)}, merges)
+        vocab = {token: i for i, token in enumerate(tokens)}
+        if len(vocab) < len(tokens):
+            raise ValueError(f"got special_tokens={special[1:]}; some are tokens already")
+        return cls(
+            vocab,
+            merges,
+            added_tokens=tuple(AddedToken(token, vocab[token]) for token in special),
+        )
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write what `from_pretrained`, `transformers` and `tokenizers` read.
@@ -640,23 +673,6 @@ def get_encoder() -> Encoder:
 
 # --- 7. Files ------------------------------------------------------------------------------------
 
-
-
-def read_vocabulary(path: Path) -> Vocabulary:
-    """The vocabulary of a folder, or of a .gguf file, with its rules."""
-    if path.is_file():
-        if path.suffix == ".json":
-            return read_tokenizer_json(path)
-        gguf = importlib.import_module("mingpt.gguf")  # it needs an extra: only where it is used
-        _, _, vocabulary, _ = gguf.read(path)
-        return from_gguf(path, vocabulary)
-    finish_write(path)
-    if (path / "tokenizer.json").exists():
-        return read_tokenizer_json(path / "tokenizer.json")
-    vocab, merges = read_files(path)
-    return gpt2_vocabulary(vocab, merges)
-
-
 FILE_NAMES = [
     ("vocab.json", "merges.txt"),  # transformers' and ours
     ("encoder.json", "vocab.bpe"),  # OpenAI's
@@ -668,13 +684,28 @@ GPT2_SHA256 = {
 }
 
 
+def read_vocabulary(path: Path) -> Vocabulary:
+    """The vocabulary of a folder, or of a .gguf file, with its rules."""
+    if os.path.isfile(path):  # Path.is_file raises for a name that is too long
+        if path.suffix == ".json":
+            return read_tokenizer_json(path)
+        gguf = importlib.import_module("mingpt.gguf")  # it needs an extra: only where it is used
+        _, _, vocabulary, _ = gguf.read(path)
+        return from_gguf(path, vocabulary)
+    finish_write(path)
+    if os.path.exists(path / "tokenizer.json"):
+        return read_tokenizer_json(path / "tokenizer.json")
+    vocab, merges = read_files(path)
+    return gpt2_vocabulary(vocab, merges)
+
+
 def read_files(folder: str | Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
     """The vocabulary and the merges from the two files in a folder, under either of their names."""
     finish_write(folder)
     for vocab_name, merges_name in FILE_NAMES:
         vocab_path = Path(folder) / vocab_name
         merges_path = Path(folder) / merges_name
-        if vocab_path.exists() and merges_path.exists():
+        if os.path.exists(vocab_path) and os.path.exists(merges_path):
             return read_vocab(vocab_path), read_merges(merges_path)
     raise ValueError(
         f"{folder} contains no vocabulary; "

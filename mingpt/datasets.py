@@ -72,9 +72,10 @@ def read_text(path: str | Path) -> str:
     try:
         return path.read_text(encoding="utf-8").removeprefix("\N{BYTE ORDER MARK}")
     except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
         raise ValueError(
             f"{path} is not UTF-8 text: byte {error.start} is {error.object[error.start]:#04x} "
-            f"({error.reason}). Save it as UTF-8"
+            f"({error.reason}), in line {line}. Save it as UTF-8"
         ) from None
 
 

@@ -254,8 +254,11 @@ class ActorCritic(nn.Module):
         temperature: float = 1.0,
         prefix_length: int = 0,
         rows_per_prompt: int = 1,
+        only: str | None = None,
     ) -> tuple[Tensor, Tensor]:
         """(log_probs, values), both (B, T-1): of the actions idx[:, 1:] and the states before them.
+
+        only: `policy` or `value` reads with one of the two; the other's tensor is empty.
 
         The first prefix_length actions belong to the prompt, and their log-probs are never
         used. A GPT does not compute them: zeros take their place, which saves the prompt's
@@ -264,24 +267,33 @@ class ActorCritic(nn.Module):
         """
         check_idx(idx)
         check_equal_shapes(idx=idx, attention_mask=attention_mask)
+        if only not in (None, "policy", "value"):
+            raise ValueError(f"only={only!r} must be policy, value or None")
+        nothing = torch.empty(0, device=idx.device)
+        if only == "value":
+            return nothing, self.values(idx, attention_mask, prefix_length, rows_per_prompt)
+
         # A policy of another kind reads every row from its beginning. (mypy cannot know that it
         # has log_probs.)
         if not isinstance(self.policy, GPT):
             mask = needed_mask(idx, attention_mask)
             log_probs = self.policy.log_probs(idx, mask, temperature)  # type: ignore[operator]
-            return log_probs, self.values(idx, attention_mask)
+            return log_probs, nothing if only else self.values(idx, attention_mask)
 
         # log π of each action after the prefix.
         hidden = self.policy_states(idx, attention_mask, prefix_length, rows_per_prompt)
         logits = self.policy.lm_head(hidden)  # (B, T-1-prefix_length, V): the largest tensor
         log_probs = token_log_probs(logits, idx[:, prefix_length + 1 :], temperature)
+        log_probs = F.pad(log_probs, (prefix_length, 0))
+        if only == "policy":
+            return log_probs, nothing
 
         # V of each state. A ValueHead reads the policy's hidden states, a ValueModel the text.
         if isinstance(self.value_model, ValueHead):
             values = F.pad(self.value_model(hidden), (prefix_length, 0))
         else:
             values = self.values(idx, attention_mask, prefix_length, rows_per_prompt)
-        return F.pad(log_probs, (prefix_length, 0)), values
+        return log_probs, values
 
     def values(
         self,

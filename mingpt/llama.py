@@ -85,8 +85,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., size) -> (..., size). PyTorch squares in fp32, also where x is in half precision.
-        """
+        """(..., size) -> (..., size), computed in fp32 also where x is in half precision."""
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
@@ -213,7 +212,9 @@ class MLP(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """One layer, as in GPT-2: attention, then the MLP, each reads x through a norm and adds to x.
+    """One layer, as in GPT-2: attention, then the MLP.
+
+    Each of the two reads x through a norm, and adds its output to x, the residual stream.
     """
 
     def __init__(self, config: CN, layer: int):
@@ -395,7 +396,7 @@ def check_rope_scaling(scaling: Any) -> dict[str, Any] | None:
     kind = scaling.get("rope_type", scaling.get("type"))  # its name until 2024
     if kind == "default":
         return None
-    if kind not in ROPE_SCALINGS:
+    if not isinstance(kind, str) or kind not in ROPE_SCALINGS:
         known = ", ".join(ROPE_SCALINGS)
         raise ValueError(f"rope_scaling has rope_type={kind!r}; ours are default, {known}")
     names = ROPE_SCALINGS[kind]

@@ -62,7 +62,7 @@ from torch.nn import functional as F
 
 from mingpt import distributed, lora
 from mingpt.checkpoint import get_rng_state, set_rng_state
-from mingpt.config import CfgNode as CN, check_booleans, check_numbers, documented
+from mingpt.config import CfgNode as CN, check_booleans, check_numbers, check_present, documented
 from mingpt.datasets import Prompts, check_tokenizer, default_stop_token
 from mingpt.heads import ActorCritic, RewardModel, ValueHead, ValueModel, first_column
 from mingpt.model import GPT, check_mask_values, last_real, stop_ids
@@ -862,6 +862,7 @@ def choose(config: CN) -> Algorithm:
 
     ValueError for an unknown algorithm, an unknown choice, or choices that do not go together.
     """
+    check_present(config, ["algorithm", *CHOICES])
     if config.algorithm not in ALGORITHMS:
         raise ValueError(f"algorithm={config.algorithm!r} must be one of {', '.join(ALGORITHMS)}")
     # Begin with the row, and replace what the config sets itself. None means the row's value.
@@ -1118,6 +1119,7 @@ class PPOTrainer(Trainer):
         )
 
         self.policy = policy
+        self.take_turns = lora.stands_on_another(value_model)  # policy and value: see `value_turn`
         # Only then can the sampler's own log-probs be used (see `sample`).
         self.weights_are_fp32 = all(p.dtype == torch.float32 for p in policy.parameters())
         # A reward model and the reference are used as they are, without dropout.
@@ -1484,28 +1486,17 @@ class PPOTrainer(Trainer):
         The second term is there with a value function, the third with kl_penalty="loss".
         """
         # Read the episodes with the policy and the value function as they are now: (B, T-1) each.
-        episodes = batch.episodes
-        log_probs, values = model(
-            episodes.idx,
-            episodes.attention_mask,
-            self.config.temperature,
-            episodes.prefix_length,
-            episodes.rows_per_prompt,
-        )
+        # Where they take turns, the value function has had its own already.
+        v_loss = self.value_turn(batch) if self.take_turns else None
+        log_probs, values = self.read(model, batch, only="policy" if self.take_turns else None)
 
         # Raise the probability of tokens that were better than expected, but not too far.
         loss, metrics = self.policy_loss(log_probs, batch)
 
         # Teach the value function what the returns were. Its mean is over tokens in any case.
         if self.choices.advantage == "gae":
-            v_loss = value_loss(
-                values,
-                episodes.old_values,
-                episodes.returns,
-                episodes.loss_mask,
-                self.config.value_clip_range,
-                denominator=batch.tokens,
-            )
+            if v_loss is None:
+                v_loss = self.value_loss(values, batch)
             loss = loss + self.config.value_coef * v_loss
             metrics["loss/value"] = v_loss.detach()
 
@@ -1513,6 +1504,49 @@ class PPOTrainer(Trainer):
         if self.choices.kl_penalty == "loss":
             loss = loss + self.kl_coef * self.kl_loss(log_probs, batch)
         return loss, metrics
+
+    def read(
+        self, model: nn.Module, batch: MicroBatch, only: str | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """(log_probs, values), (B, T-1) each, of a micro-batch: see `ActorCritic`."""
+        episodes = batch.episodes
+        return model(
+            episodes.idx,
+            episodes.attention_mask,
+            self.config.temperature,
+            episodes.prefix_length,
+            episodes.rows_per_prompt,
+            only,
+        )
+
+    def value_loss(self, values: Tensor, batch: MicroBatch) -> Tensor:
+        """The error of the value function. Its mean is over the minibatch's tokens in any case."""
+        episodes = batch.episodes
+        return value_loss(  # the function above
+            values,
+            episodes.old_values,
+            episodes.returns,
+            episodes.loss_mask,
+            self.config.value_clip_range,
+            denominator=batch.tokens,
+        )
+
+    def value_turn(self, batch: MicroBatch) -> Tensor:
+        """The value function's loss, with its gradient already computed.
+
+        With policy and value function on one frozen trunk, the memory of training is mostly what
+        is kept of the forward passes for the backward pass. So we go forwards and backwards with
+        the value function, and only then begin with the policy: less is kept at a time.
+        """
+        _, values = self.read(self.model, batch, only="value")
+        loss = self.value_loss(values, batch)
+        # Without autocast, which is for the forward pass, and with fp16's scale, if any.
+        value_model: Any = self.model.value_model
+        parameters = [p for p in value_model.parameters() if p.requires_grad]
+        with torch.autocast(self.device.type, enabled=False):
+            gradients = torch.autograd.grad(self.scaler.scale(loss), parameters)
+        scale = self.scaler.get_scale()
+        return KnownGradient.apply(loss.detach(), scale, *gradients, *parameters)
 
     def policy_loss(self, log_probs: Tensor, batch: MicroBatch) -> tuple[Tensor, dict]:
         """The clipped surrogate, and how far the policy is from the one that sampled."""
@@ -1767,6 +1801,26 @@ class PPOTrainer(Trainer):
                 raise ValueError(
                     f"{described}do not fit into the reward model's block_size={reward_block_size}"
                 )
+
+
+class KnownGradient(torch.autograd.Function):
+    """A loss whose gradient by some parameters is known before the backward pass reaches it.
+
+    apply(loss, scale, *gradients, *parameters): the gradients are those of scale · loss.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, scale: float, *tensors: Tensor) -> Tensor:
+        """The loss itself."""
+        ctx.scale = scale
+        ctx.save_for_backward(*tensors[: len(tensors) // 2])
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """The known gradients, by the chain rule."""
+        gradients = [x * (grad / ctx.scale) for x in ctx.saved_tensors]
+        return None, None, *[None for _ in gradients], *gradients
 
 
 # --------------------------------------------------------------------------------------------------

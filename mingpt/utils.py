@@ -214,8 +214,11 @@ def log_to_console() -> None:
 def setup_logging(config: CfgNode) -> None:
     """For scripts: log to the console, and keep the options in config.system.work_dir.
 
-    args.txt gets the command line, config.json the whole config.
+    args.txt gets the command line, config.json the whole config. ValueError for a config without
+    that option.
     """
+    check_present(config, ["system"])
+    check_present(config.system, ["work_dir"])
     log_to_console()
     work_dir = Path(config.system.work_dir)
     write_text(work_dir / "args.txt", " ".join(sys.argv))

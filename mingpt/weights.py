@@ -24,6 +24,7 @@ The three kinds of models are saved as the classes that transformers has for the
 """
 
 import importlib
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -135,7 +136,7 @@ class Pretrained(nn.Module):
         """
         check_dtype(dtype)
         adapter = Path(name_or_path) / "adapter_config.json"
-        if adapter.is_file():
+        if os.path.isfile(adapter):  # Path.is_file raises for a name that is too long
             # An adapter stands on another model: read that first.
             lora = importlib.import_module("mingpt.lora")  # it imports this file
             model = cls.from_pretrained(lora.base_of(name_or_path), revision, dtype, **options)
@@ -185,13 +186,16 @@ class Pretrained(nn.Module):
                 continue  # it goes into config.json
             name_in_file, tensor = family.stored(name, parameter, self.task)
             tensors[name_in_file] = tensor
+        generates = self.special_tokens and self.task == "CausalLM"
         with write_together(folder) as new:
             write_text(new / "config.json", to_json(config_json(self), indent=2) + "\n")
-            if self.special_tokens and self.task == "CausalLM":
+            if generates:
                 tokens = to_json(saved_tokens(self), indent=2)
                 write_text(new / "generation_config.json", tokens + "\n")
             with atomic_write(new / "model.safetensors") as f:
                 write_safetensors(f, tensors)
+        if not generates:  # then it is of the model that was here before
+            (Path(folder) / "generation_config.json").unlink(missing_ok=True)
 
 
 def config_json(model: Pretrained) -> dict[str, Any]:

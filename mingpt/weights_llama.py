@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mingpt.config import CfgNode
+from mingpt.config import CfgNode, check_numbers
 from mingpt.model_files import ModelFiles, check_fixed, check_sizes
 
 ARCHITECTURE = "llama"  # our name for it
@@ -61,6 +61,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 32768,
         "sliding_window": 4096,
         "max_window_layers": 28,
+        "num_hidden_layers": 32,
     },
     "qwen3": {
         "num_attention_heads": 32,
@@ -69,6 +70,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 32768,
         "sliding_window": 4096,
         "max_window_layers": 28,
+        "num_hidden_layers": 32,
     },
 }
 
@@ -105,7 +107,7 @@ def read_options(
     path = files.path
     sizes = read_sizes(files)
     of_file: dict[str, Any] = {"n_head": None, **sizes}
-    if "model_type" in files.config_json:
+    if files.config_json.get("model_type") is not None:
         of_file |= read_config_json(files.config_json, f"the config.json of {path}")
     of_file |= {name: value for name, value in files.model_args.items() if value is not None}
     of_file |= options
@@ -117,6 +119,7 @@ def read_options(
             f"{path} holds the weights of a Llama and does not tell its options: pass {missing}"
         )
     check_sizes(of_file, sizes, path)
+    check_heads(of_file, files)
     return of_file
 
 
@@ -158,23 +161,33 @@ def read_window(values: dict[str, Any], place: str) -> int | None:
     is_qwen = model_type in ("qwen2", "qwen3")
     if model_type == "llama" or (is_qwen and not values.get("use_sliding_window", False)):
         return None
-    window = values["sliding_window"]
-    kinds = values.get("layer_types")
-    if kinds is None and is_qwen:
-        # The first max_window_layers see everything.
-        n_layer, n_full = values.get("num_hidden_layers", 0), values["max_window_layers"]
-        kinds = ["full_attention"] * min(n_full, n_layer)
-        kinds += ["sliding_attention"] * (n_layer - len(kinds))
-    if window is None or kinds is None:
-        return window
-    if set(kinds) == {"full_attention"}:
+    kinds = layer_kinds(values, place)
+    if kinds == {"full_attention"}:
         return None
-    if set(kinds) == {"sliding_attention"}:
-        return window
+    if kinds == {"sliding_attention"}:
+        return values["sliding_window"]
     raise ValueError(
-        f"{place} has layers of the kinds {sorted(map(str, set(kinds)))}; in our trunk all layers "
-        "see as far: only full_attention, or only sliding_attention"
+        f"{place} has layers of the kinds {sorted(kinds)}; in our trunk all layers see as far: "
+        "only full_attention, or only sliding_attention"
     )
+
+
+def layer_kinds(values: dict[str, Any], place: str) -> set[str]:
+    """The kinds of attention of a model that has a window: full_attention, sliding_attention."""
+    kinds = values.get("layer_types")
+    if kinds is not None:
+        if not isinstance(kinds, list) or not all(isinstance(kind, str) for kind in kinds):
+            raise ValueError(f"{place} has layer_types={kinds!r:.60}; expected a list of names")
+        return set(kinds)
+    if values["model_type"] == "mistral":
+        return {"sliding_attention"}
+    # In a Qwen, the first max_window_layers see everything.
+    check_numbers(CfgNode(**values), "max_window_layers", "num_hidden_layers", whole=True)
+    if values["max_window_layers"] == 0:
+        return {"sliding_attention"}
+    if values["max_window_layers"] >= values["num_hidden_layers"]:
+        return {"full_attention"}
+    return {"full_attention", "sliding_attention"}
 
 
 def read_sizes(files: ModelFiles) -> dict[str, int]:
@@ -201,6 +214,19 @@ def read_sizes(files: ModelFiles) -> dict[str, int]:
         "n_embd": embedding.size(1),
         "n_inner": gate.size(0),
     }
+
+
+def check_heads(options: dict[str, Any], files: ModelFiles) -> None:
+    """ValueError for more heads, or larger ones, than there are rows in the queries' matrix.
+
+    With the numbers of a hostile file, no model could be built to compare with.
+    """
+    q_proj = files.tensors.get("transformer.layers.0.self_attn.q_proj.weight")
+    rows = q_proj.shape[0] if q_proj is not None and q_proj.dim() > 0 else 0
+    for name in ("n_head", "n_kv_head", "head_size"):
+        value = options.get(name)
+        if isinstance(value, (int, float)) and value > rows:
+            raise ValueError(f"{files.path} has {name}={value}, and its queries have {rows} rows")
 
 
 def is_tied(tensors: dict[str, Tensor]) -> bool:

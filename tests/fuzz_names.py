@@ -12,6 +12,8 @@ import json
 import math
 import shutil
 import tempfile
+import unittest.mock
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -19,9 +21,10 @@ import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from mingpt import rewards, shuffle, utils
+from mingpt import lora, rewards, shuffle, utils
 from mingpt.bpe import *
 from mingpt.chars import *
+from mingpt.chat import CHATML, Chat
 from mingpt.checkpoint import *
 from mingpt.config import *
 from mingpt.datasets import *
@@ -37,12 +40,14 @@ from mingpt.rlhf import average, average_denominator
 from mingpt.run_folder import *
 from mingpt.stages import Stages
 from mingpt.trainer import *
+from mingpt.unembed import Unembed, next_logits
 from mingpt.utils import *
 from tests.common import tiny_gpt
 
 download = importlib.import_module("mingpt.download")  # bpe's * has a function of this name
 
-FOLDER = Path(tempfile.mkdtemp(prefix="fuzz-"))
+temporary = tempfile.TemporaryDirectory(prefix="fuzz-")  # removed when Python ends
+FOLDER = Path(temporary.name)
 VOCAB = 11
 
 
@@ -59,6 +64,17 @@ def write(name, content):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     return path
+
+
+def zip_again(source, target, cut=0):
+    """Write a file of torch.save's with its records deflated; the largest one without its end."""
+    with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w") as new:
+        largest = max(old.infolist(), key=lambda record: record.file_size).filename
+        for record in old.infolist():
+            content = old.read(record)
+            if cut and record.filename == largest:
+                content = content[:-cut]
+            new.writestr(record.filename, content, zipfile.ZIP_DEFLATED)
 
 
 def rng(seed):
@@ -97,6 +113,17 @@ def gpt(seed=0, **options):
 def new_gpt(seed=0, **options):
     """A tiny GPT of its own, which may be trained."""
     return tiny_gpt(seed, **options)
+
+
+def new_llama(**options):
+    """A tiny Llama of its own, which may be trained."""
+    return tiny_gpt(4, **{"architecture": "llama", **options})
+
+
+@functools.cache
+def llama(**options):
+    """A tiny Llama in evaluation mode. The same one for the same arguments."""
+    return new_llama(**options)
 
 
 @functools.cache
@@ -161,10 +188,21 @@ def small_bpe():
     return BPETokenizer.train(["the cat sat on the mat, and the rat sat there"] * 3, 270)
 
 
+def chat():
+    """The encoder of conversations for the small tokenizer."""
+    return Chat(small_bpe(), CHATML).encode
+
+
 def fold(seed, n=24, vocab=VOCAB, T=6):
     """A dataset of (x, y) token ids."""
     idx = ids(seed, (n, T + 1), vocab)
     return TensorDataset(idx[:, :-1], idx[:, 1:])
+
+
+def setup_logging_quietly(config):
+    """setup_logging, without handlers for the fuzzer's own console."""
+    with unittest.mock.patch("mingpt.utils.log_to_console"):
+        utils.setup_logging(config)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -37,6 +37,7 @@ from mingpt.rlhf import (
     PPOTrainer,
     RewardModel,
     TextReward,
+    ValueModel,
     comparison_loss,
 )
 from mingpt.trainer import Trainer
@@ -158,7 +159,14 @@ class DeviceGenerator:
         return self
 
 
-class Generator(torch._C.Generator):
+class EitherGenerator(type(torch._C.Generator)):
+    """Has isinstance(generator, torch.Generator) be true for those of both devices."""
+
+    def __instancecheck__(cls, instance: Any) -> bool:
+        return isinstance(instance, (CPU_GENERATOR, DeviceGenerator))
+
+
+class Generator(torch._C.Generator, metaclass=EitherGenerator):
     """Stands in for torch.Generator."""
 
     def __new__(cls, device: Any = "cpu") -> Any:
@@ -311,6 +319,35 @@ def generation() -> None:
     )
 
 
+def llama() -> None:
+    """PPO of a Llama, with a window and scaled positions, and its generation with padding."""
+    scaling = {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 6,
+    }
+    policy = tiny_gpt(
+        architecture="llama",
+        n_kv_head=1,
+        query_key_norm=True,
+        sliding_window=3,
+        rope_scaling=scaling,
+    )
+    PPOTrainer(
+        options(PPOTrainer, group_size=2, max_new_tokens=4),
+        policy,
+        RewardModel.from_gpt(policy),
+        prompts=["ab", "abc"],
+        value_model=ValueModel.from_gpt(policy),
+        tokenizer=TOKENIZER,
+    ).run()
+    prompts = torch.tensor([[1, 2, 3], [4, 5, 6]], device=NAME)
+    padding = torch.tensor([[0, 1, 1], [1, 1, 1]], device=NAME)
+    policy.generate(prompts, 6, attention_mask=padding)
+
+
 def assessment() -> None:
     """Samples, their rewards, their KL, and the best of some."""
     policy, reference = tiny_gpt().to(NAME), tiny_gpt(seed=1).to(NAME)
@@ -361,6 +398,7 @@ JOBS = (
     ppo_family,
     shared_trunk,
     generation,
+    llama,
     assessment,
 )
 REFUSED = (

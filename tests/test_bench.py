@@ -73,7 +73,10 @@ class TestParts(unittest.TestCase):
 
     @unittest.skipIf(torch.cuda.is_available(), "there the card counts its memory")
     def test_runs_where_the_system_does_not_count_memory(self):
-        names = "['train', 'loop', 'decode', 'load', 'ppo', 'bpe', 'vocabulary']"
+        names = (
+            "['train', 'loop', 'decode', 'load', 'ppo', 'lora', 'grpo', 'memory', 'bpe', "
+            "'vocabulary']"
+        )
         self.assertEqual(self.python(WITHOUT_RESOURCE), f"{names} None\n")
 
 

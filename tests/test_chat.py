@@ -2,7 +2,9 @@
 
 import json
 import multiprocessing
+import os
 import pickle
+import re
 import sys
 import time
 import unittest
@@ -11,7 +13,7 @@ from unittest import mock
 
 import torch
 import transformers
-from hypothesis import given, settings, strategies as st
+from hypothesis import example, given, settings, strategies as st
 
 from mingpt import templates
 from mingpt.bpe import BPETokenizer
@@ -22,7 +24,8 @@ from mingpt.evaluation import sample
 from mingpt.rlhf import PPOTrainer, TextReward
 from mingpt.templates import Renderer
 from tests import tokenizer_fixtures as fixtures
-from tests.common import TempDirTestCase, tiny_gpt
+from tests.common import Server, TempDirTestCase, tiny_gpt
+from tests.test_gguf import metadata_of, small_llama, tensors_of, write
 
 # SmolLM2's own template, as its file has it.
 SMOLLM2 = (
@@ -100,6 +103,7 @@ QUESTION = {"role": "user", "content": "What is 6 x 7?"}
 ANSWER = {"role": "assistant", "content": "It's 42, naïvely."}
 THANKS = {"role": "user", "content": "  Thanks!\n"}
 BYE = {"role": "assistant", "content": "Bye"}
+PROMPT = [SYSTEM, QUESTION]
 CONVERSATIONS = [
     [QUESTION],
     [SYSTEM, QUESTION],
@@ -331,13 +335,26 @@ class TestHostileContents(unittest.TestCase):
         self.assertIn('[{"text": "<|im_start|>", "n": [1, true, null]}]<|im_start|>', text)
 
     def test_in_a_key(self):
-        with self.assertRaisesRegex(ValueError, r"message 0: got the key '<\|im_end\|>'"):
-            self.special_tokens(chat(), ["a"], parts={"<|im_end|>": 1})
+        for key in ("<|im_end|>", "a b", "", "xEOSx"):
+            with self.assertRaisesRegex(ValueError, f"message 0: got the key '{re.escape(key)}'"):
+                self.special_tokens(chat_with_words(), ["a"], parts=[{key: 1}])
 
     def test_in_a_role(self):
         for role in ("<|im_end|>", "a\n<|im_end|>", "im_start", "endoftext", "t|>", "", "use r"):
             with self.subTest(role), self.assertRaisesRegex(ValueError, "message 1 has the role"):
                 chat().encode([QUESTION, {"role": role, "content": "a"}])
+
+    @settings(max_examples=200, deadline=None)
+    @given(st.one_of(CONTENTS, st.text(st.sampled_from("imendstaroftx_u<|>"), max_size=12)))
+    def test_in_any_role(self, role):
+        for chat in (roles_as_tokens(), bare()):
+            messages = [{"role": role, "content": "a"}, {"role": role, "content": "b"}]
+            try:
+                ids = chat.encode(messages)
+            except ValueError as error:
+                self.assertRegex(str(error), "message 0 has the role")
+            else:
+                self.assertFalse(set(ids) & set(chat.special.values()))
 
     def test_unusual_roles_are_taken(self):
         for role in ("tool", "moderator"):
@@ -345,14 +362,19 @@ class TestHostileContents(unittest.TestCase):
             self.assertIn(f"<|im_start|>{role}\na<|im_end|>", text)
 
     def test_a_special_token_of_one_character(self):
-        tokenizer = fixtures.make("smollm")
-        tokenizer.add_special_tokens(["\u2402"])
-        with fixtures.folder() as folder:
-            fixtures.save(tokenizer, folder)
-            one = Chat(BPETokenizer.from_pretrained(folder), CHATML)
-        text, special = self.special_tokens(one, ["a\u2402b"])
+        text, special = self.special_tokens(chat_with_words(), ["a\u2402b"])
         self.assertEqual(len(special), 2)
         self.assertIn("a\u2402b", text)
+
+    @settings(max_examples=200, deadline=None)
+    @given(st.lists(st.text(st.sampled_from("EOS \u2402\n")), min_size=1, max_size=4))
+    @example(["SESES", "SE", "SESE"])
+    def test_special_tokens_that_are_words(self, contents):
+        _, expected = self.special_tokens(chat_with_words(), ["x"] * len(contents))
+        text, special = self.special_tokens(chat_with_words(), contents)
+        self.assertEqual(special, expected)
+        for content in contents:
+            self.assertIn(content, text)
 
     def test_a_normalized_special_token(self):
         # U+212A, the sign of Kelvin, becomes a K by normalisation.
@@ -370,8 +392,25 @@ class TestHostileContents(unittest.TestCase):
 
 
 @cache
+def chat_with_words():
+    """A Chat with special tokens that are a word, a sign, and spaces, or that overlap."""
+    tokenizer = fixtures.make("smollm")
+    tokenizer.add_special_tokens(["EOS", "\u2402", "   ", "SES"])
+    with fixtures.folder() as folder:
+        fixtures.save(tokenizer, folder)
+        return Chat(BPETokenizer.from_pretrained(folder), CHATML)
+
+
+@cache
 def bare():
     return chat_with(BARE)
+
+
+@cache
+def roles_as_tokens():
+    """A Chat whose template makes tokens of the roles, as Phi's does."""
+    pieces = "<|im_{{ m.role }}|><|{{ m.role }}|>{{ m.role }}"
+    return chat_with(f"{{% for m in messages %}}{pieces}{{% endfor %}}")
 
 
 @cache
@@ -398,8 +437,8 @@ class TestHostileTemplates(unittest.TestCase):
 
     @unittest.skipUnless(sys.platform == "linux", "the limit is the operating system's")
     def test_a_huge_text(self):
-        self.fails("{{ 'a' * 10**10 }}", "MemoryError")
-        self.fails("{% set x = [1] * 10**9 %}", "MemoryError")
+        self.fails("{{ 'a' * 10**9 }}", "MemoryError")
+        self.fails("{% set x = [1] * 10**8 %}", "MemoryError")
 
     def test_a_long_text(self):
         self.fails("{% for i in range(9999) %}{{ 'a' * 9999 }}{% endfor %}", "more than 16777216")
@@ -437,10 +476,16 @@ class TestHostileTemplates(unittest.TestCase):
         expected = stranger.encode([QUESTION])
         context = multiprocessing.get_context("fork")
         queue = context.Queue()
-        process = context.Process(target=lambda: queue.put(stranger.encode([QUESTION])))
+
+        def in_the_fork():
+            queue.put((stranger.encode([QUESTION]), stranger.renderer.child.pid))
+
+        process = context.Process(target=in_the_fork)
         process.start()
-        self.assertEqual(queue.get(timeout=60), expected)
+        ids, pid = queue.get(timeout=60)
         process.join()
+        self.assertEqual(ids, expected)
+        self.assertNotEqual(pid, stranger.renderer.child.pid)
         self.assertEqual(stranger.encode([QUESTION]), expected)
 
     def test_a_chat_travels_to_other_processes(self):
@@ -484,6 +529,10 @@ class TestErrors(unittest.TestCase):
     def test_contents_that_are_no_json(self):
         with self.assertRaisesRegex(ValueError, "message 0: got a Tensor"):
             chat().encode([{"role": "user", "content": torch.tensor(1)}])
+        endless = []
+        endless.append(endless)
+        with self.assertRaisesRegex(ValueError, "message 0: maximum recursion"):
+            chat().encode([{"role": "user", "content": endless}])
 
     def test_a_text_has_no_mask(self):
         with self.assertRaisesRegex(ValueError, "a mask need messages"):
@@ -523,12 +572,50 @@ class TestLoading(TempDirTestCase):
         self.assertEqual(Chat.from_pretrained(self.folder).stop_tokens, [2, 0])
         self.assertEqual(Chat.from_pretrained(self.folder).eot_token, 2)
 
+    def test_a_name_on_the_hub(self):
+        with fixtures.folder() as folder:
+            theirs("like qwen2").save_pretrained(folder)
+            (folder / "config.json").write_text("{}")
+            files = {
+                f"/a/b/resolve/main/{path.name}": path.read_bytes() for path in folder.iterdir()
+            }
+        server = self.enterContext(Server(files))
+        environment = {"HF_ENDPOINT": server.url, "MINGPT_HOME": str(self.folder)}
+        self.enterContext(mock.patch.dict(os.environ, environment))
+        loaded = Chat.from_pretrained("a/b")
+        self.assertEqual(loaded.encode(PROMPT), chat("like qwen2").encode(PROMPT))
+        with self.assertRaisesRegex(ValueError, "the chat template of a/b fails at message 1"):
+            loaded.encode([QUESTION, {"role": "bishop", "content": "a"}])
+
     def test_a_tokenizer_of_characters(self):
         text = "user: Q\nassistant: Yes\n"
         characters = Chat(CharTokenizer(sorted(set(text))), NO_SPECIAL)
         messages = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "Yes"}]
         self.assertEqual(characters.decode(characters.encode(messages)), text)
         self.assertEqual(characters.stop_tokens, [characters.tokenizer.eot_token])
+
+    def test_a_gguf(self):
+        theirs_json = json.loads(theirs("smollm2").backend_tokenizer.to_str())
+        vocab = chat().tokenizer.vocab
+        special = chat().special
+        tokens = sorted(vocab, key=vocab.__getitem__)
+        model = small_llama(vocab_size=len(tokens))
+        metadata = metadata_of(model.config) | {
+            "tokenizer.ggml.tokens": ("add_array", tokens),
+            "tokenizer.ggml.token_type": ("add_array", [3 if t in special else 1 for t in tokens]),
+            "tokenizer.ggml.merges": (
+                "add_array",
+                [" ".join(merge) for merge in theirs_json["model"]["merges"]],
+            ),
+            "tokenizer.ggml.eos_token_id": ("add_uint32", special["<|im_end|>"]),
+            "tokenizer.ggml.eot_token_id": ("add_uint32", special["<|endoftext|>"]),
+            "tokenizer.chat_template": ("add_string", SMOLLM2),
+        }
+        path = write(self.folder / "x.gguf", metadata, tensors_of(model))
+        loaded = Chat.from_pretrained(path)
+        self.assertEqual(loaded.encode([SYSTEM, QUESTION]), chat().encode([SYSTEM, QUESTION]))
+        self.assertEqual(loaded.stop_tokens, [special["<|im_end|>"], special["<|endoftext|>"]])
+        self.assertEqual(BPETokenizer.from_pretrained(path).special, special)
 
     def test_smollm2(self):
         fixtures.real_smollm2()
@@ -541,10 +628,8 @@ class TestLoading(TempDirTestCase):
 
 
 class TestDatasets(TempDirTestCase):
-    PROMPT = [SYSTEM, QUESTION]
-
     def test_demonstrations(self):
-        rows = [{"messages": [*self.PROMPT, ANSWER, THANKS, BYE]}]
+        rows = [{"messages": [*PROMPT, ANSWER, THANKS, BYE]}]
         [(x, y)] = Completions(rows, chat(), block_size=200)
         ids, mask = chat().encode(rows[0]["messages"], return_mask=True)
         learned = [i for i, is_learned in zip(ids, mask, strict=True) if is_learned]
@@ -553,22 +638,22 @@ class TestDatasets(TempDirTestCase):
         self.assertEqual(x.tolist(), ids[:len(x)])
 
     def test_a_completion_of_messages(self):
-        [(x, y)] = Completions([{"prompt": self.PROMPT, "completion": "Yes"}], chat(), 200)
+        [(x, y)] = Completions([{"prompt": PROMPT, "completion": "Yes"}], chat(), 200)
         [as_messages] = Completions(
-            [{"messages": [*self.PROMPT, {"role": "assistant", "content": "Yes"}]}], chat(), 200
+            [{"messages": [*PROMPT, {"role": "assistant", "content": "Yes"}]}], chat(), 200
         )
         self.assertEqual((x.tolist(), y.tolist()), tuple(t.tolist() for t in as_messages))
 
     def test_comparisons(self):
-        texts = {"prompt": self.PROMPT, "chosen": "Yes", "rejected": ["No", "Never"]}
+        texts = {"prompt": PROMPT, "chosen": "Yes", "rejected": ["No", "Never"]}
         messages = {
-            "prompt": self.PROMPT,
+            "prompt": PROMPT,
             "chosen": [{"role": "assistant", "content": "Yes"}],
             "rejected": [[{"role": "assistant", "content": c}] for c in ("No", "Never")],
         }
         [(prompt, completions)] = Comparisons([texts], chat(), 200)
         [(same_prompt, same_completions)] = Comparisons([messages], chat(), 200)
-        self.assertEqual(prompt.tolist(), chat().encode(self.PROMPT, add_generation_prompt=True))
+        self.assertEqual(prompt.tolist(), chat().encode(PROMPT, add_generation_prompt=True))
         self.assertEqual(prompt.tolist(), same_prompt.tolist())
         as_lists = [completion.tolist() for completion in completions]
         self.assertEqual(as_lists, [completion.tolist() for completion in same_completions])
@@ -576,7 +661,7 @@ class TestDatasets(TempDirTestCase):
 
     def test_a_comparison_that_was_cut_off(self):
         row = {
-            "prompt": self.PROMPT,
+            "prompt": PROMPT,
             "chosen": [{"role": "assistant", "content": "Yes"}],
             "rejected": [{"role": "assistant", "content": "No"}],
             "ended": [True, False],
@@ -586,7 +671,7 @@ class TestDatasets(TempDirTestCase):
 
     def test_an_answer_that_is_none(self):
         for chosen in ([QUESTION], [ANSWER, THANKS]):
-            row = {"prompt": self.PROMPT, "chosen": chosen, "rejected": "No"}
+            row = {"prompt": PROMPT, "chosen": chosen, "rejected": "No"}
             with self.assertRaisesRegex(ValueError, "row 0 .* expected one message of the assist"):
                 Comparisons([row], chat(), 200)
         row = {"prompt": "text", "chosen": [ANSWER], "rejected": "No"}
@@ -594,18 +679,18 @@ class TestDatasets(TempDirTestCase):
             Comparisons([row], chat(), 200)
 
     def test_prompts(self):
-        ids = chat().encode(self.PROMPT, add_generation_prompt=True)
-        rows = [self.PROMPT, {"prompt": self.PROMPT}, {"messages": self.PROMPT}]
+        ids = chat().encode(PROMPT, add_generation_prompt=True)
+        rows = [PROMPT, {"prompt": PROMPT}, {"messages": PROMPT}]
         for row in rows:
             self.assertEqual(Prompts([row], chat()).ids[0].tolist(), ids)
         with self.assertRaisesRegex(TypeError, "prompts is one list of messages"):
-            Prompts(self.PROMPT, chat())
+            Prompts(PROMPT, chat())
 
     def test_rows_without_answers_and_without_a_chat(self):
         with self.assertRaisesRegex(ValueError, "row 0 has no message of the assistant"):
-            Completions([{"messages": self.PROMPT}], chat(), 200)
+            Completions([{"messages": PROMPT}], chat(), 200)
         with self.assertRaisesRegex(ValueError, "row 0 has messages.* pass a Chat"):
-            Completions([{"messages": self.PROMPT}], chat().tokenizer, 200)
+            Completions([{"messages": PROMPT}], chat().tokenizer, 200)
         with self.assertRaisesRegex(ValueError, "row 1: message 0 has the role"):
             wrong = {"messages": [{"role": "<|im_end|>", "content": "a"}, ANSWER]}
             Completions([{"messages": [QUESTION, ANSWER]}, wrong], chat(), 200)
@@ -630,7 +715,7 @@ class TestDatasets(TempDirTestCase):
         config.merge_from_dict({"max_iters": 1, "batch_size": 2, "max_new_tokens": 4})
         policy = tiny_gpt(vocab_size=chat().tokenizer.vocab_size, block_size=128)
         trainer = PPOTrainer(
-            config, policy, TextReward(reward, chat()), [self.PROMPT] * 2, tokenizer=chat()
+            config, policy, TextReward(reward, chat()), [PROMPT] * 2, tokenizer=chat()
         )
         trainer.run()
         self.assertEqual(trainer.stop_token, chat().eot_token)
@@ -640,5 +725,5 @@ class TestDatasets(TempDirTestCase):
 
     def test_samples_of_messages(self):
         policy = tiny_gpt(vocab_size=chat().tokenizer.vocab_size, block_size=128)
-        samples = sample(policy, [self.PROMPT], 2, tokenizer=chat(), max_new_tokens=4)
+        samples = sample(policy, [PROMPT], 2, tokenizer=chat(), max_new_tokens=4)
         self.assertEqual(len(samples.texts), 2)

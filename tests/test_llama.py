@@ -300,6 +300,12 @@ class TestFiles(TempDirTestCase):
                 state = {name: p.to(dtype) for name, p in converted.state_dict().items()}
                 torch.testing.assert_close(kept.state_dict(), state, atol=0, rtol=0)
 
+    def test_a_model_in_half_precision_generates(self):
+        model = GPT.from_pretrained(self.folder, dtype=torch.bfloat16)
+        idx, log_probs = model.generate(random_idx(2, 4), 6, return_log_probs=True)
+        expected = model.log_probs(idx)[:, 3:]
+        self.assertLess((log_probs - expected).abs().max(), 0.1)
+
     def test_dtype_must_be_a_type_of_floats(self):
         for dtype in (torch.int8, "bf16", None):
             with self.subTest(dtype), self.assertRaisesRegex(ValueError, "dtype=.* type of floats"):
@@ -420,6 +426,11 @@ class TestSpecialTokens(TempDirTestCase):
         config = json.loads((self.folder / "again" / "config.json").read_text())
         self.assertIsNone(config.get("pad_token_id"))
 
+    def test_those_of_an_older_model_in_the_folder_go(self):
+        self.files(generation_config={"eos_token_id": [5, 9]})
+        tiny_llama().save_pretrained(self.folder)
+        self.assertEqual(GPT.from_pretrained(self.folder).stop_tokens, [])
+
     def test_the_models_made_from_it_have_them_too(self):
         model = self.files(config={"eos_token_id": [5, 9], "pad_token_id": 7})
         self.assertEqual(RewardModel.from_gpt(model).special_tokens, model.special_tokens)
@@ -472,6 +483,18 @@ class TestRefusals(TempDirTestCase):
         self.assert_refused("{'n_inner': 41} in its config", intermediate_size=41)
         self.assert_refused("q_proj.weight as .*expected floats of shape", head_dim=16)
         self.assert_refused("num_attention_heads|n_head='4'", num_attention_heads="4")
+
+    def test_what_no_machine_could_build(self):
+        for name in ("num_attention_heads", "num_key_value_heads", "head_dim"):
+            self.assert_refused("and its queries have 32 rows", **{name: 10**30})
+
+    def test_layers_that_are_none(self):
+        hugging_face("qwen2").save_pretrained(self.folder)
+        window = {"use_sliding_window": True, "sliding_window": 4}
+        for kinds in (3, True, [[]], [3]):
+            self.assert_refused("expected a list of names", layer_types=kinds, **window)
+        words = "max_window_layers='a'"
+        self.assert_refused(words, layer_types=None, max_window_layers="a", **window)
 
     def test_damaged_options(self):
         self.assert_refused("rope_theta='a'", rope_parameters={"rope_theta": "a"})

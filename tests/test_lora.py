@@ -1,10 +1,12 @@
 """lora.py: adapters on every trunk, in peft's files, and policy, value and reward on one trunk."""
 
+import contextlib
 import copy
 import gc
 import json
 import logging
 import math
+import re
 import types
 import unittest
 
@@ -22,7 +24,7 @@ from mingpt.rlhf import DPOLoss, PPOTrainer, comparison_loss
 from mingpt.stages import plain
 from mingpt.trainer import Trainer
 from mingpt.utils import set_seed
-from tests.common import TempDirTestCase, tiny_gpt
+from tests.common import ROOT, TempDirTestCase, tiny_gpt
 from tests.test_distributed import TwoProcessesTestCase
 
 # The options of `tiny_gpt` for each trunk that there is.
@@ -661,6 +663,43 @@ class TestPPO(TempDirTestCase):
                 rows = run(PPOTrainer(config, policy, threes, PROMPTS))
                 self.assertLess(rows[0]["log_prob_error"], 1e-4)
                 self.assertFalse(torch.equal(policy(random_ids())[0], before))
+
+    def test_the_example_in_rlhf_md(self):
+        page = (ROOT / "RLHF.md").read_text(encoding="utf-8")
+        [code] = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+        self.enterContext(contextlib.chdir(self.folder))
+        small = tiny(vocab_size=50257, block_size=64)
+        small.save_pretrained("small")
+        self.assertIn('"gpt2"', code)
+        code = code.replace('"gpt2"', '"small"')
+        names = {"__name__": "__main__"}
+        exec(compile(code, "RLHF.md", "exec", dont_inherit=True), names)
+        merged = GPT.from_pretrained("out/model")
+        lora.load(small, "out/adapter")
+        found, expected = small(random_ids())[0], merged(random_ids())[0]
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+        self.assertGreater(abs(names["trainer"].metrics["objective/kl"]), 1e-6)
+
+    def test_a_step_by_turns_is_that_of_both_at_once(self):
+        for precision in ("fp32", "bf16"):
+            found = {}
+            for take_turns in (True, False):
+                policy, reward, value = three_adapters()
+                config = ppo_config(precision=precision, micro_batch_size=4)
+                trainer = PPOTrainer(config, policy, reward, PROMPTS, value)
+                self.assertTrue(trainer.take_turns)
+                trainer.take_turns = take_turns
+                set_seed(0)
+                trainer.model.eval()
+                rollout = trainer.rollout(*next(trainer.batches()))
+                rollout.returns += 1.0
+                trainer.minibatch_step(rollout)
+                found[take_turns] = [p.grad for p in trainer.model.parameters()]
+            with self.subTest(precision):
+                tolerance = 1e-6 if precision == "fp32" else 1e-2
+                torch.testing.assert_close(
+                    found[True], found[False], atol=tolerance, rtol=tolerance
+                )
 
     def test_it_holds_one_set_of_weights(self):
         options = {"n_embd": 64, "vocab_size": 500}

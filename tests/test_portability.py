@@ -306,6 +306,9 @@ class TestPretendedGpu(unittest.TestCase):
     def test_ppo_and_its_family(self):
         self.assertEqual(self.errors["ppo_family"], "")
 
+    def test_a_llama(self):
+        self.assertEqual(self.errors["llama"], "")
+
     def test_ppo_with_a_shared_trunk_and_a_reward_model(self):
         self.assertEqual(self.errors["shared_trunk"], "")
 

@@ -49,6 +49,12 @@ class TestReadme(unittest.TestCase):
         log_probs = [names["model"].log_probs(idx).sum().item() for idx in (chosen, rejected)]
         self.assertGreater(log_probs[0], log_probs[1])
 
+    def test_conversations(self):
+        names = self.run_example("CHATML")
+        self.assertEqual(names["learned"], "42, I think.<|im_end|>")
+        self.assertTrue(names["chat"].decode(names["prompt"]).endswith("<|im_start|>assistant\n"))
+        self.assertEqual(len(names["data"]), 1)
+
     def test_paths_exist(self):
         for readme in (ROOT / "README.md", ROOT / "RLHF.md", *ROOT.glob("projects/*/readme.md")):
             text = readme.read_text(encoding="utf-8")

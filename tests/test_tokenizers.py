@@ -192,6 +192,22 @@ class TestSaving(TempDirTestCase):
             self.assertEqual(again.vocabulary, saved.vocabulary)
 
 
+class TestTraining(unittest.TestCase):
+    def test_special_tokens_of_ones_own(self):
+        special = ["<|im_start|>", "<|im_end|>"]
+        ours = BPETokenizer.train([fixtures.TRAINING_TEXT], 300, special_tokens=special)
+        self.assertEqual(ours.vocab_size, 300)
+        self.assertEqual(list(ours.special.values()), [297, 298, 299])
+        self.assertEqual(ours.encode("<|im_end|>", allowed_special=special), [299])
+        self.assertNotIn(299, ours.encode("<|im_end|>"))
+
+    def test_special_tokens_that_are_tokens_already(self):
+        with self.assertRaisesRegex(ValueError, "some are tokens already"):
+            BPETokenizer.train([fixtures.TRAINING_TEXT], 300, special_tokens=["a"])
+        with self.assertRaisesRegex(ValueError, "it must be 258 or more"):
+            BPETokenizer.train([fixtures.TRAINING_TEXT], 257, special_tokens=["<x>"])
+
+
 class TestRefused(TempDirTestCase):
     """Whatever would give other tokens is refused, by its name and with a way out."""
 
@@ -245,6 +261,8 @@ class TestRefused(TempDirTestCase):
 
     def test_damaged_files(self):
         self.refused("the merge", model={"merges": ["a b c"]})
+        for part in ({"model": {"vocab": [1]}}, {"pre_tokenizer": 1}, {"added_tokens": 7}):
+            self.refused("is damaged; expected a tokenizer", **part)
         self.refused("among its added tokens", added_tokens=[{"content": "<x>"}])
         (self.folder / "tokenizer.json").write_text("{")
         with self.assertRaisesRegex(ValueError, "damaged"):

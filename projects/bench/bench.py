@@ -7,8 +7,8 @@ How fast this library is, next to what one would use instead and to what the mac
 
 A benchmark is a list of cases. A case is one piece of work, such as a training step, that both
 this library ("ours") and another one ("theirs", the peer) can do. The cases are in training.py,
-decoding.py, ppo.py and text.py. How they are timed is in measure.py and sides.py. report.py makes
-the table and the plot.
+decoding.py, ppo.py, adapters.py and text.py. How they are timed is in measure.py and sides.py.
+report.py makes the table and the plot.
 
 The speed of a machine drifts, so the two sides of a case take turns (A B A B ...), each in a
 process of its own, and the result is the ratio of their median times. The limits of the machine
@@ -18,6 +18,7 @@ are measured in the same run. The results go to out/bench: results.json, table.m
 import logging
 from pathlib import Path
 
+import adapters
 import decoding
 import ppo
 import report
@@ -38,6 +39,9 @@ BENCHMARKS = {
     "decode": decoding.decode,
     "load": decoding.load,
     "ppo": ppo.iteration,
+    "lora": adapters.train,
+    "grpo": adapters.grpo,
+    "memory": adapters.ppo,
     "bpe": text.encoding,
     "vocabulary": text.vocabulary,
 }

@@ -48,6 +48,7 @@ class Case:
     peer: str  # the name of the other side
     theirs: Callable[[], Run]
     limit: Limit | None = None
+    memory_only: bool = False  # the sides do different things, of which the memory is compared
     slow: bool = False  # left out by --quick
 
 
@@ -86,7 +87,8 @@ def make_row(
     if their_seconds:
         peer = case.peer
         their_rate = case.amount / statistics.median(their_seconds)
-        ratio = our_rate / their_rate
+        if not case.memory_only:
+            ratio = our_rate / their_rate
 
     limit = ""
     if case.limit:

@@ -43,7 +43,7 @@ def describe_machine() -> dict[str, object]:
         "python": platform.python_version(),
         "torch": torch.__version__,
     }
-    for package in ("transformers", "tiktoken", "tokenizers", "trl"):
+    for package in ("transformers", "tiktoken", "tokenizers", "trl", "peft"):
         machine[package] = installed_version(package)
     return machine
 

@@ -72,6 +72,7 @@ def log_row(row: Row) -> None:
     ratio = "-"
     if row.theirs is not None:
         theirs = f"{row.theirs:.4g}"
+    if row.ratio is not None:
         ratio = f"{row.ratio:.2f}"
     logger.info(
         "%s: %.4g %s/s, %s %s, ratio %s  %s",

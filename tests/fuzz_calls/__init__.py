@@ -1,3 +1,3 @@
 """The fuzzer's generators, by the part of the library that they call."""
 
-from tests.fuzz_calls import files, models, numbers, options, runs, texts  # noqa: F401
+from tests.fuzz_calls import families, files, models, numbers, options, runs, texts  # noqa: F401

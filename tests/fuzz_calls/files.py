@@ -290,7 +290,6 @@ def plot_metrics(draw):
         "path": [*NO_PATHS],
         "panels": [
             "None",
-            
             "[1]",
             "{'a': 3}",
             "{'a': {'x': 3}}",

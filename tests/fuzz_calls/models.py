@@ -675,8 +675,17 @@ def from_pretrained(draw):
         setup += ["(FOLDER / 'm' / 'model.safetensors').unlink()", broken]
     elif draw.likely(0.8):
         setup.append(f"write('m/config.json', {draw.choice(BROKEN_CONFIGS).format()})")
-    else:
+    elif draw.likely(0.5):
         setup += [f"write('m/model.safetensors', {draw.choice(BROKEN_FILES)})"]
+    else:
+        adapters = [
+            "{}",
+            "{'base_model_name_or_path': str(FOLDER / 'm')}",
+            "[1]",
+            "{'base_model_name_or_path': str(FOLDER / 'no')}",
+            "{'base_model_name_or_path': 3}",
+        ]
+        setup += [f"write('m/adapter_config.json', json.dumps({draw.choice(adapters)}))"]
     wrong = [
         "FOLDER / 'm'",
         "str(FOLDER / 'm')",
@@ -694,6 +703,9 @@ def from_pretrained(draw):
         "'\\0'",
         "'x' * 5000",
         "FOLDER / 'm' / 'config.json'",
+        f"write('m.gguf', {draw.choice(BROKEN_FILES)})",
+        "write('m.gguf', b'GGUF' + bytes(20))",
+        "write('m.gguf', b'GGUF\\x03\\0\\0\\0' + bytes([255] * 40))",
     ]
     other = "ValueModel" if cls == "GPT" else "GPT"
     wrong.append(
@@ -711,6 +723,44 @@ def from_pretrained(draw):
         {"_name_or_path": wrong},
         setup,
         alias,
+    )
+
+
+@generator("from_pretrained deflated", 0.5)
+def from_deflated(draw):
+    """A file of torch.save's that was zipped again: read, not mapped. Cut records are refused."""
+    setup = [
+        "torch.save(gpt(1).state_dict(), FOLDER / 'a.pt')",
+        "zip_again(FOLDER / 'a.pt', FOLDER / 'b.pt')",
+        f"zip_again(FOLDER / 'a.pt', FOLDER / 'c.pt', cut={draw.randint(1, 40)})",
+    ]
+
+    def right(result, name_or_path, n_head):
+        from tests.fuzz_names import gpt, ids
+
+        assert torch.equal(result(ids(1, (2, 5)))[0], gpt(1)(ids(1, (2, 5)))[0])
+
+    good = draw.choice(["FOLDER / 'a.pt'", "FOLDER / 'b.pt'"])
+    arguments = {"_name_or_path": good, "n_head": "2"}
+    wrong = {"_name_or_path": ["FOLDER / 'c.pt'"], "n_head": ["None", "3"]}
+    alias = {"_name_or_path": "fuzz-", "n_head": "n_head|heads"}
+    return Plan("GPT.from_pretrained", arguments, right, wrong, setup, alias)
+
+
+@generator("next_logits")
+def next_logits(draw):
+    B = draw.randint(1, 12)
+
+    def right(result, x, weight):
+        close(result, x.double() @ weight.double().t())
+
+    arguments = {"x": draw.floats(B, 5), "weight": draw.floats(7, 5)}
+    return Plan(
+        draw.choice(["next_logits", "Unembed.apply"]).replace(
+            "Unembed.apply", "(lambda x, weight: Unembed.apply(x[None], weight)[0])"
+        ),
+        arguments,
+        right,
     )
 
 

@@ -1,7 +1,6 @@
 """Options, command lines, seeds, devices, optimizers."""
 
 import ast
-import math
 
 import torch
 
@@ -298,6 +297,25 @@ def adamw_without(draw):
     )
 
 
+@generator("setup_logging")
+def setup_logging(draw):
+    good = "CfgNode(system={'work_dir': FOLDER / 'w'}, a=1)"
+    wrong = ["CfgNode()", "CfgNode(system={'seed': 1})", "CfgNode(system=3)"]
+
+    def right(result, config):
+        from tests.fuzz_names import FOLDER
+
+        assert (FOLDER / "w" / "config.json").exists()
+
+    return Plan(
+        "setup_logging_quietly",
+        {"_config": good},
+        right,
+        {"_config": wrong},
+        alias={"_config": "system|work_dir"},
+    )
+
+
 @generator("import_extra")
 def import_extra(draw):
     wrong = {"module": ["'no_such_module'", "'no_such.module'"]}
@@ -309,6 +327,3 @@ def import_extra(draw):
         alias={"module": "no_such"},
         raises=("ImportError",),
     )
-
-
-assert math
