@@ -75,8 +75,10 @@ def opens_text(call):
     function = ast.unparse(call.func)
     name = function.rpartition(".")[2]
     options = {keyword.arg for keyword in call.keywords}
-    # our own read_text functions know their encoding, and an archive or a folder is no text
-    if "encoding" in options or function in ("read_text", "tarfile.open", "os.open"):
+    # our own read_text functions know their encoding; an archive, a file in it (wheel.open) and a
+    # folder are no text
+    no_text = ("read_text", "tarfile.open", "wheel.open", "os.open")
+    if "encoding" in options or function in no_text:
         return False
     if name == "read_text":
         return True
