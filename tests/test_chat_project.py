@@ -26,6 +26,8 @@ from unittest import mock
 import torch
 
 from mingpt import plots
+from mingpt.bpe import BPETokenizer
+from mingpt.chat import Chat
 from mingpt.datasets import read_jsonl
 from mingpt.model import GPT
 from mingpt.run_folder import read_metrics
@@ -51,7 +53,9 @@ PROJECT = ROOT / "projects" / "chat"
 # A desk whose pairs are made at once, without a model: the server of the tests. Its arguments are
 # the project's folder, that of the labels, and whether the person may write.
 DESK = """
-import sys
+import os, sys, threading
+# It ends with the tests, whatever happens to them: then its standard input is closed.
+threading.Thread(target=lambda: (sys.stdin.read(), os._exit(0)), daemon=True).start()
 sys.path.insert(0, sys.argv[1])
 import desk
 from store import Answer, Pair, Store
@@ -122,6 +126,7 @@ class DeskProcess:
         """Start it, and wait until it listens."""
         self.process = subprocess.Popen(
             [sys.executable, "-c", DESK, PROJECT, self.folder, str(self.may_write)],
+            stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             encoding="utf-8",
             env={**os.environ, "PYTHONPATH": str(ROOT)},
@@ -134,7 +139,12 @@ class DeskProcess:
     def kill(self):
         """kill -9."""
         self.process.kill()
+        self.forget()
+
+    def forget(self):
+        """Wait for the end of a process that was killed."""
         self.process.wait()
+        self.process.stdin.close()
         self.process.stdout.close()
 
 
@@ -734,8 +744,7 @@ class RestartTests(TempDirTestCase):
                         self.assertEqual(status, 200, answer)
                         acknowledged = True
                     except (OSError, http.client.HTTPException):
-                        process.process.wait()
-                        process.process.stdout.close()
+                        process.forget()
                         process.start()
                         kills += 1
                 if choice == "undo":
@@ -746,8 +755,7 @@ class RestartTests(TempDirTestCase):
                 if timer:
                     timer.join()
                     if process.process.poll() is not None or self.was_killed(process):
-                        process.process.wait()
-                        process.process.stdout.close()
+                        process.forget()
                         process.start()
                         kills += 1
         database = Store(self.folder / "labels.db")
@@ -791,6 +799,23 @@ class DeskTests(TempDirTestCase):
         maker.stop()
         self.assertEqual(maker.problem, "")
         self.assertEqual(database.count_open(), 2)
+
+    def test_a_typed_prompt_that_cannot_be_answered_does_not_keep_the_others_waiting(self):
+        database = Store(self.folder / "labels.db")
+        self.addCleanup(database.close)
+        database.add_prompt(key_id(1), "much too long")
+
+        def make_pair(typed, id):
+            if typed:
+                raise ValueError("it leaves no room")
+            return a_pair()
+
+        maker = desk.PairMaker(database, make_pair)
+        self.assertTrue(maker.make_one())
+        self.assertIn("cannot be answered: it leaves no room", maker.notice)
+        self.assertIsNone(database.typed_prompt())
+        self.assertTrue(maker.make_one())
+        self.assertEqual(database.count_open(), 1)
 
     def test_the_lengths_of_what_is_chosen_are_shown(self):
         database = Store(self.folder / "labels.db")
@@ -1043,6 +1068,12 @@ class LabellerTests(TempDirTestCase):
             ):
                 label.main([f"--work_dir={self.folder}", option])
 
+    def test_a_prompt_that_is_too_long_is_found_at_once(self):
+        prompts = self.folder / "prompts.txt"
+        prompts.write_text("Why?\n" + "x" * 300 + "\n")
+        with self.assertRaisesRegex(ValueError, "leaves -?[0-9]+ for the answer"):
+            self.label("a", "--labeller=simple", f"--prompts={prompts}")
+
     def test_export_and_import_on_the_command_line(self):
         self.label("a", "--labeller=simple", "--number=5")
         path = self.folder / "labels.jsonl"
@@ -1194,6 +1225,14 @@ class TalkTests(TempDirTestCase):
         _, err = self.talk(f"Hello?\n/save {self.folder}\n")
         self.assertIn("error: ", err)
         self.assertIn("cannot be written", err)
+
+    def test_a_template_that_was_tampered_with_is_one_clear_line(self):
+        template = Path(self.model) / "chat_template.jinja"
+        for tampered in ("{{ messages.__class__.__mro__ }}", "{% for", "{{ 1 / 0 }}"):
+            template.write_text(tampered)
+            out, err = self.talk("Hello?\n")
+            self.assertEqual(out, "")
+            self.assertRegex(err, r"\Aerror: the chat template of [^\n]+\n\Z")
 
     def test_through_a_real_pipe(self):
         result = subprocess.run(
@@ -1353,6 +1392,15 @@ class TeachTests(TempDirTestCase):
         base = f"--base={self.folder / 'sft'}"
         printed(self.teach, self.folder / "both", "--method=dpo", base, *options)
         self.assertTrue((self.folder / "both" / "rl" / "model").exists())
+
+    def test_gpt2_reads_a_plain_template_and_learns_the_assistants_turns(self):
+        tokenizer = BPETokenizer.train(["User: Hi! Assistant: Hello, how are you?"], 270)
+        chat = Chat(tokenizer, answers.PLAIN_TEMPLATE)
+        messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hey!"}]
+        ids, mask = chat.encode(messages, return_mask=True)
+        self.assertEqual(chat.decode(ids), "User: Hi\nAssistant: Hey!<|endoftext|>")
+        learned = [i for i, is_learned in zip(ids, mask, strict=True) if is_learned]
+        self.assertEqual(chat.decode(learned), " Hey!<|endoftext|>")
 
     def test_too_few_labels_are_refused(self):
         with self.assertRaisesRegex(ValueError, "holds 3 labels that choose .* 12 is the fewest"):
@@ -1556,6 +1604,14 @@ class PageTests(TempDirTestCase):
         self.wait_for_pair(page, other_than=pair)
         return pair
 
+    def wait_until(self, is_so):
+        """Wait until is_so(the database)."""
+        database = Store(self.folder / "labels.db")
+        self.addCleanup(database.close)
+        deadline = time.time() + 10
+        while not is_so(database) and time.time() < deadline:
+            time.sleep(0.01)
+
     def labels(self):
         database = Store(self.folder / "labels.db")
         labels = [(label.pair.id, label.choice) for label in database.labels()]
@@ -1659,10 +1715,13 @@ class PageTests(TempDirTestCase):
         self.assertEqual([choice for _, choice in self.labels()], ["left"])
 
     def test_a_typed_prompt_is_answered_next(self):
+        shown = self.wait_for_pair(self.page)
         self.page.keyboard.press("p")
         self.page.keyboard.type("<script>How are you?</script>")
         self.page.keyboard.press("Enter")
         self.page.wait_for_function("() => !sending")
+        self.assertEqual(self.page.evaluate("state.pair.id"), shown)  # it is being read
+        self.wait_until(lambda database: database.typed_prompt() is None)
         self.press("s")
         self.assertEqual(self.page.text_content("#prompt"), "<script>How are you?</script>")
 
@@ -1698,6 +1757,24 @@ class PageTests(TempDirTestCase):
         self.assertEqual(len(sent), 3)
         self.assertEqual(len(set(sent)), 1)
         self.assertEqual(self.labels(), [(pair, "right")])
+
+    def test_a_full_disk_is_told_and_the_key_is_sent_until_there_is_room(self):
+        sent = []
+
+        def fail(route):
+            sent.append(route.request.post_data)
+            if len(sent) < 3:
+                route.fulfill(status=507, json={"error": "labels.db: the disk is full"})
+            else:
+                route.continue_()
+
+        self.page.route("**/keys", fail)
+        pair = self.wait_for_pair(self.page)
+        self.page.keyboard.press("ArrowLeft")
+        self.page.wait_for_function(self.MESSAGE_SAYS, arg="disk is full (trying again)")
+        self.wait_for_pair(self.page, other_than=pair)
+        self.assertEqual((len(sent), len(set(sent))), (3, 1))
+        self.assertEqual(self.labels(), [(pair, "left")])
 
     def test_a_key_that_was_pressed_while_the_server_was_down_survives_a_reload(self):
         pair = self.wait_for_pair(self.page)

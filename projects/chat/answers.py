@@ -32,8 +32,8 @@ BASE = "base.json"  # beside an adapter: the name and the hash of its base
 # GPT-2 has never seen a conversation. With --sft it learns one from this form.
 PLAIN_MODELS = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 PLAIN_TEMPLATE = (
-    "{% for message in messages %}{{ message.role | capitalize }}: {{ message.content }}"
-    "{% if message.role == 'assistant' %}{{ eos_token }}{% endif %}\n{% endfor %}"
+    "{% for message in messages %}{{ message.role | capitalize + ': ' + message.content }}"
+    "{{ '<|endoftext|>' if message.role == 'assistant' else '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}Assistant:{% endif %}"
 )
 
@@ -107,6 +107,11 @@ class ChatModel:
                 f"answer; --ask.max_new_tokens={ask.max_new_tokens}: shorten it"
             )
         return ids
+
+    def check_prompts(self, ask: CfgNode, prompts: Sequence[str]) -> None:
+        """ValueError for the first prompt that leaves no room for an answer."""
+        for prompt in prompts:
+            self.encode(ask, prompt)
 
     def sample(
         self, ask: CfgNode, prompts: Sequence[str], n: int, seed: int, batch_size: int = 32

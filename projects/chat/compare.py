@@ -77,6 +77,8 @@ class Duel:
         self.prompts = answers.read_prompts(config.prompts or str(FRESH))
         self.before = ChatModel.load(config.before, config.device)
         self.after = ChatModel.load(config.after, config.device)
+        for model in (self.before, self.after):
+            model.check_prompts(config.ask, self.prompts)
         if self.before.hash == self.after.hash:
             raise ValueError(
                 f"--before={config.before} and --after={config.after} are the same model: there "

@@ -33,6 +33,7 @@ class PairMaker(threading.Thread):
         self.store = store
         self.make_pair = make_pair
         self.problem = ""  # why no pair could be made, for the page
+        self.notice = ""  # why the last prompt that was typed has no answers
         self.finished = False  # there are no more pairs
         self.wanted = threading.Event()
         self.stopping = False
@@ -59,7 +60,16 @@ class PairMaker(threading.Thread):
         if typed is None and self.store.count_open() >= AHEAD:
             return False
         id, prompt = typed or (None, None)
-        pair = self.make_pair(prompt, id)
+        try:
+            pair = self.make_pair(prompt, id)
+        except ValueError as error:
+            if id is None:
+                raise
+            # It is too long, say: trying again would keep all other pairs waiting.
+            self.store.give_up_prompt(id, str(error))
+            self.notice = f"Your prompt cannot be answered: {error}"
+            return True
+        self.notice = self.notice if id is None else ""
         self.finished = pair is None
         if pair is None:
             return False
@@ -104,7 +114,7 @@ def run_desk(
             "who": f"as {who}" if who else "",
             "finished": maker.finished,
             "may_write": may_write,
-            "problem": maker.problem,
+            "problem": maker.problem or maker.notice,
         }
 
     app = server.make_app(

@@ -87,6 +87,7 @@ def label_by_hand(config: CfgNode, store: Store, prompts: list[str]) -> None:
     import desk
 
     model = ChatModel.load(config.model, config.device)
+    model.check_prompts(config.ask, prompts)
 
     def make_pair(typed: str | None, id: str | None) -> Pair:
         prompt = typed
@@ -113,6 +114,7 @@ def label_by_rule(config: CfgNode, store: Store, prompts: list[str]) -> None:
     """Label until there are `number` labels. Stopped in between, it goes on from there."""
     rule = labellers.get_rule(config.labeller)
     model = ChatModel.load(config.model, config.device)
+    model.check_prompts(config.ask, prompts)
     batches = 0
     while True:
         # First what an earlier run has left open.

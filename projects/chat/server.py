@@ -116,7 +116,9 @@ def make_app(
         check_writing(True)
         await run_in_threadpool(store.add_prompt, body.get("id"), body.get("prompt"))
         wake()
-        return await answer(None)
+        # What the person is reading stays on the page.
+        shown = body.get("pair")
+        return await answer(shown if isinstance(shown, int) else None)
 
     def check_writing(is_written: bool) -> None:
         if is_written and not may_write:

@@ -41,7 +41,8 @@ CREATE TABLE prompts (
     number INTEGER PRIMARY KEY,
     id TEXT NOT NULL UNIQUE,
     prompt TEXT NOT NULL,
-    at TEXT NOT NULL
+    at TEXT NOT NULL,
+    problem TEXT
 );
 CREATE TABLE pairs (
     id INTEGER PRIMARY KEY,
@@ -268,12 +269,18 @@ class Store:
                 self.insert("prompts", id=id, prompt=prompt, at=now())
 
     def typed_prompt(self) -> tuple[str, str] | None:
-        """(id, prompt) of the oldest typed prompt that has no answers yet."""
+        """(id, prompt) of the oldest typed prompt that waits for answers."""
         rows = self.rows(
-            "SELECT id, prompt FROM prompts WHERE id NOT IN "
+            "SELECT id, prompt FROM prompts WHERE problem IS NULL AND id NOT IN "
             "(SELECT typed FROM pairs WHERE typed IS NOT NULL) ORDER BY number LIMIT 1"
         )
         return (rows[0]["id"], rows[0]["prompt"]) if rows else None
+
+    def give_up_prompt(self, id: str, problem: str) -> None:
+        """Say that a typed prompt cannot be answered, and why: it does not wait any more."""
+        with self.transaction():
+            statement = "UPDATE prompts SET problem = ? WHERE id = ?"
+            self.connection.execute(statement, (problem, id))
 
     def add_pairs(self, pairs: list[Pair]) -> None:
         """Keep some pairs: all or none of them."""

@@ -95,7 +95,8 @@ def get_config() -> CfgNode:
     C.rl.batch_size = 32             # answers in a rollout
     C.rl.minibatch_size = 16
     C.rl.micro_batch_size = 8
-    C.rl.ppo_epochs = 2
+    C.rl.ppo_epochs = 1
+    C.rl.group_size = 4              # answers to each prompt, which is read once for all of them
     C.rl.learning_rate = 1e-4
     C.rl.value_lr_ratio = 3.0
     C.rl.lr_schedule = "linear"
