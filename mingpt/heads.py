@@ -110,7 +110,8 @@ class ScalarModel(Pretrained, nn.Module):
         the model that has it.
         """
         name = cls.adapter if adapter is None else adapter
-        new = cls(model.config, lora.stand_on(model, name, rank, alpha, dropout, layers))
+        transformer = lora.stand_on(model, name, rank, alpha, dropout, layers)
+        new = cls(model.config, transformer)
         new.special_tokens = dict(model.special_tokens)
         if isinstance(model, ScalarModel):
             new.head.load_state_dict(model.head.state_dict())

@@ -512,7 +512,9 @@ def choose_layers(trunk: nn.Module, ends: Sequence[str] | None) -> dict[str, nn.
     layers = linear_layers(trunk)
     if ends is None:
         return layers
-    ends = [ends] if isinstance(ends, str) else list(ends)
+    ends = [ends] if isinstance(ends, str) else ends
+    if not isinstance(ends, (list, tuple, set)):
+        raise TypeError(f"layers={ends!r} must be a list of names, or None for all layers")
     chosen: dict[str, nn.Linear] = {}
     for end in ends:
         matches = {name: m for name, m in layers.items() if f".{name}".endswith(f".{end}")}

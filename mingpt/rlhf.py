@@ -68,7 +68,7 @@ from mingpt.heads import ActorCritic, RewardModel, ValueHead, ValueModel, first_
 from mingpt.model import GPT, check_mask_values, last_real, stop_ids
 from mingpt.rewards import RewardError, RewardFn, Scores, TextReward, check_reward_fn, score
 from mingpt.run_folder import checksum
-from mingpt.trainer import Trainer
+from mingpt.trainer import Trainer, check_trained
 from mingpt.utils import check_equal_shapes, check_tensors, evaluation_mode
 
 __all__ = [
@@ -1842,6 +1842,7 @@ def check_policy(policy: nn.Module, ref_policy: nn.Module | None) -> None:
         raise TypeError(
             f"ref_policy is a {type(ref_policy).__name__}; a policy needs GPT's log_probs"
         )
+    check_trained(policy)
     if ref_policy is policy:
         raise ValueError(
             "ref_policy is the policy itself, which will be trained: pass a copy of it, or None"

@@ -4,7 +4,8 @@ What a training run keeps in its folder.
     metrics.jsonl    a row of metrics every few iterations
     samples.jsonl    what the model wrote, where a trainer logs that
     checkpoint.pt    all that a resumed run needs
-    best.pt          the weights with the best validation loss, a plain state dict
+    best.pt          the weights with the best validation loss, a plain state dict (here, too,
+                     frozen ones are left out, as those under an adapter)
     config.json      the options of a script (see `claim`)
     .lock            there while a run is writing here: see `only_run`
 

@@ -100,6 +100,7 @@ class Trainer:
         mean over tokens, weight_fn must count those tokens. By default it counts examples, or
         with the default loss the targets that are not ignored.
 
+    Trained are those parameters of the model that require gradients; a checkpoint holds only them.
     Raises ValueError or TypeError for options or data that cannot be used, before training begins.
     """
 
@@ -225,6 +226,7 @@ class Trainer:
         if another run is writing to work_dir.
         """
         is_silent = self.rank > 0  # one process speaks for all
+        check_optimizer(self.optimizer)
         with console(is_silent), interrupt_without_traceback(), self.folder.in_use():
             self.model.train()
             self.resume()
@@ -783,6 +785,16 @@ def check_trained(model: nn.Module) -> None:
         raise ValueError(
             f"no parameter of the {type(model).__name__} requires gradients, so there is nothing "
             "to train: add an adapter (lora.add), or call model.requires_grad_()"
+        )
+
+
+def check_optimizer(optimizer: torch.optim.Optimizer) -> None:
+    """ValueError if all that the optimizer knows has been frozen since it was made."""
+    groups = optimizer.param_groups
+    if not any(p.requires_grad for group in groups for p in group["params"]):
+        raise ValueError(
+            "all parameters that the trainer knows have been frozen since it was made: call "
+            "lora.add, and `on` of reward and value models, before you make a trainer"
         )
 
 

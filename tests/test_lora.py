@@ -713,6 +713,18 @@ class TestPPO(TempDirTestCase):
         trainer = PPOTrainer(ppo_config(), policy, reward, PROMPTS)
         self.assertLess(held([trainer, reward]), 1.3 * held([alone]))
 
+    def test_it_keeps_little_more_for_the_backward_pass_than_training_the_policy_does(self):
+        policy, reward, value = three_adapters()
+        trainer = PPOTrainer(ppo_config(), policy, reward, PROMPTS, value)
+        trainer.model.eval()
+        rollout = trainer.rollout(*next(trainer.batches()))
+        model = adapted()
+        alone = most_kept(lambda: model(rollout.idx, rollout.idx)[1].backward())
+        kept = most_kept(lambda: trainer.minibatch_step(rollout))
+        self.assertLess(kept, 1.3 * alone)
+        trainer.take_turns = False
+        self.assertGreater(most_kept(lambda: trainer.minibatch_step(rollout)), 1.5 * alone)
+
     def test_the_learning_rate_of_the_value_function(self):
         policy, reward, value = three_adapters()
         trainer = PPOTrainer(ppo_config(value_lr_ratio=3.0), policy, reward, PROMPTS, value)
@@ -721,6 +733,26 @@ class TestPPO(TempDirTestCase):
         for p in policy.parameters():
             self.assertEqual(found.get(id(p)), 1.0 if p.requires_grad else None)
         self.assertEqual({found[id(p)] for p in value.parameters()}, {3.0})
+
+
+def most_kept(function):
+    """The most bytes of activations that are kept for a backward pass during a function."""
+    bytes_now = [0]
+    most = [0]
+
+    class Kept:
+        def __init__(self, x):
+            self.x = x
+            self.nbytes = 0 if isinstance(x, nn.Parameter) or x.is_leaf else x.nbytes
+            bytes_now[0] += self.nbytes
+            most[0] = max(most[0], bytes_now[0])
+
+        def __del__(self):
+            bytes_now[0] -= self.nbytes
+
+    with torch.autograd.graph.saved_tensors_hooks(Kept, lambda kept: kept.x):
+        function()
+    return most[0]
 
 
 def held(roots):
@@ -809,6 +841,20 @@ class TestCheckpoints(TempDirTestCase):
         with self.assertRaisesRegex(ValueError, "no parameter of the GPT requires gradients"):
             data = TensorDataset(random_ids(8), random_ids(8))
             Trainer(trainer_config(), tiny().requires_grad_(False), data)
+
+    def test_an_adapter_that_comes_after_the_trainer(self):
+        model = tiny()
+        data = TensorDataset(random_ids(8), random_ids(8))
+        trainer = Trainer(trainer_config(), model, data)
+        lora.add(model)
+        with self.assertRaisesRegex(ValueError, "call lora.add, .* before you make a trainer"):
+            trainer.run()
+
+    def test_a_policy_of_which_nothing_is_trained(self):
+        policy = tiny()
+        reward = RewardModel.on(policy)  # it freezes the policy, which has no adapter
+        with self.assertRaisesRegex(ValueError, "no parameter of the GPT requires gradients"):
+            PPOTrainer(ppo_config(), policy, reward, PROMPTS)
 
     def test_a_stage_leaves_the_merged_model(self):
         model = adapted()
