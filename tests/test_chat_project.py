@@ -302,6 +302,8 @@ class StoreTests(TempDirTestCase):
             ({"pair": "1"}, "there is no pair '1'"),
             ({"pair": True}, "there is no pair True"),
             ({"pair": None}, "there is no pair None"),
+            ({"pair": 2**64}, "there is no pair"),
+            ({"pair": -1}, "there is no pair"),
             ({"choice": "both"}, "choice='both' must be one of left, right"),
             ({"choice": ["left"]}, "must be one of"),
             ({"better": "mine"}, "comes without a better answer"),
@@ -641,6 +643,12 @@ class ServerTests(TempDirTestCase):
     def test_a_huge_request_is_refused(self):
         self.client.log_in()
         self.refused(413, "POST", "/keys", raw=b'{"id": "' + b"x" * 70_000 + b'"}')
+
+    def test_without_a_token_nobody_gets_in(self):
+        database = Store(self.folder / "labels.db")
+        self.addCleanup(database.close)
+        with self.assertRaisesRegex(server.Refusal, "has no token"):
+            server.token_of(database)
 
     def test_an_unknown_path_is_refused(self):
         self.client.log_in()

@@ -104,22 +104,9 @@ def run_desk(
     """
     listener = server.listen(store, port)
     maker = PairMaker(store, make_pair)
-
-    def describe(shown: int | None) -> dict[str, Any]:
-        return {
-            "pair": pair_for_page(store, shown),
-            "count": sum(n for choice, n in store.count_labels().items() if choice != "skip"),
-            "goal": goal,
-            "lengths": lengths(store) if may_write else "",
-            "who": f"as {who}" if who else "",
-            "finished": maker.finished,
-            "may_write": may_write,
-            "problem": maker.problem or maker.notice,
-        }
-
-    app = server.make_app(
+    routes = server.Routes(
         store,
-        describe,
+        lambda shown: describe(store, maker, shown, who, goal, may_write),
         listener.getsockname()[1],
         who,
         wake=maker.wake,
@@ -132,9 +119,25 @@ def run_desk(
     if open_browser:
         webbrowser.open(address)
     try:
-        server.serve(app, listener)
+        server.serve(routes.app(), listener)
     finally:
         maker.stop()
+
+
+def describe(
+    store: Store, maker: PairMaker, shown: int | None, who: str, goal: int, may_write: bool
+) -> dict[str, Any]:
+    """What the page shows. shown: the number of the pair that it is showing already."""
+    return {
+        "pair": pair_for_page(store, shown),
+        "count": sum(n for choice, n in store.count_labels().items() if choice != "skip"),
+        "goal": goal,
+        "lengths": lengths(store) if may_write else "",
+        "who": f"as {who}" if who else "",
+        "finished": maker.finished,
+        "may_write": may_write,
+        "problem": maker.problem or maker.notice,
+    }
 
 
 def pair_for_page(store: Store, shown: int | None) -> dict[str, Any] | None:
