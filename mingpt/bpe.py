@@ -23,6 +23,9 @@ Read this file from top to bottom. Each section adds one idea to the one before:
     6. BPETokenizer        the class to use: train, save, load
     7. Files               in which a vocabulary is kept
 
+Other models have other words and further special tokens: words.py has their rules, and
+tokenizer_files.py reads their files. The algorithm is the same for all.
+
 Sources: Sennrich et al. 2016 (arXiv:1508.07909) for the algorithm; Radford et al. 2019 (GPT-2) for
 the bytes, the words, and the files encoder.json and vocab.bpe, called vocab.json and merges.txt
 in Hugging Face's libraries.
@@ -33,6 +36,7 @@ import importlib
 import importlib.util
 import json
 import logging
+import os
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
@@ -364,41 +368,10 @@ class Encoder:
         self.vocab = vocab
         self.merge_list = merges
         self.word_rule: WordRule = self.vocabulary.words
-        added = {token.content for token in self.vocabulary.added_tokens}
         self.added = AddedTokens(self.vocabulary.added_tokens, self.vocabulary.normalize)
         self.special = {token.content: token.id for token in self.added.tokens if token.special}
-
-        # Each byte as a token. Real vocabularies lack some that are rare in texts.
-        characters = bytes_to_unicode()
-        missing = [character for character in characters.values() if character not in vocab]
-        if not vocab.keys() >= {characters[byte] for byte in COMMON_BYTES}:
-            raise ValueError(
-                f"the vocabulary has no token for {len(missing)} of the 256 bytes "
-                f"({missing[:5]} ...): pass one of byte-level BPE, like GPT-2's"
-            )
-        self.unknown_id = GONE
-        if self.vocabulary.unknown is not None:
-            self.unknown_id = vocab.get(self.vocabulary.unknown, GONE)
-        self.byte_ids = [vocab.get(characters[byte], self.unknown_id) for byte in range(256)]
-        self.lacks_bytes = bool(missing)
-
-        # The bytes of each token, as a string in which character b stands for byte b (Latin-1):
-        # str.join, which decode spends its time in, takes half as long as bytes.join.
-        self.latin = {character: chr(byte) for byte, character in characters.items()}
-        strange = [t for t in vocab if t not in added and not self.latin.keys() >= set(t)]
-        if strange:
-            raise ValueError(
-                f"the vocabulary has tokens that are not written in bytes ({strange[:5]}), and "
-                f"that are not among its added tokens, {sorted(added)[:5]}"
-            )
-        self.token_text = {
-            i: "".join(self.latin[c] for c in token)
-            for token, i in vocab.items()
-            if token not in added
-        }
-        for token in self.added.tokens:
-            self.token_text[token.id] = token.content.encode("utf-8").decode("latin-1")
-
+        self.byte_ids = self.ids_of_bytes()
+        self.token_text = self.texts_of_tokens()
         try:
             self.merges: list[Merge] = [(vocab[a], vocab[b], vocab[a + b]) for a, b in merges]
         except KeyError as error:
@@ -408,7 +381,6 @@ class Encoder:
             ) from None
         self.ranks = {(left, right): rank for rank, (left, right, _) in enumerate(self.merges)}
         self.check_special_tokens()
-
         # Where merges are ignored, a word that is a token by itself: {its bytes in Latin-1: its id}
         self.whole_words: dict[str, int] = {}
         if self.vocabulary.ignore_merges:
@@ -417,10 +389,49 @@ class Encoder:
             self.whole_words = {text: i for i, text in token_text if i not in added_ids}
         self.words = WordCache(self.encode_word)
 
+    def ids_of_bytes(self) -> list[int]:
+        """The id of each byte. Real vocabularies lack some bytes that are rare in texts.
+
+        The unknown token takes their place; where there is none, GONE stands for it.
+        """
+        characters = bytes_to_unicode()
+        if not self.vocab.keys() >= {characters[byte] for byte in COMMON_BYTES}:
+            missing = [token for token in characters.values() if token not in self.vocab]
+            raise ValueError(
+                f"the vocabulary has no token for {len(missing)} of the 256 bytes "
+                f"({missing[:5]} ...): pass one of byte-level BPE, like GPT-2's"
+            )
+        unknown = GONE
+        if self.vocabulary.unknown is not None:
+            unknown = self.vocab.get(self.vocabulary.unknown, GONE)
+        return [self.vocab.get(characters[byte], unknown) for byte in range(256)]
+
+    def texts_of_tokens(self) -> dict[int, str]:
+        """The bytes of each token, as a text in which character b stands for byte b (Latin-1).
+
+        str.join, which decode spends its time in, takes half as long as bytes.join.
+        """
+        latin = {character: chr(byte) for byte, character in bytes_to_unicode().items()}
+        added = {token.content for token in self.added.tokens}
+        strange = [t for t in self.vocab if t not in added and not latin.keys() >= set(t)]
+        if strange:
+            raise ValueError(
+                f"the vocabulary has tokens that are not written in bytes ({strange[:5]}), and "
+                f"that are not among its added tokens, {sorted(added)[:5]}"
+            )
+        texts = {
+            i: "".join(latin[character] for character in token)
+            for token, i in self.vocab.items()
+            if token not in added
+        }
+        for token in self.added.tokens:
+            texts[token.id] = token.content.encode("utf-8").decode("latin-1")
+        return texts
+
     def check_special_tokens(self) -> None:
         """ValueError for a special token that the bytes of a text could become by merging."""
-        from_text = {*self.byte_ids, *(new_id for _, _, new_id in self.merges)}
-        from_text.discard(self.unknown_id)
+        from_text = {self.vocab.get(character) for character in bytes_to_unicode().values()}
+        from_text |= {new_id for _, _, new_id in self.merges}
         unsafe = [token for token, i in self.special.items() if i in from_text]
         if unsafe:
             raise ValueError(
@@ -439,7 +450,7 @@ class Encoder:
         """
         if not isinstance(text, str):
             raise TypeError(f"got {type(text).__name__} {text!r:.60}; encode takes a text")
-        allowed = self.check_allowed(allowed_special) if allowed_special else frozenset()
+        allowed = frozenset() if allowed_special == () else self.check_allowed(allowed_special)
         try:
             if not allowed and not self.added.has_ordinary:
                 return self.encode_ordinary(nfc(text) if self.added.normalize else text)
@@ -453,6 +464,8 @@ class Encoder:
 
     def check_allowed(self, allowed_special: Iterable[str]) -> frozenset[str]:
         """The special tokens that the caller allows; ValueError for others than this one's."""
+        if not isinstance(allowed_special, Iterable):
+            raise TypeError(f"got allowed_special={allowed_special!r}; expected a list of tokens")
         allowed = frozenset(allowed_special)
         unknown = sorted(allowed - self.special.keys())
         if unknown:
@@ -472,7 +485,7 @@ class Encoder:
             if whole is not None:
                 return (whole,)
         ids = [self.byte_ids[byte] for byte in word]
-        if self.lacks_bytes and GONE in ids:
+        if GONE in ids:
             logger.warning("%r has bytes that the vocabulary lacks: they are left out", word)
             ids = [i for i in ids if i != GONE]
         merge = merge_long if len(ids) > LONG_WORD else merge_short
@@ -660,23 +673,6 @@ def get_encoder() -> Encoder:
 
 # --- 7. Files ------------------------------------------------------------------------------------
 
-
-
-def read_vocabulary(path: Path) -> Vocabulary:
-    """The vocabulary of a folder, or of a .gguf file, with its rules."""
-    if path.is_file():
-        if path.suffix == ".json":
-            return read_tokenizer_json(path)
-        gguf = importlib.import_module("mingpt.gguf")  # it needs an extra: only where it is used
-        _, _, vocabulary, _ = gguf.read(path)
-        return from_gguf(path, vocabulary)
-    finish_write(path)
-    if (path / "tokenizer.json").exists():
-        return read_tokenizer_json(path / "tokenizer.json")
-    vocab, merges = read_files(path)
-    return gpt2_vocabulary(vocab, merges)
-
-
 FILE_NAMES = [
     ("vocab.json", "merges.txt"),  # transformers' and ours
     ("encoder.json", "vocab.bpe"),  # OpenAI's
@@ -688,13 +684,28 @@ GPT2_SHA256 = {
 }
 
 
+def read_vocabulary(path: Path) -> Vocabulary:
+    """The vocabulary of a folder, or of a .gguf file, with its rules."""
+    if os.path.isfile(path):  # Path.is_file raises for a name that is too long
+        if path.suffix == ".json":
+            return read_tokenizer_json(path)
+        gguf = importlib.import_module("mingpt.gguf")  # it needs an extra: only where it is used
+        _, _, vocabulary, _ = gguf.read(path)
+        return from_gguf(path, vocabulary)
+    finish_write(path)
+    if os.path.exists(path / "tokenizer.json"):
+        return read_tokenizer_json(path / "tokenizer.json")
+    vocab, merges = read_files(path)
+    return gpt2_vocabulary(vocab, merges)
+
+
 def read_files(folder: str | Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
     """The vocabulary and the merges from the two files in a folder, under either of their names."""
     finish_write(folder)
     for vocab_name, merges_name in FILE_NAMES:
         vocab_path = Path(folder) / vocab_name
         merges_path = Path(folder) / merges_name
-        if vocab_path.exists() and merges_path.exists():
+        if os.path.exists(vocab_path) and os.path.exists(merges_path):
             return read_vocab(vocab_path), read_merges(merges_path)
     raise ValueError(
         f"{folder} contains no vocabulary; "

@@ -27,9 +27,9 @@ Source: `transformers`, for the templates and for what they are given.
 import importlib
 import re
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, Self, overload
@@ -40,7 +40,7 @@ from mingpt.config import CfgNode, check_booleans
 from mingpt.datasets import check_tokenizer, end_token
 from mingpt.hub import find_pretrained
 from mingpt.templates import CHATML, Renderer, TemplateError
-from mingpt.tokenizer_files import AddedToken, AddedTokens, nfc
+from mingpt.tokenizer_files import AddedToken, AddedTokens, from_gguf, nfc
 
 __all__ = ["CHATML", "Chat"]
 
@@ -79,35 +79,32 @@ class Disguise:
 
     def __init__(self, special: Iterable[str], texts: Iterable[str]):
         self.special = tuple(special)
-        used = set(chain.from_iterable(texts))
+        used = set().union(*texts)
         unused = (chr(i) for i in chain.from_iterable(PRIVATE) if chr(i) not in used)
-        alphabet = sorted(set(chain.from_iterable(self.special)))
+        alphabet = sorted(set().union(*self.special))
         self.private = dict(zip(alphabet, unused, strict=False))
         if len(self.private) < len(alphabet):
             raise ValueError("the messages use up all of Unicode's private characters: remove some")
         self.to_private = str.maketrans(self.private)
         self.from_private = str.maketrans({new: old for old, new in self.private.items()})
-        # Where a special token begins; the brackets are looked at only, so that all are found.
-        anywhere = "|".join(map(re.escape, self.special))
-        self.begins = re.compile(f"(?={anywhere})" if self.special else r"(?!)")
-        self.heads = tuple({token[:n] for token in self.special for n in range(1, len(token))})
-        self.tails = tuple({token[n:] for token in self.special for n in range(1, len(token))})
+        self.parts = parts_of(self.special)
 
     def put_on(self, text: str) -> str:
         """The text without a special token in it, and without an end of one at its ends."""
-        places = {match.start() for match in self.begins.finditer(text)}
+        places = {match.start() for match in self.parts.begins.finditer(text)}
         # A template may strip the text: look at its ends with and without the space around them.
         for start, end in {(0, len(text)), ends_without_space(text)}:
             inner = text[start:end]
-            is_tail = inner.startswith(self.tails)
+            if not inner:
+                continue
+            is_tail = inner.startswith(self.parts.tails)
             if is_tail or any(inner in token for token in self.special):
                 places.add(start)
-            if inner.endswith(self.heads):
+            if inner.endswith(self.parts.heads):
                 places.add(end - 1)
         characters = list(text)
         for place in places:
-            if place < len(characters):
-                characters[place] = self.private.get(characters[place], characters[place])
+            characters[place] = self.private[characters[place]]
         return "".join(characters)
 
     def put_on_everything(self, text: str) -> str:
@@ -119,55 +116,90 @@ class Disguise:
         return text.translate(self.from_private)
 
 
+@dataclass(frozen=True)
+class Parts:
+    """What to look for in a content.
+
+    begins: matches where a special token begins. heads, tails: the beginnings and the ends of
+    special tokens, without the whole ones.
+    """
+
+    begins: re.Pattern[str]
+    heads: tuple[str, ...]
+    tails: tuple[str, ...]
+
+
+@lru_cache(maxsize=16)
+def parts_of(special: tuple[str, ...]) -> Parts:
+    """The parts of these special tokens, of which some models have hundreds."""
+    # (?=...) only looks ahead, so that tokens which overlap are all found; (?!) is found nowhere.
+    anywhere = "|".join(map(re.escape, special))
+    return Parts(
+        begins=re.compile(f"(?={anywhere})" if special else "(?!)"),
+        heads=tuple({token[:n] for token in special for n in range(1, len(token))}),
+        tails=tuple({token[n:] for token in special for n in range(1, len(token))}),
+    )
+
+
 def ends_without_space(text: str) -> tuple[int, int]:
     """Where a text begins and ends without the whitespace around it."""
     start = len(text) - len(text.lstrip())
     return start, max(start, len(text.rstrip()))
 
 
-def with_texts(value: Any, change: Any) -> Any:
-    """A message or a part of one as plain JSON, with every text in it changed by a function.
-
-    Raises ValueError for a value that is no JSON.
-    """
+def with_texts(value: Any, change: Callable[[str], str]) -> Any:
+    """A message or a part of one as plain JSON, with every text in it changed by a function."""
     if isinstance(value, str):
-        return change(str(value))
-    if value is None or isinstance(value, (bool, int, float)):
-        return value
+        return change(value)
     if isinstance(value, Mapping):
-        return {check_key(key): with_texts(inner, change) for key, inner in value.items()}
+        return {str(key): with_texts(inner, change) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):
         return [with_texts(inner, change) for inner in value]
-    raise ValueError(f"got a {type(value).__name__}, {value!r:.60}; expected text, lists and dicts")
+    return value
 
 
-def check_key(key: Any) -> str:
-    """A key of a message, which a template may write as it is: letters, digits, "_", "-", "."."""
-    if not isinstance(key, str) or not re.fullmatch(r"[\w.-]+", key):
-        raise ValueError(f"got the key {key!r:.60}; expected a name")
-    return key
+def check_value(value: Any, special: Iterable[str]) -> None:
+    """ValueError for what is no JSON, and for a key that could be a special token's text.
+
+    A template may write keys as they are, so they cannot be disguised: they must be names.
+    """
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            is_name = isinstance(key, str) and re.fullmatch(r"[\w.-]+", key)
+            if not is_name or any(token in key for token in special):
+                raise ValueError(f"got the key {key!r:.60}; expected a name")
+            check_value(inner, special)
+    elif isinstance(value, (list, tuple)):
+        for inner in value:
+            check_value(inner, special)
+    elif value is not None and not isinstance(value, (str, bool, int, float)):
+        kind = type(value).__name__
+        raise ValueError(f"got a {kind}, {value!r:.60}; expected text, lists and dicts")
 
 
 def texts_in(value: Any) -> Iterator[str]:
-    """All the texts in a message or a part of one."""
+    """All the texts in a message or a part of one, without its keys."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping):
-        for key, inner in value.items():
-            yield str(key)
+        for inner in value.values():
             yield from texts_in(inner)
     elif isinstance(value, (list, tuple)):
         for inner in value:
             yield from texts_in(inner)
 
 
-def check_role(i: int, message: Any, special: Iterable[str]) -> None:
-    """ValueError for a message without a role, or with one that could help to a special token."""
+def check_message(i: int, message: Any, special: Iterable[str]) -> None:
+    """ValueError for a message that is none, or that could give a special token by its role."""
     if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
         raise ValueError(
             f"message {i} is {message!r:.60}; "
             'expected a dict like {"role": "user", "content": "Hi!"}'
         )
+    try:
+        check_value(message, special)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"message {i}: {error}") from None
     role = message["role"]
     if role in COMMON_ROLES:
         return
@@ -231,7 +263,7 @@ def token_names_of(tokenizer: Any) -> dict[str, str]:
     return {name: str(token) for name, token in names.items() if not isinstance(token, list)}
 
 
-def end_ids(path: Path) -> list[int]:
+def end_ids(path: Path) -> list[int | None]:
     """The ids of a generation_config.json that end a text; [] where there is no such file."""
     if not path.exists():
         return []
@@ -284,7 +316,7 @@ class Chat:
         self.tokenizer = tokenizer
         self.template = template
         self.name = "the chat template"  # in errors
-        self.more_stop_tokens: list[int] = []
+        self.more_stop_tokens: list[int | None] = []
         self.renderer = Renderer(template)
         self.added = added_tokens_of(tokenizer)
         self.special = {token.content: token.id for token in self.added.tokens if token.special}
@@ -300,16 +332,20 @@ class Chat:
         path = find_pretrained(name_or_path, weights=False)
         if path.is_file():
             gguf = importlib.import_module("mingpt.gguf")  # it needs an extra package
-            template = gguf.read(path)[3]
+            _, _, vocabulary, template = gguf.read(path)
+            tokenizer = BPETokenizer(**vars(from_gguf(path, vocabulary)))
+            more_stop_tokens = [vocabulary.get("eot_token_id")]
         else:
             template = read_template(path)
+            tokenizer = BPETokenizer.from_pretrained(path)
+            more_stop_tokens = end_ids(path / "generation_config.json")
         if template is None:
             raise ValueError(
                 f"{path} has no chat template: pass one yourself, as in Chat(tokenizer, CHATML)"
             )
-        chat = cls(BPETokenizer.from_pretrained(path), template)
+        chat = cls(tokenizer, template)
         chat.name = f"the chat template of {name_or_path}"
-        chat.more_stop_tokens = end_ids(path / "generation_config.json")
+        chat.more_stop_tokens = more_stop_tokens
         return chat
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -382,19 +418,25 @@ class Chat:
         """The id that ends an answer; None where neither template nor tokenizer has one."""
         return self.stop_tokens[0] if self.stop_tokens else None
 
+    @property
+    def vocab_size(self) -> int:
+        """The tokenizer's."""
+        return self.tokenizer.vocab_size
+
     def end_of_turn(self) -> int | None:
         """The special token that the template writes behind an answer; None if there is none."""
         messages = [
             {"role": "user", "content": "Question"},
             {"role": "assistant", "content": "Answer"},
         ]
+        conversation = Conversation(self, messages)
         try:
-            text = Conversation(self, messages).render(False)
+            text = conversation.render(False)
         except ValueError:  # an unusual template; the tokenizer's own end must do
             return None
-        behind = text.rpartition("Answer")[2]
+        _, answer, behind = text.rpartition(conversation.put_on("Answer"))
         special = self.special_ids(self.added.split(behind, self.special))
-        return special[0] if special else None
+        return special[0] if answer and special else None
 
     def special_ids(self, pieces: Iterable[str | int]) -> list[int]:
         """The special tokens among the pieces of a text."""
@@ -402,24 +444,24 @@ class Chat:
         return [piece for piece in pieces if isinstance(piece, int) and piece in ids]
 
     def encode_turns(
-        self, disguise: Disguise, text: str, turns: list[Turn]
+        self,
+        disguise: Disguise,
+        text: str,
+        turns: list[Turn],
     ) -> tuple[list[int], list[bool]]:
         """The ids of a rendered conversation, and which of them the assistant wrote."""
-        ids: list[int] = []
-        mask: list[bool] = []
-        starts = [turn.start for turn in turns]
-        # What comes before the first answer, and then each answer with what follows it.
-        for turn, start, end in zip(
-            [None, *turns], [0, *starts], [*starts, len(text)], strict=True
-        ):
-            piece = self.encode_rendered(disguise, text[start:end])
-            written = 0
-            if turn is not None:
-                answer = self.encode_rendered(disguise, text[turn.start:turn.end])
-                written = self.length_of_answer(answer)
-                if piece[:written] != answer[:written]:
-                    # No special token ends the turn: cut the text there, as sampling would.
-                    piece = answer + self.encode_rendered(disguise, text[turn.end:end])
+        borders = [turn.start for turn in turns] + [len(text)]
+        # What comes before the first answer ...
+        ids = self.encode_rendered(disguise, text[:borders[0]])
+        mask = [False] * len(ids)
+        # ... and then each answer, with what follows it.
+        for turn, end in zip(turns, borders[1:], strict=True):
+            piece = self.encode_rendered(disguise, text[turn.start:end])
+            answer = self.encode_rendered(disguise, text[turn.start:turn.end])
+            written = self.length_of_answer(answer)
+            if piece[:written] != answer[:written]:
+                # No special token ends the turn: cut the text there, as sampling would.
+                piece = answer + self.encode_rendered(disguise, text[turn.end:end])
             ids += piece
             mask += [True] * written + [False] * (len(piece) - written)
         return ids, mask
@@ -470,24 +512,21 @@ class Conversation:
         self.messages = messages
         self.now = time.time()  # a template may write the date; all renderings write the same
         for i, message in enumerate(messages):
-            check_role(i, message, chat.special)
-        self.disguise = Disguise(chat.special, [chat.template, *texts_in(list(messages))])
-        self.disguised = [self.changed(i, m, self.put_on) for i, m in enumerate(messages)]
-        hidden = self.disguise.put_on_everything
-        self.hidden = [self.changed(i, m, hidden) for i, m in enumerate(messages)]
+            check_message(i, message, chat.special)
+        self.disguise = Disguise(chat.special, [chat.template, *texts_in(messages)])
+        self.disguised = [self.changed(message, self.put_on) for message in messages]
+        hide = self.disguise.put_on_everything
+        self.hidden = [self.changed(message, hide) for message in messages]
 
     def put_on(self, text: str) -> str:
         """A content in disguise."""
         # Normalising may itself make a special token, and is done to the text in any case.
         return self.disguise.put_on(nfc(text) if self.chat.added.normalize else text)
 
-    def changed(self, i: int, message: Message, change: Any) -> dict[str, Any]:
-        """Message number i with all texts but its role changed. None counts as missing."""
+    def changed(self, message: Message, change: Callable[[str], str]) -> dict[str, Any]:
+        """A message with all its texts changed, but for its role. None counts as missing."""
         fields = {name: value for name, value in message.items() if value is not None}
-        try:
-            return with_texts(fields, change) | {"role": str(message["role"])}
-        except ValueError as error:
-            raise ValueError(f"message {i}: {error}") from None
+        return with_texts(fields, change) | {"role": message["role"]}
 
     def render(self, add_generation_prompt: bool) -> str:
         """The text of the conversation, its contents disguised: its special tokens are real.

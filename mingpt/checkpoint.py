@@ -95,7 +95,7 @@ def finish_write(folder: str | Path) -> None:
     To be called before such files are read.
     """
     folder = Path(folder)
-    if (folder / COMPLETE).is_dir():
+    if os.path.isdir(folder / COMPLETE):  # Path.is_dir raises for a name that is too long
         with one_writer(folder):
             move_complete(folder)
 

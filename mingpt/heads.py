@@ -267,6 +267,8 @@ class ActorCritic(nn.Module):
         """
         check_idx(idx)
         check_equal_shapes(idx=idx, attention_mask=attention_mask)
+        if only not in (None, "policy", "value"):
+            raise ValueError(f"only={only!r} must be policy, value or None")
         nothing = torch.empty(0, device=idx.device)
         if only == "value":
             return nothing, self.values(idx, attention_mask, prefix_length, rows_per_prompt)

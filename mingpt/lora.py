@@ -31,6 +31,7 @@ import contextlib
 import copy
 import logging
 import math
+import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -634,6 +635,8 @@ def base_of(folder: str | Path) -> str:
             f"{file} has base_model_name_or_path={name!r}, which names no base: load the base with "
             "from_pretrained, and then the adapter with lora.load(model, folder)"
         )
+    if os.path.isfile(Path(name) / "adapter_config.json"):
+        raise ValueError(f"{file} has base_model_name_or_path={name!r}, which is an adapter itself")
     return name
 
 
@@ -738,7 +741,7 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     """The tensors of an adapter, by peft's names."""
     files = [folder / f"adapter_model.{ending}" for ending in ("safetensors", "bin")]
     for file in files:
-        if file.is_file():
+        if os.path.isfile(file):
             return load_file(file)[0]
     raise ValueError(f"{folder} has no adapter: neither {files[0].name} nor {files[1].name}")
 

@@ -575,7 +575,10 @@ def token_log_probs(logits: Tensor, tokens: Tensor, temperature: float = 1.0) ->
 
     In fp32, also where the logits are not: a difference of log-probs is what RLHF learns from.
     """
-    logits = (logits.float() / temperature).transpose(1, 2)  # (B, V, T), as cross_entropy wants it
+    logits = logits.float()
+    if temperature != 1:  # dividing by 1 would be one more copy of the largest tensor there is
+        logits = logits / temperature
+    logits = logits.transpose(1, 2)  # (B, V, T), as cross_entropy wants it
     try:
         return -F.cross_entropy(logits, tokens, reduction="none", ignore_index=NO_TOKEN)
     except IndexError:  # a CPU says that some target is wrong; we can say which

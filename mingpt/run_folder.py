@@ -270,7 +270,7 @@ class RunFolder:
 def finished(folder: str | Path) -> dict[str, Any] | None:
     """The last checkpoint of a trainer with this work_dir; None if it has not finished."""
     path = Path(folder) / "checkpoint.pt"
-    if not path.exists():
+    if not os.path.exists(path):
         return None
     state = load_torch(path)
     return state if state.get("finished") else None

@@ -174,9 +174,16 @@ def read_tokenizer_json(path: Path) -> Vocabulary:
     a setting that we do not compute.
     """
     content = read_json(path)
-    model = content.get("model")
-    if not isinstance(model, dict):
-        raise ValueError(f"{path} is no tokenizer: it has no model")
+    try:
+        return vocabulary_of(path, content)
+    except (TypeError, AttributeError, KeyError, RecursionError) as error:
+        # Something in it is no dict or no list where the format has one.
+        raise ValueError(f"{path} is damaged; expected a tokenizer ({error})") from None
+
+
+def vocabulary_of(path: Path, content: dict[str, Any]) -> Vocabulary:
+    """The vocabulary in the content of a tokenizer.json, at this path."""
+    model = content["model"]
     check_model(path, model)
     words = rule_of(path, flat_steps(content.get("pre_tokenizer"), "pretokenizers"))
     normalizers = flat_steps(content.get("normalizer"), "normalizers")
@@ -184,13 +191,12 @@ def read_tokenizer_json(path: Path) -> Vocabulary:
         if step.get("type") not in ("NFC", "ByteLevel"):
             raise refusal(path, step)
     added_tokens = tuple(read_added_token(path, entry) for entry in content.get("added_tokens", []))
-    vocab = {str(token): i for token, i in dict(model.get("vocab", {})).items()}
-    vocab |= {token.content: token.id for token in added_tokens}
+    vocab = dict(model["vocab"].items()) | {token.content: token.id for token in added_tokens}
     if not all(type(i) is int and i >= 0 for i in vocab.values()):
         raise ValueError(f"{path} is no vocabulary; expected whole numbers as ids")
     return Vocabulary(
         vocab=vocab,
-        merges=[read_merge(path, merge) for merge in model.get("merges", [])],
+        merges=[read_merge(path, merge) for merge in model["merges"]],
         added_tokens=added_tokens,
         words=words,
         unknown=model.get("unk_token"),
@@ -260,7 +266,7 @@ def cuts_of(path: Path | str, step: dict[str, Any]) -> list[str]:
             return [pattern]
     # By default, tokenizers' ByteLevel adds a space and cuts by GPT-2's rule.
     if kind == "ByteLevel" and not step.get("add_prefix_space", True):
-        return [GPT2.pattern.pattern, "bytes"] if step.get("use_regex", True) else ["bytes"]
+        return [GPT2.expression, "bytes"] if step.get("use_regex", True) else ["bytes"]
     raise refusal(path, step)
 
 

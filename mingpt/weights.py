@@ -24,6 +24,7 @@ The three kinds of models are saved as the classes that transformers has for the
 """
 
 import importlib
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -135,7 +136,7 @@ class Pretrained(nn.Module):
         """
         check_dtype(dtype)
         adapter = Path(name_or_path) / "adapter_config.json"
-        if adapter.is_file():
+        if os.path.isfile(adapter):  # Path.is_file raises for a name that is too long
             # An adapter stands on another model: read that first.
             lora = importlib.import_module("mingpt.lora")  # it imports this file
             model = cls.from_pretrained(lora.base_of(name_or_path), revision, dtype, **options)

@@ -20,6 +20,7 @@ and Qwen2 for the others, as the package `tokenizers` applies them.
 
 import re
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import groupby
 from typing import Any
 
@@ -34,14 +35,27 @@ LINE_START = re.compile(r"(?<=\S\n)(?=\S)")
 class WordRule:
     """How one family of tokenizers cuts a text into words.
 
-    name: llama.cpp's name for it. pattern: matches a word of any text. ascii_pattern: matches a
-    word of an ASCII text. steps: the same rule as tokenizer.json writes it, a list of steps.
+    expression: matches a word of any text. ascii_expression: matches a word of an ASCII text.
+    steps: the same rule as tokenizer.json writes it, a list of steps.
     """
 
     name: str
-    pattern: regex.Pattern[str]
-    ascii_pattern: re.Pattern[str]
+    expression: str
+    ascii_expression: str
     steps: tuple[dict[str, Any], ...]
+
+    # Compiled when they are first needed: a program seldom needs them all.
+    @cached_property
+    def pattern(self) -> regex.Pattern[str]:
+        """The expression, compiled."""
+        return regex.compile(self.expression)
+
+    @cached_property
+    def ascii_pattern(self) -> re.Pattern[str]:
+        """The ASCII expression, compiled."""
+        # re.ASCII because the \s of `re` otherwise matches \x1c to \x1f, which Unicode does not
+        # count as whitespace.
+        return re.compile(self.ascii_expression, re.ASCII)
 
     def split(self, text: str) -> list[str]:
         """The words of a text, which joined give it back."""
@@ -78,27 +92,23 @@ def byte_level_step(use_regex: bool) -> dict[str, Any]:
 # What counts as a letter or a number follows the Unicode version of the installed `regex`. The
 # peers have versions of their own: on characters newer than that, the two can differ.
 #
-# In the ASCII patterns, re.ASCII is there because the \s of `re` otherwise matches \x1c to \x1f,
-# which Unicode does not count as whitespace. Letters come first because they are the most frequent,
-# where that changes no match.
+# In the ASCII expressions, letters come first because they are the most frequent. That changes no
+# match.
 
 GPT2 = WordRule(
     name="gpt2",
-    pattern=regex.compile(
-        "|".join(
-            [
-                r"'s|'t|'re|'ve|'m|'ll|'d",  # the ends of contractions: "I'm" is "I" and "'m"
-                r" ?\p{L}+",  # letters
-                r" ?\p{N}+",  # digits and other numbers
-                r" ?[^\s\p{L}\p{N}]+",  # all other signs
-                r"\s+(?!\S)",  # whitespace; before a word, all of it but the last character
-                r"\s+",  # that character, if it is no space to go with the word: "\n" in "a\nb"
-            ]
-        )
+    expression="|".join(
+        [
+            r"'s|'t|'re|'ve|'m|'ll|'d",  # the ends of contractions: "I'm" is "I" and "'m"
+            r" ?\p{L}+",  # letters
+            r" ?\p{N}+",  # digits and other numbers
+            r" ?[^\s\p{L}\p{N}]+",  # all other signs
+            r"\s+(?!\S)",  # whitespace; before a word, all of it but the last character
+            r"\s+",  # that character, if it is no space to go with the word: "\n" in "a\nb"
+        ]
     ),
-    ascii_pattern=re.compile(
-        r" ?[A-Za-z]+|'(?:[stmd]|re|ve|ll)| ?[0-9]+| ?[^\sA-Za-z0-9]+|\s+(?!\S)|\s+",
-        re.ASCII,
+    ascii_expression=(
+        r" ?[A-Za-z]+|'(?:[stmd]|re|ve|ll)| ?[0-9]+| ?[^\sA-Za-z0-9]+|\s+(?!\S)|\s+"
     ),
     steps=(byte_level_step(use_regex=True),),
 )
@@ -108,29 +118,27 @@ GPT2 = WordRule(
 # word. This is one expression with the same result.
 SMOLLM = WordRule(
     name="smollm",
-    pattern=regex.compile(
-        "|".join(
-            [
-                r"\p{N}",
-                r"'s|'t|'re|'ve|'m|'ll|'d",
-                r" ?\p{L}+",
-                r" ?[^\s\p{L}\p{N}]+",
-                r"\s+(?![^\s\p{N}])",  # behind it: the end, a number (or more whitespace)
-                r"\s+",
-            ]
-        )
+    expression="|".join(
+        [
+            r"\p{N}",
+            r"'s|'t|'re|'ve|'m|'ll|'d",
+            r" ?\p{L}+",
+            r" ?[^\s\p{L}\p{N}]+",
+            r"\s+(?![^\s\p{N}])",  # behind it: the end, a number (or more whitespace)
+            r"\s+",
+        ]
     ),
-    ascii_pattern=re.compile(
-        r" ?[A-Za-z]+|'(?:[stmd]|re|ve|ll)|[0-9]| ?[^\sA-Za-z0-9]+|\s+(?![^\s0-9])|\s+",
-        re.ASCII,
+    ascii_expression=(
+        r" ?[A-Za-z]+|'(?:[stmd]|re|ve|ll)|[0-9]| ?[^\sA-Za-z0-9]+|\s+(?![^\s0-9])|\s+"
     ),
     steps=({"type": "Digits", "individual_digits": True}, byte_level_step(use_regex=True)),
 )
 
 
 def llama3_rule(name: str, numbers: str) -> WordRule:
-    """The rule that Llama 3 and Qwen2 share. numbers: how many digits are a word at most."""
-    pattern = "|".join(
+    """The rule that Llama 3 and Qwen2 share. numbers: how many of them
+    make one word, in the language of regular expressions."""
+    expression = "|".join(
         [
             r"(?i:'s|'t|'re|'ve|'m|'ll|'d)",  # in capitals, too
             r"[^\r\n\p{L}\p{N}]?\p{L}+",  # letters, and one other character before them
@@ -142,7 +150,7 @@ def llama3_rule(name: str, numbers: str) -> WordRule:
         ]
     )
     # Letters first again: an apostrophe in front of them must first be tried as a contraction.
-    ascii_pattern = "|".join(
+    ascii_expression = "|".join(
         [
             r"[^\r\nA-Za-z0-9']?[A-Za-z]+",
             r"'(?i:[stmd]|re|ve|ll)",
@@ -156,9 +164,9 @@ def llama3_rule(name: str, numbers: str) -> WordRule:
     )
     return WordRule(
         name=name,
-        pattern=regex.compile(pattern),
-        ascii_pattern=re.compile(ascii_pattern, re.ASCII),
-        steps=(split_step(pattern), byte_level_step(use_regex=False)),
+        expression=expression,
+        ascii_expression=ascii_expression,
+        steps=(split_step(expression), byte_level_step(use_regex=False)),
     )
 
 

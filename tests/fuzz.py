@@ -14,7 +14,8 @@ names, with a message that says which argument is wrong or what it was. What can
     wrong          right input, and another result than the independent one
     refused        right input, and an exception
     silent         wrong input, and no exception
-    undocumented   wrong input, and an exception that the docstring does not name
+    undocumented   wrong input, and an exception that is neither ValueError nor TypeError, nor named
+                   in the docstring
     mute           the right exception, with a message that does not say what came
 
 Each call is a function of the seed and its number. A failure is printed as the lines that reproduce
@@ -29,6 +30,7 @@ import logging
 import random
 import re
 import signal
+import socket
 import sys
 import time
 import traceback
@@ -309,7 +311,7 @@ def fuzz(calls: int, seed: int, first: int = 0, only: str = "") -> Iterator[Outc
 def no_network() -> Iterator[None]:
     """Within, nobody gets a connection."""
     refuse = unittest.mock.Mock(side_effect=ConnectionRefusedError("no network in a fuzzer"))
-    with unittest.mock.patch("socket.create_connection", refuse):
+    with unittest.mock.patch.object(socket.socket, "connect", refuse):
         yield
 
 

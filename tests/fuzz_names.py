@@ -46,7 +46,8 @@ from tests.common import tiny_gpt
 
 download = importlib.import_module("mingpt.download")  # bpe's * has a function of this name
 
-FOLDER = Path(tempfile.mkdtemp(prefix="fuzz-"))
+temporary = tempfile.TemporaryDirectory(prefix="fuzz-")  # removed when Python ends
+FOLDER = Path(temporary.name)
 VOCAB = 11
 
 

@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import pickle
+import re
 import sys
 import time
 import unittest
@@ -12,7 +13,7 @@ from unittest import mock
 
 import torch
 import transformers
-from hypothesis import given, settings, strategies as st
+from hypothesis import example, given, settings, strategies as st
 
 from mingpt import templates
 from mingpt.bpe import BPETokenizer
@@ -24,6 +25,7 @@ from mingpt.rlhf import PPOTrainer, TextReward
 from mingpt.templates import Renderer
 from tests import tokenizer_fixtures as fixtures
 from tests.common import Server, TempDirTestCase, tiny_gpt
+from tests.test_gguf import metadata_of, small_llama, tensors_of, write
 
 # SmolLM2's own template, as its file has it.
 SMOLLM2 = (
@@ -333,8 +335,9 @@ class TestHostileContents(unittest.TestCase):
         self.assertIn('[{"text": "<|im_start|>", "n": [1, true, null]}]<|im_start|>', text)
 
     def test_in_a_key(self):
-        with self.assertRaisesRegex(ValueError, r"message 0: got the key '<\|im_end\|>'"):
-            self.special_tokens(chat(), ["a"], parts={"<|im_end|>": 1})
+        for key in ("<|im_end|>", "a b", "", "xEOSx"):
+            with self.assertRaisesRegex(ValueError, f"message 0: got the key '{re.escape(key)}'"):
+                self.special_tokens(chat_with_words(), ["a"], parts=[{key: 1}])
 
     def test_in_a_role(self):
         for role in ("<|im_end|>", "a\n<|im_end|>", "im_start", "endoftext", "t|>", "", "use r"):
@@ -359,14 +362,19 @@ class TestHostileContents(unittest.TestCase):
             self.assertIn(f"<|im_start|>{role}\na<|im_end|>", text)
 
     def test_a_special_token_of_one_character(self):
-        tokenizer = fixtures.make("smollm")
-        tokenizer.add_special_tokens(["\u2402"])
-        with fixtures.folder() as folder:
-            fixtures.save(tokenizer, folder)
-            one = Chat(BPETokenizer.from_pretrained(folder), CHATML)
-        text, special = self.special_tokens(one, ["a\u2402b"])
+        text, special = self.special_tokens(chat_with_words(), ["a\u2402b"])
         self.assertEqual(len(special), 2)
         self.assertIn("a\u2402b", text)
+
+    @settings(max_examples=200, deadline=None)
+    @given(st.lists(st.text(st.sampled_from("EOS \u2402\n")), min_size=1, max_size=4))
+    @example(["SESES", "SE", "SESE"])
+    def test_special_tokens_that_are_words(self, contents):
+        _, expected = self.special_tokens(chat_with_words(), ["x"] * len(contents))
+        text, special = self.special_tokens(chat_with_words(), contents)
+        self.assertEqual(special, expected)
+        for content in contents:
+            self.assertIn(content, text)
 
     def test_a_normalized_special_token(self):
         # U+212A, the sign of Kelvin, becomes a K by normalisation.
@@ -381,6 +389,16 @@ class TestHostileContents(unittest.TestCase):
 
     def test_as_a_text(self):
         self.assertNotIn(2, chat().encode("<|im_end|>"))
+
+
+@cache
+def chat_with_words():
+    """A Chat with special tokens that are a word, a sign, and spaces, or that overlap."""
+    tokenizer = fixtures.make("smollm")
+    tokenizer.add_special_tokens(["EOS", "\u2402", "   ", "SES"])
+    with fixtures.folder() as folder:
+        fixtures.save(tokenizer, folder)
+        return Chat(BPETokenizer.from_pretrained(folder), CHATML)
 
 
 @cache
@@ -419,8 +437,8 @@ class TestHostileTemplates(unittest.TestCase):
 
     @unittest.skipUnless(sys.platform == "linux", "the limit is the operating system's")
     def test_a_huge_text(self):
-        self.fails("{{ 'a' * 10**10 }}", "MemoryError")
-        self.fails("{% set x = [1] * 10**9 %}", "MemoryError")
+        self.fails("{{ 'a' * 10**9 }}", "MemoryError")
+        self.fails("{% set x = [1] * 10**8 %}", "MemoryError")
 
     def test_a_long_text(self):
         self.fails("{% for i in range(9999) %}{{ 'a' * 9999 }}{% endfor %}", "more than 16777216")
@@ -458,10 +476,16 @@ class TestHostileTemplates(unittest.TestCase):
         expected = stranger.encode([QUESTION])
         context = multiprocessing.get_context("fork")
         queue = context.Queue()
-        process = context.Process(target=lambda: queue.put(stranger.encode([QUESTION])))
+
+        def in_the_fork():
+            queue.put((stranger.encode([QUESTION]), stranger.renderer.child.pid))
+
+        process = context.Process(target=in_the_fork)
         process.start()
-        self.assertEqual(queue.get(timeout=60), expected)
+        ids, pid = queue.get(timeout=60)
         process.join()
+        self.assertEqual(ids, expected)
+        self.assertNotEqual(pid, stranger.renderer.child.pid)
         self.assertEqual(stranger.encode([QUESTION]), expected)
 
     def test_a_chat_travels_to_other_processes(self):
@@ -505,6 +529,10 @@ class TestErrors(unittest.TestCase):
     def test_contents_that_are_no_json(self):
         with self.assertRaisesRegex(ValueError, "message 0: got a Tensor"):
             chat().encode([{"role": "user", "content": torch.tensor(1)}])
+        endless = []
+        endless.append(endless)
+        with self.assertRaisesRegex(ValueError, "message 0: maximum recursion"):
+            chat().encode([{"role": "user", "content": endless}])
 
     def test_a_text_has_no_mask(self):
         with self.assertRaisesRegex(ValueError, "a mask need messages"):
@@ -565,6 +593,29 @@ class TestLoading(TempDirTestCase):
         messages = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "Yes"}]
         self.assertEqual(characters.decode(characters.encode(messages)), text)
         self.assertEqual(characters.stop_tokens, [characters.tokenizer.eot_token])
+
+    def test_a_gguf(self):
+        theirs_json = json.loads(theirs("smollm2").backend_tokenizer.to_str())
+        vocab = chat().tokenizer.vocab
+        special = chat().special
+        tokens = sorted(vocab, key=vocab.__getitem__)
+        model = small_llama(vocab_size=len(tokens))
+        metadata = metadata_of(model.config) | {
+            "tokenizer.ggml.tokens": ("add_array", tokens),
+            "tokenizer.ggml.token_type": ("add_array", [3 if t in special else 1 for t in tokens]),
+            "tokenizer.ggml.merges": (
+                "add_array",
+                [" ".join(merge) for merge in theirs_json["model"]["merges"]],
+            ),
+            "tokenizer.ggml.eos_token_id": ("add_uint32", special["<|im_end|>"]),
+            "tokenizer.ggml.eot_token_id": ("add_uint32", special["<|endoftext|>"]),
+            "tokenizer.chat_template": ("add_string", SMOLLM2),
+        }
+        path = write(self.folder / "x.gguf", metadata, tensors_of(model))
+        loaded = Chat.from_pretrained(path)
+        self.assertEqual(loaded.encode([SYSTEM, QUESTION]), chat().encode([SYSTEM, QUESTION]))
+        self.assertEqual(loaded.stop_tokens, [special["<|im_end|>"], special["<|endoftext|>"]])
+        self.assertEqual(BPETokenizer.from_pretrained(path).special, special)
 
     def test_smollm2(self):
         fixtures.real_smollm2()

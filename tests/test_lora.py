@@ -1,10 +1,12 @@
 """lora.py: adapters on every trunk, in peft's files, and policy, value and reward on one trunk."""
 
+import contextlib
 import copy
 import gc
 import json
 import logging
 import math
+import re
 import types
 import unittest
 
@@ -22,7 +24,7 @@ from mingpt.rlhf import DPOLoss, PPOTrainer, comparison_loss
 from mingpt.stages import plain
 from mingpt.trainer import Trainer
 from mingpt.utils import set_seed
-from tests.common import TempDirTestCase, tiny_gpt
+from tests.common import ROOT, TempDirTestCase, tiny_gpt
 from tests.test_distributed import TwoProcessesTestCase
 
 # The options of `tiny_gpt` for each trunk that there is.
@@ -661,6 +663,22 @@ class TestPPO(TempDirTestCase):
                 rows = run(PPOTrainer(config, policy, threes, PROMPTS))
                 self.assertLess(rows[0]["log_prob_error"], 1e-4)
                 self.assertFalse(torch.equal(policy(random_ids())[0], before))
+
+    def test_the_example_in_rlhf_md(self):
+        page = (ROOT / "RLHF.md").read_text(encoding="utf-8")
+        [code] = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+        self.enterContext(contextlib.chdir(self.folder))
+        small = tiny(vocab_size=50257, block_size=64)
+        small.save_pretrained("small")
+        self.assertIn('"gpt2"', code)
+        code = code.replace('"gpt2"', '"small"')
+        names = {"__name__": "__main__"}
+        exec(compile(code, "RLHF.md", "exec", dont_inherit=True), names)
+        merged = GPT.from_pretrained("out/model")
+        lora.load(small, "out/adapter")
+        found, expected = small(random_ids())[0], merged(random_ids())[0]
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+        self.assertGreater(abs(names["trainer"].metrics["objective/kl"]), 1e-6)
 
     def test_a_step_by_turns_is_that_of_both_at_once(self):
         for precision in ("fp32", "bf16"):

@@ -261,6 +261,8 @@ class TestRefused(TempDirTestCase):
 
     def test_damaged_files(self):
         self.refused("the merge", model={"merges": ["a b c"]})
+        for part in ({"model": {"vocab": [1]}}, {"pre_tokenizer": 1}, {"added_tokens": 7}):
+            self.refused("is damaged; expected a tokenizer", **part)
         self.refused("among its added tokens", added_tokens=[{"content": "<x>"}])
         (self.folder / "tokenizer.json").write_text("{")
         with self.assertRaisesRegex(ValueError, "damaged"):

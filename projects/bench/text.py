@@ -1,5 +1,6 @@
 """
-Benchmarks of byte-pair encoding against tiktoken, and of training a vocabulary against tokenizers.
+Benchmarks of byte-pair encoding against tiktoken (GPT-2's) and tokenizers (Llama 3's rules), and
+of training a vocabulary against tokenizers.
 
 Encoding and decoding run on one thread on both sides.
 """
@@ -13,7 +14,7 @@ from functools import partial
 from pathlib import Path
 
 from measure import Case, Run
-from mingpt import bpe, words
+from mingpt import bpe, tokenizer_files, words
 from mingpt.checkpoint import write_text
 from mingpt.config import CfgNode
 from mingpt.utils import import_extra
@@ -45,6 +46,16 @@ def encoding(config: CfgNode) -> Iterator[Case]:
             theirs=partial(their_encoding, text),
             slow=True,
         )
+        if is_english:
+            yield Case(
+                work=f"BPE encoding by Llama 3's rules, {megabytes:.0f} MB of {name}, words known",
+                unit="MB",
+                amount=megabytes,
+                ours=partial(our_encoding_by_llama3s_rules, text),
+                peer="tokenizers",
+                theirs=partial(their_encoding_by_llama3s_rules, text),
+                slow=True,
+            )
         yield Case(
             work=f"BPE decoding, {megabytes:.0f} MB of {name}",
             unit="MB",
@@ -71,6 +82,25 @@ def our_encoding(text: str) -> Run:
     """Encode with the cache of words as the run before left it; the warm-up run fills it."""
     tokenizer = bpe.BPETokenizer()
     return lambda: tokenizer.encode(text)
+
+
+def our_encoding_by_llama3s_rules(text: str) -> Run:
+    """GPT-2's tokens, words cut as in Llama 3, known from the warm-up run."""
+    tokenizer = llama3_tokenizer()
+    return lambda: tokenizer.encode(text)
+
+
+def their_encoding_by_llama3s_rules(text: str) -> Run:
+    """The same tokenizer, made from the tokenizer.json that ours writes."""
+    tokenizers = import_extra("tokenizers", "bench")
+    content = tokenizer_files.to_tokenizer_json(llama3_tokenizer().vocabulary)
+    tokenizer = tokenizers.Tokenizer.from_str(json.dumps(content))
+    return lambda: tokenizer.encode(text)
+
+
+def llama3_tokenizer() -> bpe.BPETokenizer:
+    gpt2 = bpe.BPETokenizer()
+    return bpe.BPETokenizer(gpt2.vocab, gpt2.merge_list, words=words.LLAMA3, ignore_merges=True)
 
 
 def our_decoding(text: str) -> Run:
@@ -106,7 +136,7 @@ def tiktoken_gpt2():
     )
     return tiktoken.Encoding(
         "gpt2",
-        pat_str=words.GPT2.pattern.pattern,
+        pat_str=words.GPT2.expression,
         mergeable_ranks=ranks,
         special_tokens={},
     )

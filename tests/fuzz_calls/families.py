@@ -300,10 +300,17 @@ def load_adapter(draw):
 
     wrong = {
         "_1model": ["None", "'x'", "3", "new_gpt(1, n_embd=8)", "nn.Linear(2, 2)"],
-        "_2folder": ["FOLDER / 'bad'", "FOLDER / 'bad'", "FOLDER / 'no'", "None", "3", "['x']"],
+        "_2folder": [
+            "FOLDER / 'bad'",
+            "FOLDER / 'bad'",
+            "FOLDER / 'no'",
+            "None",
+            "3",
+            "'x' * 5000",
+        ],
     }
     arguments = {"_1model": model, "_2folder": "FOLDER / 'good'"}
-    alias = {"_1model": "model|trunk|fuzz-", "_2folder": "fuzz-|path"}
+    alias = {"_1model": "model|trunk|fuzz-", "_2folder": "fuzz-|path|x{20}"}
     return Plan("lora.load", arguments, right, wrong, setup, alias)
 
 

@@ -675,8 +675,17 @@ def from_pretrained(draw):
         setup += ["(FOLDER / 'm' / 'model.safetensors').unlink()", broken]
     elif draw.likely(0.8):
         setup.append(f"write('m/config.json', {draw.choice(BROKEN_CONFIGS).format()})")
-    else:
+    elif draw.likely(0.5):
         setup += [f"write('m/model.safetensors', {draw.choice(BROKEN_FILES)})"]
+    else:
+        adapters = [
+            "{}",
+            "{'base_model_name_or_path': str(FOLDER / 'm')}",
+            "[1]",
+            "{'base_model_name_or_path': str(FOLDER / 'no')}",
+            "{'base_model_name_or_path': 3}",
+        ]
+        setup += [f"write('m/adapter_config.json', json.dumps({draw.choice(adapters)}))"]
     wrong = [
         "FOLDER / 'm'",
         "str(FOLDER / 'm')",

@@ -1,7 +1,6 @@
 """Options, command lines, seeds, devices, optimizers."""
 
 import ast
-import math
 
 import torch
 
@@ -328,6 +327,3 @@ def import_extra(draw):
         alias={"module": "no_such"},
         raises=("ImportError",),
     )
-
-
-assert math

@@ -1,12 +1,9 @@
 """Training: constructions, an iteration or two, resumed runs, rewards, samples, stages."""
 
-import math
-
 import torch
 from torch.nn import functional as F
 
 from tests.fuzz import Draw, Plan, generator
-from tests.fuzz_calls.models import masks
 from tests.fuzz_calls.numbers import close
 
 RUN = {
@@ -668,7 +665,6 @@ def sample(draw):
             "['']",
             "['xyz']",
             "[[99]]",
-            "['a' * 50]",
             "[None]",
             "[[-1]]",
             "3",
@@ -676,7 +672,7 @@ def sample(draw):
         ],
         "n": ["0", "-1", "1.5", "'2'", "None", "True"],
         "tokenizer": ["None", "3", "'gpt2'"],
-        "max_new_tokens": ["0", "None", "'3'", "1.5", "50"],
+        "max_new_tokens": ["0", "None", "'3'", "1.5"],
         "temperature": ["-1", "None", "'x'", "math.nan"],
         "stop_token": ["'x'", "[]", "99", "1.5", "-1"],
         "stop_strings": ["'ab'", "['']", "[3]", "None", "3", "[None]"],
@@ -817,6 +813,3 @@ def stages(draw):
         "base": "base|missing",
     }
     return Plan("Stages", arguments, right, wrong, alias=alias)
-
-
-assert masks and math

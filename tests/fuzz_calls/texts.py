@@ -45,9 +45,7 @@ def word(draw: Draw) -> str:
 
 @functools.cache
 def tiktoken_gpt2():
-    import base64
-    import json as json_module
-
+    """tiktoken's GPT-2, made from our own files: it would ask the network for its own."""
     import tiktoken
 
     from tests.fuzz_names import gpt2_tokenizer
@@ -58,7 +56,6 @@ def tiktoken_gpt2():
         for i, text in tokenizer.token_text.items()
         if i != tokenizer.eot_token
     }
-    assert base64 and json_module
     return tiktoken.Encoding(
         "gpt2",
         pat_str=r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s",
@@ -236,6 +233,7 @@ def load_tokenizer(draw):
         "FOLDER / 'bad'",
         "FOLDER / 'missing'",
         "FOLDER / 'good' / 'vocab.json'",
+        "'x' * 5000",
         *NO_PATHS,
     ]
     return Plan(
