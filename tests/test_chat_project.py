@@ -825,6 +825,18 @@ class DeskTests(TempDirTestCase):
         self.assertTrue(maker.make_one())
         self.assertEqual(database.count_open(), 1)
 
+    def test_the_token_is_not_among_the_arguments_of_the_browser(self):
+        address = "http://127.0.0.1:1/#secret"
+        with mock.patch("webbrowser.open") as browser, desk.opened(address, self.folder):
+            [argument] = browser.call_args.args
+            self.assertNotIn("secret", argument)
+            path = self.folder / "open.html"
+            self.assertEqual(argument, path.resolve().as_uri())
+            self.assertIn(address, path.read_text())
+            if os.name == "posix":
+                self.assertEqual(stat.S_IMODE(path.stat().st_mode), 0o600)
+        self.assertFalse(path.exists())
+
     def test_the_lengths_of_what_is_chosen_are_shown(self):
         database = Store(self.folder / "labels.db")
         self.addCleanup(database.close)
@@ -1696,6 +1708,13 @@ class PageTests(TempDirTestCase):
     def test_the_token_leaves_the_address(self):
         self.assertEqual(self.page.evaluate("location.href").count("#"), 0)
         self.assertEqual(self.page.evaluate("document.cookie"), "")
+
+    def test_the_file_that_leads_to_the_page(self):
+        with mock.patch("webbrowser.open") as browser, desk.opened(self.desk.address, self.folder):
+            page = self.new_context().new_page()
+            page.goto(browser.call_args.args[0])
+            page.wait_for_url(self.desk.address.partition("#")[0])
+            self.wait_for_pair(page)
 
     def test_without_the_token_the_page_shows_what_to_do(self):
         stranger = self.new_context().new_page()

@@ -5,11 +5,14 @@ The desk at which a person sits: pairs are made ahead in a thread, while the pag
 only in how they make a pair.
 """
 
+import contextlib
 import logging
+import os
 import statistics
 import threading
 import webbrowser
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import server
@@ -116,12 +119,31 @@ def run_desk(
     print(f"The page is at {address}", flush=True)
     print("A label is on the disk as soon as you see the next pair. Ctrl-C ends.", flush=True)
     maker.start()
-    if open_browser:
-        webbrowser.open(address)
     try:
-        server.serve(routes.app(), listener)
+        with contextlib.ExitStack() as stack:
+            if open_browser:
+                stack.enter_context(opened(address, store.path.parent))
+            server.serve(routes.app(), listener)
     finally:
         maker.stop()
+
+
+@contextlib.contextmanager
+def opened(address: str, folder: Path) -> Iterator[None]:
+    """Open the address in the browser, by way of a file that leads there.
+
+    Everybody on this computer can see the arguments with which a program is started, and the token
+    must not be among them. The file is for its owner alone, and is removed afterwards.
+    """
+    path = folder / "open.html"
+    path.unlink(missing_ok=True)
+    with os.fdopen(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "w") as f:
+        f.write(f'<!doctype html><meta http-equiv="refresh" content="0; url={address}">\n')
+    webbrowser.open(path.resolve().as_uri())
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
 
 
 def describe(

@@ -201,7 +201,10 @@ class Guard:
         origins = headers.getlist("origin")
         if origins not in ([], [f"http://{self.host}"]):
             raise Refusal(403, "a request of another Origin is refused")
-        if headers.get("sec-fetch-site", "same-origin") not in ("same-origin", "none"):
+        # The page itself holds no data: it may be opened by a link, from a file for example.
+        is_page = request.method == "GET" and request.url.path == "/"
+        site = headers.get("sec-fetch-site", "same-origin")
+        if site not in ("same-origin", "none") and not is_page:
             raise Refusal(403, "a request of another site is refused")
         if request.method == "POST":
             if not origins:
@@ -209,8 +212,8 @@ class Guard:
             kind = headers.get("content-type", "").partition(";")[0].strip().lower()
             if kind != "application/json":
                 raise Refusal(415, "a POST must be application/json")
-        # The page itself holds no data, and its script needs to get the cookie.
-        if request.url.path not in ("/", "/session"):
+        # The page's script has yet to get the cookie.
+        if not is_page and request.url.path != "/session":
             self.check_cookie(request)
 
     def check_cookie(self, request: Request) -> None:
