@@ -1371,9 +1371,10 @@ class TeachTests(TempDirTestCase):
         self.assertIn("modified", (self.ppo / "merged" / "README.md").read_text())
         answers.ChatModel.load(str(self.ppo / "merged"), "cpu")
 
-    def test_a_finished_run_is_not_repeated(self):
+    def test_a_finished_run_is_not_repeated_and_its_reward_model_tested_on_other_labels(self):
         before = (self.ppo / "rl" / "finished.json").stat().st_mtime_ns
-        printed(self.teach, self.ppo)
+        printed(self.teach, self.ppo, f"--data.test={self.labels}")
+        self.assertGreaterEqual(self.summary(self.ppo)["test_accuracy"]["n"], 50)
         self.assertEqual((self.ppo / "rl" / "finished.json").stat().st_mtime_ns, before)
 
     def test_a_run_with_other_labels_needs_another_folder(self):
@@ -1386,7 +1387,10 @@ class TeachTests(TempDirTestCase):
             self.teach(self.ppo, f"--labels={labels}")
 
     def test_dpo_learns_from_the_labels_at_once(self):
-        printed(self.teach, self.folder / "dpo", "--method=dpo")
+        folder = self.folder / "dpo"
+        printed(self.teach, folder, "--method=dpo", "--data.first=20", "--dpo.epochs=3")
+        rows = read_metrics(folder / "rl" / "metrics.jsonl")
+        self.assertEqual(len(rows), 3 * 2)  # 16 labels in batches of 8; 4 are held out
         summary = self.summary(self.folder / "dpo")
         self.assertGreater(summary["kl"], 0)
         self.assertNotIn("held_out_accuracy", summary)

@@ -143,12 +143,13 @@ def write(
     before: ChatModel,
     after: ChatModel,
     reward_model: RewardModel | None,
-    margins: Tensor | None,
+    margins: dict[str, Tensor],
     started: float,
 ) -> None:
     """Write everything in work_dir that is for people, and print the most important of it.
 
-    before, after: the models. margins: of the held-out labels. started: when the run began.
+    before, after: the models. margins: the reward model's, {"held_out": ..., "test": ...}, as far
+    as there are such labels. started: when the run began.
     """
     work_dir = Path(config.system.work_dir)
     prompts = answers.read_prompts(config.report.prompts or str(FRESH))
@@ -164,10 +165,10 @@ def write(
         samples["after"], before.model, config.ask.temperature, config.report.batch_size
     )
     summary |= knowledge(before, after, config.ask)
-    if reward_model is not None and margins is not None:
+    if reward_model is not None:
         summary |= reward_figures(samples, margins)
     write_text(work_dir / "samples.md", side_by_side(prompts, samples["before"], samples["after"]))
-    plots(work_dir, stages, margins)
+    plots(work_dir, stages, margins.get("held_out"))
     memory = peak_memory_mb()
     summary |= {
         "method": config.method,
@@ -193,14 +194,14 @@ def sample(
     return samples
 
 
-def reward_figures(samples: dict[str, Samples], margins: Tensor) -> dict:
+def reward_figures(samples: dict[str, Samples], margins: dict[str, Tensor]) -> dict:
     """How good the reward model is, which is also printed, and what it says of the answers."""
-    rate = accuracy(margins)
-    print(in_words(rate))
-    *_, calibration_error = calibration(margins)
+    print(in_words(accuracy(margins["held_out"])))
+    *_, calibration_error = calibration(margins["held_out"])
     preferred = evaluation.win_rate(samples["after"].rewards, samples["before"].rewards)
+    accuracies = {f"{name}_accuracy": vars(accuracy(margins[name])) for name in margins}
     return {
-        "held_out_accuracy": vars(rate),
+        **accuracies,
         "calibration_error": calibration_error,
         "preferred_by_reward_model": vars(preferred),
     }
