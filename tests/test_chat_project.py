@@ -110,9 +110,9 @@ def key_id(n):
 class DeskProcess:
     """`with DeskProcess(folder) as desk`: the server as a process, which a test may kill."""
 
-    def __init__(self, folder, may_write=True):
+    def __init__(self, folder, may_write=True, command=None):
         self.folder = Path(folder)
-        self.may_write = may_write
+        self.command = command or ["-c", DESK, PROJECT, self.folder, str(may_write)]
         self.process = None
 
     def __enter__(self):
@@ -125,7 +125,7 @@ class DeskProcess:
     def start(self):
         """Start it, and wait until it listens."""
         self.process = subprocess.Popen(
-            [sys.executable, "-c", DESK, PROJECT, self.folder, str(self.may_write)],
+            [sys.executable, *self.command],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             encoding="utf-8",
@@ -1103,6 +1103,32 @@ class LabellerTests(TempDirTestCase):
         self.label("b", f"--export={again}")
         self.assertEqual(again.read_text(), path.read_text())
         self.assertEqual(len(path.read_text().splitlines()), 5)
+
+
+class LabelByHandTests(TempDirTestCase):
+    def test_the_script_serves_pairs_of_a_real_model(self):
+        model = tiny_chat.write_tiny_chat(self.folder / "tiny")
+        command = [PROJECT / "label.py", f"--model={model}", f"--work_dir={self.folder}"]
+        options = ["--open=False", "--device=cpu", "--ask.max_new_tokens=8", "--who=Ada"]
+        with DeskProcess(self.folder, command=[*command, *options]) as process:
+            client = Client(process.listening_on, process.token)
+            client.log_in()
+            shown = []
+            for n in range(3):
+                pair = client.pair()
+                shown.append(pair["id"])
+                self.assertIn(pair["prompt"], answers.read_prompts(""))
+                self.assertEqual(client.press(n, pair["id"], "left")[0], 200)
+            body = {"id": key_id(9), "prompt": "Who are you?"}
+            self.assertEqual(client.request("POST", "/prompts", body)[0], 200)
+            process.process.send_signal(signal.SIGTERM)
+            process.process.wait(20)
+        database = Store(self.folder / "labels.db")
+        self.addCleanup(database.close)
+        labels = database.labels()
+        self.assertEqual([label.pair.id for label in labels], shown)
+        self.assertEqual({label.who for label in labels}, {"Ada"})
+        self.assertTrue(all(label.pair.left.ids and label.pair.left.model for label in labels))
 
 
 class RuleTests(unittest.TestCase):
