@@ -110,9 +110,9 @@ def key_id(n):
 class DeskProcess:
     """`with DeskProcess(folder) as desk`: the server as a process, which a test may kill."""
 
-    def __init__(self, folder, may_write=True):
+    def __init__(self, folder, may_write=True, command=None):
         self.folder = Path(folder)
-        self.may_write = may_write
+        self.command = command or ["-c", DESK, PROJECT, self.folder, str(may_write)]
         self.process = None
 
     def __enter__(self):
@@ -125,7 +125,7 @@ class DeskProcess:
     def start(self):
         """Start it, and wait until it listens."""
         self.process = subprocess.Popen(
-            [sys.executable, "-c", DESK, PROJECT, self.folder, str(self.may_write)],
+            [sys.executable, *self.command],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             encoding="utf-8",
@@ -302,6 +302,8 @@ class StoreTests(TempDirTestCase):
             ({"pair": "1"}, "there is no pair '1'"),
             ({"pair": True}, "there is no pair True"),
             ({"pair": None}, "there is no pair None"),
+            ({"pair": 2**64}, "there is no pair"),
+            ({"pair": -1}, "there is no pair"),
             ({"choice": "both"}, "choice='both' must be one of left, right"),
             ({"choice": ["left"]}, "must be one of"),
             ({"better": "mine"}, "comes without a better answer"),
@@ -642,6 +644,12 @@ class ServerTests(TempDirTestCase):
         self.client.log_in()
         self.refused(413, "POST", "/keys", raw=b'{"id": "' + b"x" * 70_000 + b'"}')
 
+    def test_without_a_token_nobody_gets_in(self):
+        database = Store(self.folder / "labels.db")
+        self.addCleanup(database.close)
+        with self.assertRaisesRegex(server.Refusal, "has no token"):
+            server.token_of(database)
+
     def test_an_unknown_path_is_refused(self):
         self.client.log_in()
         for path in ("/labels.db", "/../store.py", "/docs", "//evil.example"):
@@ -816,6 +824,18 @@ class DeskTests(TempDirTestCase):
         self.assertIsNone(database.typed_prompt())
         self.assertTrue(maker.make_one())
         self.assertEqual(database.count_open(), 1)
+
+    def test_the_token_is_not_among_the_arguments_of_the_browser(self):
+        address = "http://127.0.0.1:1/#secret"
+        with mock.patch("webbrowser.open") as browser, desk.opened(address, self.folder):
+            [argument] = browser.call_args.args
+            self.assertNotIn("secret", argument)
+            path = self.folder / "open.html"
+            self.assertEqual(argument, path.resolve().as_uri())
+            self.assertIn(address, path.read_text())
+            if os.name == "posix":
+                self.assertEqual(stat.S_IMODE(path.stat().st_mode), 0o600)
+        self.assertFalse(path.exists())
 
     def test_the_lengths_of_what_is_chosen_are_shown(self):
         database = Store(self.folder / "labels.db")
@@ -1085,6 +1105,32 @@ class LabellerTests(TempDirTestCase):
         self.assertEqual(len(path.read_text().splitlines()), 5)
 
 
+class LabelByHandTests(TempDirTestCase):
+    def test_the_script_serves_pairs_of_a_real_model(self):
+        model = tiny_chat.write_tiny_chat(self.folder / "tiny")
+        command = [PROJECT / "label.py", f"--model={model}", f"--work_dir={self.folder}"]
+        options = ["--open=False", "--device=cpu", "--ask.max_new_tokens=8", "--who=Ada"]
+        with DeskProcess(self.folder, command=[*command, *options]) as process:
+            client = Client(process.listening_on, process.token)
+            client.log_in()
+            shown = []
+            for n in range(3):
+                pair = client.pair()
+                shown.append(pair["id"])
+                self.assertIn(pair["prompt"], answers.read_prompts(""))
+                self.assertEqual(client.press(n, pair["id"], "left")[0], 200)
+            body = {"id": key_id(9), "prompt": "Who are you?"}
+            self.assertEqual(client.request("POST", "/prompts", body)[0], 200)
+            process.process.send_signal(signal.SIGTERM)
+            process.process.wait(20)
+        database = Store(self.folder / "labels.db")
+        self.addCleanup(database.close)
+        labels = database.labels()
+        self.assertEqual([label.pair.id for label in labels], shown)
+        self.assertEqual({label.who for label in labels}, {"Ada"})
+        self.assertTrue(all(label.pair.left.ids and label.pair.left.model for label in labels))
+
+
 class RuleTests(unittest.TestCase):
     def decide(self, name, left, right):
         pair = a_pair()
@@ -1351,9 +1397,10 @@ class TeachTests(TempDirTestCase):
         self.assertIn("modified", (self.ppo / "merged" / "README.md").read_text())
         answers.ChatModel.load(str(self.ppo / "merged"), "cpu")
 
-    def test_a_finished_run_is_not_repeated(self):
+    def test_a_finished_run_is_not_repeated_and_its_reward_model_tested_on_other_labels(self):
         before = (self.ppo / "rl" / "finished.json").stat().st_mtime_ns
-        printed(self.teach, self.ppo)
+        printed(self.teach, self.ppo, f"--data.test={self.labels}")
+        self.assertGreaterEqual(self.summary(self.ppo)["test_accuracy"]["n"], 50)
         self.assertEqual((self.ppo / "rl" / "finished.json").stat().st_mtime_ns, before)
 
     def test_a_run_with_other_labels_needs_another_folder(self):
@@ -1366,7 +1413,10 @@ class TeachTests(TempDirTestCase):
             self.teach(self.ppo, f"--labels={labels}")
 
     def test_dpo_learns_from_the_labels_at_once(self):
-        printed(self.teach, self.folder / "dpo", "--method=dpo")
+        folder = self.folder / "dpo"
+        printed(self.teach, folder, "--method=dpo", "--data.first=20", "--dpo.epochs=3")
+        rows = read_metrics(folder / "rl" / "metrics.jsonl")
+        self.assertEqual(len(rows), 3 * 2)  # 16 labels in batches of 8; 4 are held out
         summary = self.summary(self.folder / "dpo")
         self.assertGreater(summary["kl"], 0)
         self.assertNotIn("held_out_accuracy", summary)
@@ -1688,6 +1738,13 @@ class PageTests(TempDirTestCase):
     def test_the_token_leaves_the_address(self):
         self.assertEqual(self.page.evaluate("location.href").count("#"), 0)
         self.assertEqual(self.page.evaluate("document.cookie"), "")
+
+    def test_the_file_that_leads_to_the_page(self):
+        with mock.patch("webbrowser.open") as browser, desk.opened(self.desk.address, self.folder):
+            page = self.new_context().new_page()
+            page.goto(browser.call_args.args[0])
+            page.wait_for_url(self.desk.address.partition("#")[0])
+            self.wait_for_pair(page)
 
     def test_without_the_token_the_page_shows_what_to_do(self):
         stranger = self.new_context().new_page()

@@ -11,7 +11,6 @@ the better answer, ↓ for alike, s to skip, u to undo. The same command goes on
 At the end, and whenever you stop with Ctrl-C, it says how often the taught model was preferred.
 """
 
-import getpass
 import logging
 import random
 from pathlib import Path
@@ -24,7 +23,7 @@ from mingpt.checkpoint import run_script
 from mingpt.config import CfgNode, check_booleans, check_numbers, documented, parse_args
 from mingpt.evaluation import WinRate
 from mingpt.utils import import_extra, log_to_console
-from store import Answer, Label, Pair, Store
+from store import Answer, Label, Pair, Store, this_person
 
 logger = logging.getLogger("mingpt.chat")
 
@@ -144,7 +143,7 @@ def by_hand(config: CfgNode, store: Store, duel: Duel) -> None:
         desk.run_desk(
             store,
             make_pair,
-            who=config.who or getpass.getuser(),
+            who=config.who or this_person(),
             goal=config.number,
             port=config.port,
             open_browser=config.open,

@@ -5,11 +5,14 @@ The desk at which a person sits: pairs are made ahead in a thread, while the pag
 only in how they make a pair.
 """
 
+import contextlib
 import logging
+import os
 import statistics
 import threading
 import webbrowser
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import server
@@ -104,22 +107,9 @@ def run_desk(
     """
     listener = server.listen(store, port)
     maker = PairMaker(store, make_pair)
-
-    def describe(shown: int | None) -> dict[str, Any]:
-        return {
-            "pair": pair_for_page(store, shown),
-            "count": sum(n for choice, n in store.count_labels().items() if choice != "skip"),
-            "goal": goal,
-            "lengths": lengths(store) if may_write else "",
-            "who": f"as {who}" if who else "",
-            "finished": maker.finished,
-            "may_write": may_write,
-            "problem": maker.problem or maker.notice,
-        }
-
-    app = server.make_app(
+    routes = server.Routes(
         store,
-        describe,
+        lambda shown: describe(store, maker, shown, who, goal, may_write),
         listener.getsockname()[1],
         who,
         wake=maker.wake,
@@ -129,12 +119,47 @@ def run_desk(
     print(f"The page is at {address}", flush=True)
     print("A label is on the disk as soon as you see the next pair. Ctrl-C ends.", flush=True)
     maker.start()
-    if open_browser:
-        webbrowser.open(address)
     try:
-        server.serve(app, listener)
+        with contextlib.ExitStack() as stack:
+            if open_browser:
+                stack.enter_context(opened(address, store.path.parent))
+            server.serve(routes.app(), listener)
     finally:
         maker.stop()
+
+
+@contextlib.contextmanager
+def opened(address: str, folder: Path) -> Iterator[None]:
+    """Open the address in the browser, by way of a file that leads there.
+
+    Everybody on this computer can see the arguments with which a program is started, and the token
+    must not be among them. The file is for its owner alone, and is removed afterwards.
+    """
+    path = folder / "open.html"
+    path.unlink(missing_ok=True)
+    with os.fdopen(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "w") as f:
+        f.write(f'<!doctype html><meta http-equiv="refresh" content="0; url={address}">\n')
+    webbrowser.open(path.resolve().as_uri())
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def describe(
+    store: Store, maker: PairMaker, shown: int | None, who: str, goal: int, may_write: bool
+) -> dict[str, Any]:
+    """What the page shows. shown: the number of the pair that it is showing already."""
+    return {
+        "pair": pair_for_page(store, shown),
+        "count": sum(n for choice, n in store.count_labels().items() if choice != "skip"),
+        "goal": goal,
+        "lengths": lengths(store) if may_write else "",
+        "who": f"as {who}" if who else "",
+        "finished": maker.finished,
+        "may_write": may_write,
+        "problem": maker.problem or maker.notice,
+    }
 
 
 def pair_for_page(store: Store, shown: int | None) -> dict[str, Any] | None:

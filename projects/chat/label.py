@@ -12,7 +12,6 @@ takes the last key back. Everything goes into one file, out/chat/labels.db; see 
 it holds. You can stop at any time, in any way: what you have seen counted is on the disk.
 """
 
-import getpass
 import hashlib
 import logging
 from pathlib import Path
@@ -24,7 +23,7 @@ from answers import ChatModel
 from mingpt.checkpoint import run_script
 from mingpt.config import CfgNode, attach, check_booleans, check_numbers, documented, parse_args
 from mingpt.utils import import_extra, log_to_console
-from store import Pair, Store
+from store import Pair, Store, this_person
 
 logger = logging.getLogger("mingpt.chat")
 
@@ -99,7 +98,7 @@ def label_by_hand(config: CfgNode, store: Store, prompts: list[str]) -> None:
     desk.run_desk(
         store,
         make_pair,
-        who=config.who or getpass.getuser(),
+        who=config.who or this_person(),
         goal=config.goal,
         port=config.port,
         open_browser=config.open,
@@ -171,7 +170,7 @@ def main(args: list[str]) -> None:
     if config.labeller:
         labellers.get_rule(config.labeller)  # a wrong name is found before a model is loaded
     store = Store(Path(config.work_dir) / "labels.db")
-    who = config.who or getpass.getuser()
+    who = config.who or this_person()
     import_from = getattr(config, "import")
     if import_from:
         added, total = exchange.import_labels(store, import_from, who)

@@ -143,25 +143,22 @@ def write(
     before: ChatModel,
     after: ChatModel,
     reward_model: RewardModel | None,
-    margins: Tensor | None,
+    margins: dict[str, Tensor],
     started: float,
 ) -> None:
     """Write everything in work_dir that is for people, and print the most important of it.
 
-    before, after: the models. margins: of the held-out labels. started: when the run began.
+    before, after: the models. margins: the reward model's, {"held_out": ..., "test": ...}, as far
+    as there are such labels. started: when the run began.
     """
     work_dir = Path(config.system.work_dir)
     prompts = answers.read_prompts(config.report.prompts or str(FRESH))
-    samples = {}
+    samples = {
+        "before": sample(config, before, prompts, reward_model),
+        "after": sample(config, after, prompts, reward_model),
+    }
     summary: dict = {}
-    for name, model in (("before", before), ("after", after)):
-        samples[name] = model.sample(
-            config.ask, prompts, 1, config.system.seed, config.report.batch_size
-        )
-        if reward_model is not None:
-            samples[name].rewards = evaluation.score(
-                samples[name], reward_model, config.report.batch_size
-            )
+    for name in samples:
         for figure, value in figures(samples[name]).items():
             summary[f"{figure}_{name}"] = value
     summary["kl"] = evaluation.kl(
@@ -169,15 +166,9 @@ def write(
     )
     summary |= knowledge(before, after, config.ask)
     if reward_model is not None:
-        preferred = evaluation.win_rate(samples["after"].rewards, samples["before"].rewards)
-        summary["preferred_by_reward_model"] = vars(preferred)
-    if margins is not None:
-        rate = accuracy(margins)
-        summary["held_out_accuracy"] = vars(rate)
-        *_, summary["calibration_error"] = calibration(margins)
-        print(in_words(rate))
+        summary |= reward_figures(samples, margins)
     write_text(work_dir / "samples.md", side_by_side(prompts, samples["before"], samples["after"]))
-    plots(work_dir, stages, margins)
+    plots(work_dir, stages, margins.get("held_out"))
     memory = peak_memory_mb()
     summary |= {
         "method": config.method,
@@ -190,6 +181,30 @@ def write(
     print(f"{summary['seconds']:.0f} s; samples.md, plots and summary.json are in {work_dir}")
     folder = stages.model_folder(stages.names[-1])
     print(f"Talk to it: python projects/chat/talk.py --model={folder}")
+
+
+def sample(
+    config: CfgNode, model: ChatModel, prompts: list[str], reward_model: RewardModel | None
+) -> Samples:
+    """A model's answers to the prompts, with their rewards if there is a reward model."""
+    batch_size = config.report.batch_size
+    samples = model.sample(config.ask, prompts, 1, config.system.seed, batch_size)
+    if reward_model is not None:
+        samples.rewards = evaluation.score(samples, reward_model, batch_size)
+    return samples
+
+
+def reward_figures(samples: dict[str, Samples], margins: dict[str, Tensor]) -> dict:
+    """How good the reward model is, which is also printed, and what it says of the answers."""
+    print(in_words(accuracy(margins["held_out"])))
+    *_, calibration_error = calibration(margins["held_out"])
+    preferred = evaluation.win_rate(samples["after"].rewards, samples["before"].rewards)
+    accuracies = {f"{name}_accuracy": vars(accuracy(margins[name])) for name in margins}
+    return {
+        **accuracies,
+        "calibration_error": calibration_error,
+        "preferred_by_reward_model": vars(preferred),
+    }
 
 
 def knowledge(before: ChatModel, after: ChatModel, ask: CfgNode) -> dict[str, int]:

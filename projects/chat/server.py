@@ -35,7 +35,7 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 
-from store import Refused, Store, StoreError
+from store import Refused, Store, StoreError, is_pair_number
 
 logger = logging.getLogger("mingpt.chat")
 
@@ -65,15 +65,8 @@ class Refusal(Exception):
         self.message = message
 
 
-def make_app(
-    store: Store,
-    describe: Callable[[int | None], dict[str, Any]],
-    port: int,
-    who: str,
-    wake: Callable[[], None] = lambda: None,
-    may_write: bool = True,
-) -> "Guard":
-    """The web application.
+class Routes:
+    """What is answered, path by path.
 
     describe: gives what the page shows, as a dict that becomes JSON; its argument is the number of
     the pair that the page is showing, or None. who: is kept with each key. wake: is called when
@@ -81,61 +74,90 @@ def make_app(
     prompts of a person are taken.
     """
 
-    async def page(request: Request) -> Response:
+    def __init__(
+        self,
+        store: Store,
+        describe: Callable[[int | None], dict[str, Any]],
+        port: int,
+        who: str,
+        wake: Callable[[], None] = lambda: None,
+        may_write: bool = True,
+    ):
+        self.store = store
+        self.describe = describe
+        self.port = port
+        self.who = who
+        self.wake = wake
+        self.may_write = may_write
+
+    def app(self) -> "Guard":
+        """The web application."""
+        routes = [
+            Route("/", self.page),
+            Route("/session", self.session, methods=["POST"]),
+            Route("/state", self.state),
+            Route("/keys", self.keys, methods=["POST"]),
+            Route("/prompts", self.prompts, methods=["POST"]),
+        ]
+        return Guard(Starlette(routes=routes, exception_handlers=HANDLERS), self.store, self.port)
+
+    async def page(self, request: Request) -> Response:
+        """The page, which holds nothing but itself."""
         nonce = secrets.token_urlsafe(16)
         html = PAGE.read_text(encoding="utf-8").replace('nonce="NONCE"', f'nonce="{nonce}"')
         policy = POLICY.format(nonce=nonce)
         return HTMLResponse(html, headers={"Content-Security-Policy": policy})
 
-    async def session(request: Request) -> Response:
+    async def session(self, request: Request) -> Response:
+        """Swap the token for the cookie."""
         body = await read_json_body(request)
-        token = store.remembered("token") or ""
+        token = token_of(self.store)
         if not hmac.compare_digest(text_field(body, "token").encode(), token.encode()):
             raise Refusal(403, "this is not the address that the terminal shows: open that one")
         response = JSONResponse({"ok": True})
         response.set_cookie(
-            cookie_name(port), cookie_value(token), httponly=True, samesite="strict", path="/"
+            cookie_name(self.port),
+            cookie_value(token),
+            httponly=True,
+            samesite="strict",
+            path="/",
         )
         return response
 
-    async def state(request: Request) -> Response:
+    async def state(self, request: Request) -> Response:
+        """What the page shows."""
         shown = request.query_params.get("pair", "")
-        return await answer(int(shown) if shown.isdecimal() and len(shown) < 16 else None)
+        return await self.answer(int(shown) if shown.isdecimal() and len(shown) < 16 else None)
 
-    async def keys(request: Request) -> Response:
+    async def keys(self, request: Request) -> Response:
+        """Store a key."""
         body = await read_json_body(request)
         pressed = {name: body.get(name) for name in ("id", "pair", "choice", "better")}
-        check_writing(pressed["choice"] == "better")
-        pair = await run_in_threadpool(lambda: store.press(who=who, **pressed))
-        wake()
+        if pressed["choice"] == "better":
+            self.check_writing()
+        pair = await run_in_threadpool(lambda: self.store.press(who=self.who, **pressed))
+        self.wake()
         # After an undo, its pair is what the page should show.
-        return await answer(pair if pressed["choice"] == "undo" else None)
+        return await self.answer(pair if pressed["choice"] == "undo" else None)
 
-    async def prompts(request: Request) -> Response:
+    async def prompts(self, request: Request) -> Response:
+        """Store a prompt."""
         body = await read_json_body(request)
-        check_writing(True)
-        await run_in_threadpool(store.add_prompt, body.get("id"), body.get("prompt"))
-        wake()
+        self.check_writing()
+        await run_in_threadpool(self.store.add_prompt, body.get("id"), body.get("prompt"))
+        self.wake()
         # What the person is reading stays on the page.
         shown = body.get("pair")
-        return await answer(shown if isinstance(shown, int) else None)
+        return await self.answer(shown if is_pair_number(shown) else None)
 
-    def check_writing(is_written: bool) -> None:
-        if is_written and not may_write:
+    def check_writing(self) -> None:
+        """Raise Refusal where the person may only choose."""
+        if not self.may_write:
             raise Refusal(400, "here answers are only compared: nothing can be written")
 
-    async def answer(shown: int | None) -> Response:
-        return JSONResponse(await run_in_threadpool(describe, shown))
-
-    routes = [
-        Route("/", page),
-        Route("/session", session, methods=["POST"]),
-        Route("/state", state),
-        Route("/keys", keys, methods=["POST"]),
-        Route("/prompts", prompts, methods=["POST"]),
-    ]
-    app = Starlette(routes=routes, exception_handlers=HANDLERS)
-    return Guard(app, store, port)
+    async def answer(self, shown: int | None) -> Response:
+        """What the page shows from now on."""
+        return JSONResponse(await run_in_threadpool(self.describe, shown))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -179,7 +201,10 @@ class Guard:
         origins = headers.getlist("origin")
         if origins not in ([], [f"http://{self.host}"]):
             raise Refusal(403, "a request of another Origin is refused")
-        if headers.get("sec-fetch-site", "same-origin") not in ("same-origin", "none"):
+        # The page itself holds no data: it may be opened by a link, from a file for example.
+        is_page = request.method == "GET" and request.url.path == "/"
+        site = headers.get("sec-fetch-site", "same-origin")
+        if site not in ("same-origin", "none") and not is_page:
             raise Refusal(403, "a request of another site is refused")
         if request.method == "POST":
             if not origins:
@@ -187,16 +212,24 @@ class Guard:
             kind = headers.get("content-type", "").partition(";")[0].strip().lower()
             if kind != "application/json":
                 raise Refusal(415, "a POST must be application/json")
-        # The page itself holds no data, and its script needs to get the cookie.
-        if request.url.path not in ("/", "/session"):
+        # The page's script has yet to get the cookie.
+        if not is_page and request.url.path != "/session":
             self.check_cookie(request)
 
     def check_cookie(self, request: Request) -> None:
         """Raise Refusal without the right cookie."""
-        wanted = cookie_value(self.store.remembered("token") or "")
+        wanted = cookie_value(token_of(self.store))
         cookie = request.cookies.get(cookie_name(self.port), "")
         if not hmac.compare_digest(cookie.encode(), wanted.encode()):
             raise Refusal(401, "open the address that the terminal shows")
+
+
+def token_of(store: Store) -> str:
+    """The token that `listen` has made. Refusal without one: an empty token would let all in."""
+    token = store.remembered("token")
+    if not token:
+        raise Refusal(403, "the server has no token: start it again")
+    return token
 
 
 def cookie_name(port: int) -> str:

@@ -16,6 +16,7 @@ decision as undone, and the pair is open again.
 """
 
 import contextlib
+import getpass
 import json
 import os
 import sqlite3
@@ -355,8 +356,7 @@ class Store:
             raise Refused(f"choice={choice!r} must be one of {', '.join(CHOICES)}, undo")
         if choice != "better" and better is not None:
             raise Refused(f"choice={choice!r} comes without a better answer")
-        is_number = isinstance(pair, int) and not isinstance(pair, bool)
-        if not is_number or not self.rows("SELECT 1 FROM pairs WHERE id = ?", pair):
+        if not is_pair_number(pair) or not self.rows("SELECT 1 FROM pairs WHERE id = ?", pair):
             raise Refused(f"there is no pair {pair!r}")
         try:
             self.insert("keys", id=id, pair=pair, choice=choice, better=better, who=who, at=now())
@@ -472,6 +472,19 @@ def as_answer(row: sqlite3.Row, side: str) -> Answer:
 def now() -> str:
     """The time, as text that sorts."""
     return datetime.now(UTC).isoformat(timespec="milliseconds")
+
+
+def is_pair_number(value: Any) -> bool:
+    """Whether a value could be the number of a pair: SQLite's have 63 bits."""
+    return type(value) is int and 0 < value < 2**63
+
+
+def this_person() -> str:
+    """The name of whoever uses this computer, as the system knows it."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container may know no names
+        return "somebody"
 
 
 def check_id(id: Any) -> None:

@@ -68,6 +68,8 @@ def get_config() -> CfgNode:
     C.ask = answers.get_ask_config()
 
     C.data = CfgNode()
+    C.data.first = None              # learn from the first so many comparisons only; None: from all
+    C.data.test = ""                 # another labels.db: the reward model is tested on it, too
     C.data.held_out = 0.2            # this share of the labels is kept to test the reward model
     C.data.prompts = ""              # prompts for PPO, one a line; empty: the project's own 300
     C.data.normalized_on = 128       # answers of the reference, on which rewards have mean 0 and
@@ -141,6 +143,7 @@ def check_config(config: CfgNode) -> None:
     check_numbers(config.system, "seed", whole=True)
     check_numbers(config.model, "rank", low=1, whole=True)
     check_numbers(config.model, "alpha", low=1e-6)
+    check_numbers(config.data, "first", low=lessons.FEWEST, whole=True, optional=True)
     check_numbers(config.data, "held_out", low=0.01, high=0.9)
     check_numbers(config.data, "normalized_on", low=2, whole=True)
     check_numbers(config.dpo, "beta", low=1e-6)
@@ -162,9 +165,12 @@ class Lessons:
             self.demonstrations = lessons.demonstrations(labels, config.sft)
         self.train: list[dict] = []
         self.held_out: list[dict] = []
+        self.test: list[dict] = []
+        if config.data.test:
+            self.test = lessons.comparisons(lessons.read_labels(config.data.test))
         if config.method == "none":
             return
-        rows = lessons.comparisons(labels)
+        rows = lessons.comparisons(labels)[: config.data.first]
         warning = lessons.check_number(rows, config.labels)
         if warning:
             logger.warning(warning)
@@ -218,7 +224,10 @@ def make_stages(config: CfgNode, material: Lessons, model: ChatModel) -> Adapter
         },
         extras={"reward": ["centering"], "rl": ["beta"] if dpo else []},
         overrides={} if dpo else {"rl": sampling},
-        free=["base", "labels", "merge", "method", "sft", "system.work_dir", "report.*"],
+        free=[
+            *("base", "labels", "merge", "method", "sft", "data.test", "system.work_dir"),
+            "report.*",
+        ],
         facts={"base_hash": model.hash, "method.name": config.method, **material.facts()},
         tokenizer=model.chat,
         base_model={"name": model.name, "sha256": model.hash},
@@ -391,11 +400,13 @@ def report(config: CfgNode, stages: AdapterStages, material: Lessons, started: f
     before = ChatModel.load(name, config.rl.device)
     after = ChatModel.load(str(stages.model_folder(last)), config.rl.device)
     reward_model = None
-    margins = None
+    margins = {}
     if "reward" in stages.names:
         reward_model = load_reward_model(config, stages, before)
-        held_out = load_comparisons(material.held_out, before)
-        margins = outcome.margins(reward_model, held_out, config.report.batch_size)
+        for name, rows in (("held_out", material.held_out), ("test", material.test)):
+            if rows:
+                data = load_comparisons(rows, before)
+                margins[name] = outcome.margins(reward_model, data, config.report.batch_size)
         normalize(config, reward_model, before)
     outcome.write(config, stages, before, after, reward_model, margins, started)
 
