@@ -75,16 +75,18 @@ def opens_text(call):
     function = ast.unparse(call.func)
     name = function.rpartition(".")[2]
     options = {keyword.arg for keyword in call.keywords}
-    # our own read_text functions know their encoding; an archive, a file in it (wheel.open) and a
-    # folder are no text
-    no_text = ("read_text", "tarfile.open", "wheel.open", "os.open")
+    # our own read_text functions know their encoding; an archive, a file in it (wheel.open), a
+    # folder and an address are no text
+    no_text = ("read_text", "tarfile.open", "wheel.open", "os.open", "webbrowser.open")
     if "encoding" in options or function in no_text:
         return False
     if name == "read_text":
         return True
     if name in ("open", "fdopen", "NamedTemporaryFile", "TemporaryFile"):
         return not any(is_binary_mode(node) for arg in call.args for node in ast.walk(arg))
-    return bool(options & {"text", "universal_newlines"})
+    # subprocess.run(..., text=True), but not Answer(text=text)
+    is_set = {keyword.arg for keyword in call.keywords if isinstance(keyword.value, ast.Constant)}
+    return bool(is_set & {"text", "universal_newlines"})
 
 
 class TestSources(unittest.TestCase):
