@@ -300,8 +300,8 @@ def add(
 def put_on(model: Pretrained, adapter: Adapter, name: str) -> int:
     """Make the adapter the model's own, turn it on, and freeze the rest: see `add`."""
     trunk = own_trunk(model)
+    check_name(name, getattr(trunk, "adapters", None))
     adapters = prepare(trunk)
-    check_name(name, adapters)
     adapters.freeze(model)
     adapters.requires_grad_(False)  # the adapters that the model has already
     adapters.add_module(name, adapter)
@@ -325,21 +325,27 @@ def stand_on(
     with those of the model's adapter for the options that are None, or `add`'s defaults.
     """
     trunk = trunk_of(model)
-    adapters = prepare(trunk)
     check_name(name)
-    if trunk is model.transformer:
-        adapters.freeze(model)
     start = adapter_on(model.transformer)
-    if start is not None and rank is alpha is dropout is layers is None:
+    given = {"rank": rank, "alpha": alpha, "dropout": dropout, "layers": layers}
+    given = {option: value for option, value in given.items() if value is not None}
+    if start is not None and not given:
         adapter = copy.deepcopy(start).requires_grad_(True)
     else:
-        defaults = (8, 16, 0.0) if start is None else (start.rank, start.alpha, start.dropout)
-        given = (rank, alpha, dropout)
-        pairs = zip(given, defaults, strict=True)
-        options = check_options(*(b if a is None else a for a, b in pairs))
-        if layers is None and start is not None:
-            layers = list(start.updates)
-        adapter = Adapter(choose_layers(trunk, layers), *options)
+        options: dict[str, Any] = {"rank": 8, "alpha": 16, "dropout": 0.0, "layers": None}
+        if start is not None:
+            options = {
+                "rank": start.rank,
+                "alpha": start.alpha,
+                "dropout": start.dropout,
+                "layers": list(start.updates),
+            }
+        options |= given
+        chosen = choose_layers(trunk, options.pop("layers"))
+        adapter = Adapter(chosen, *check_options(**options))
+    adapters = prepare(trunk)
+    if trunk is model.transformer:
+        adapters.freeze(model)
     adapters.named[name] = adapter
     count(adapter, name, trunk)
     return AdaptedTrunk(trunk, adapter).train(model.training)

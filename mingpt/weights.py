@@ -174,7 +174,8 @@ class Pretrained(nn.Module):
 
         ValueError for a model with adapters (lora.py).
         """
-        if hasattr(self.transformer, "adapters"):
+        has_adapters = any("transformer.adapters." in name for name, _ in self.named_parameters())
+        if has_adapters or hasattr(self.transformer, "borrowed"):
             raise ValueError(
                 "the model has adapters, which these files cannot hold: lora.merge(model) first, "
                 "or save the adapter with lora.save_pretrained(model, folder)"

@@ -477,6 +477,13 @@ class TestOnOneTrunk(TempDirTestCase):
         self.assertTrue(torch.equal(policy(random_ids())[0], before))
         self.assertTrue(reward(random_ids()).any())
 
+    def test_a_policy_that_others_stand_on_can_be_saved(self):
+        policy = tiny()
+        teach(RewardModel.on(policy))
+        policy.save_pretrained(self.folder)
+        logits = GPT.from_pretrained(self.folder)(random_ids())[0]
+        self.assertTrue(torch.equal(logits, policy(random_ids())[0]))
+
     def test_they_are_found_by_name(self):
         policy = adapted()
         value = teach(ValueModel.on(policy), seed=7)
