@@ -1591,12 +1591,6 @@ def why_no_browser():
     return ""
 
 
-class BrowserIsThereTests(unittest.TestCase):
-    def test_the_page_is_tested_where_ci_runs(self):
-        if os.environ.get("CI"):
-            self.assertEqual(why_no_browser(), "")
-
-
 @unittest.skipIf(why_no_browser(), f"to test the page: {why_no_browser()}")
 class PageTests(TempDirTestCase):
     MESSAGE_SAYS = "words => element('message').textContent.includes(words)"
