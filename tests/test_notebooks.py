@@ -15,11 +15,14 @@ import socket
 import struct
 import tempfile
 import unittest
+from pathlib import Path
 from unittest import mock
 
 import matplotlib
 
+from mingpt.bpe import BPETokenizer
 from tests.common import ROOT, TempDirTestCase, tiny_gpt
+from tests.tiny_chat import write_tiny_chat
 
 NOTEBOOKS = ("demo.ipynb", "generate.ipynb")
 FIGURES = {"demo.ipynb": 2, "generate.ipynb": 2}
@@ -101,15 +104,18 @@ class TestGenerateOffline(NotebookTestCase):
     def setUpClass(cls):
         folder = cls.enterClassContext(tempfile.TemporaryDirectory())
         cls.environment = {"HF_ENDPOINT": NOBODY, "MINGPT_HOME": folder}
-        cls.printed = run("generate.ipynb", MODEL="gpt2", **cls.environment)
+        # A tiny random model stands for the one that pip would fetch.
+        model = Path(write_tiny_chat(Path(folder) / "smollm2"))
+        with mock.patch("mingpt.gguf.smollm2", return_value=model):
+            cls.printed = run("generate.ipynb", MODEL="gpt2", **cls.environment)
 
     def test_exact_cells_print_what_is_kept(self):
         self.assert_exact("generate.ipynb", self.printed)
 
-    def test_without_gpt2_it_says_so_and_trains_a_small_model(self):
+    def test_without_gpt2_it_says_so_and_takes_smollm2(self):
         printed = "".join(self.printed.values())
-        self.assertIn("NOT GPT-2", printed)
-        self.assertIn("trained for 3 iterations", printed)
+        self.assertIn("NOT GPT-2, which could not be fetched, but SmolLM2", printed)
+        self.assertIn("a vocabulary of 259 tokens", printed)
         self.assertIn("--- top_p 0.9", printed)
 
     def test_another_model_that_cannot_be_fetched_is_an_error(self):
@@ -120,6 +126,7 @@ class TestGenerateOffline(NotebookTestCase):
 class TestGenerate(TempDirTestCase):
     def test_it_takes_a_model_from_a_folder(self):
         tiny_gpt(vocab_size=50257, block_size=64).save_pretrained(self.folder)
+        BPETokenizer().save_pretrained(self.folder)
         printed = "".join(run("generate.ipynb", MODEL=str(self.folder)).values())
         self.assertNotIn("NOT GPT-2", printed)
         self.assertIn("token 'Hello' = id 15496", printed)
@@ -160,6 +167,10 @@ class TestWhatIsKept(unittest.TestCase):
             with self.subTest(notebook):
                 self.assertNotRegex(text, places)
                 self.assertNotIn(socket.gethostname(), text)
+
+    def test_generate_shows_a_real_model(self):
+        text = "".join(kept_text(cell) for cell in code_cells("generate.ipynb"))
+        self.assertRegex(text, r"1[23]\d\.\dM parameters")  # GPT-2 or SmolLM2
 
     def test_the_demo_shows_a_model_that_has_learned(self):
         text = "".join(kept_text(cell) for cell in code_cells("demo.ipynb"))
