@@ -1,7 +1,10 @@
 """What README.md and RLHF.md tell the reader is so: code runs, names and paths exist."""
 
 import re
+import tempfile
 import unittest
+from pathlib import Path
+from unittest import mock
 
 import torch
 
@@ -9,6 +12,7 @@ from mingpt.rlhf import ALGORITHMS, PPOTrainer, clip_bounds
 from mingpt.utils import set_seed
 from tests.common import ROOT, tiny_gpt
 from tests.test_ppo import ppo_trainer
+from tests.tiny_chat import write_tiny_chat
 
 
 def read(name):
@@ -21,7 +25,7 @@ class TestReadme(unittest.TestCase):
         set_seed(0)
         examples = re.findall(r"```python\n(.*?)```", read("README.md"), re.DOTALL)
         [code] = [example for example in examples if word in example]
-        names = {"print": lambda *things: None}
+        names = {"print": lambda *things, **options: None}
         exec(code, names)
         return names
 
@@ -54,6 +58,16 @@ class TestReadme(unittest.TestCase):
         self.assertEqual(names["learned"], "42, I think.<|im_end|>")
         self.assertTrue(names["chat"].decode(names["prompt"]).endswith("<|im_start|>assistant\n"))
         self.assertEqual(len(names["data"]), 1)
+
+    def test_a_real_model(self):
+        # A tiny random model stands for the one that pip would fetch.
+        folder = Path(self.enterContext(tempfile.TemporaryDirectory()))
+        model = Path(write_tiny_chat(folder))
+        with mock.patch("mingpt.gguf.smollm2", return_value=model):
+            names = self.run_example("capital of France")
+        prompt = names["chat"].decode(names["idx"][0])
+        self.assertIn("What is the capital of France?<|im_end|>", prompt)
+        self.assertEqual(names["token"].shape, (1, 1))
 
     def test_paths_exist(self):
         for readme in (ROOT / "README.md", ROOT / "RLHF.md", *ROOT.glob("projects/*/readme.md")):
