@@ -25,7 +25,6 @@ from training import training_step
 RANK = 16
 GROUP_SIZE = 4
 PROMPT_LENGTH = 8
-MICRO_BATCH_SIZE = 16  # episodes that are trained on at a time
 
 
 # ----------------------------------------------------------------------------------------------
@@ -133,7 +132,6 @@ def ppo_config(algorithm: str, episodes: int, length: int, **options) -> CfgNode
             "precision": "fp32",
             "algorithm": algorithm,
             "batch_size": episodes,
-            "micro_batch_size": MICRO_BATCH_SIZE,
             "max_new_tokens": length,
             "max_iters": 1,
             **options,
@@ -155,8 +153,7 @@ def their_grpo(episodes: int, length: int) -> Run:
     datasets = import_extra("datasets", "bench")
     args = trl.GRPOConfig(
         output_dir=tempfile.mkdtemp(),
-        per_device_train_batch_size=MICRO_BATCH_SIZE,
-        gradient_accumulation_steps=episodes // MICRO_BATCH_SIZE,
+        per_device_train_batch_size=episodes,
         num_generations=GROUP_SIZE,
         max_completion_length=length,
         max_steps=1,
@@ -170,7 +167,7 @@ def their_grpo(episodes: int, length: int) -> Run:
         disable_tqdm=True,
         use_cpu=DEVICE.type == "cpu",
         bf16=False,
-        gradient_checkpointing=False,  # it would save memory that is not short, and take time
+        gradient_checkpointing=False,  # neither side computes anything twice to save memory
     )
     prompts = [" ".join(map(str, ids)) for ids in random_prompts(episodes // GROUP_SIZE)]
 
