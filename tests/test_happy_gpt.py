@@ -23,12 +23,12 @@ from mingpt.run_folder import read_metrics
 from tests.common import NO_POINTS, ROOT, TempDirTestCase, load_script, tiny_gpt
 
 sys.path.insert(0, str(ROOT / "projects" / "happy_gpt"))
-import compare
 import data
 import preferences
 import report
 
 PROJECT = ROOT / "projects" / "happy_gpt"
+compare = load_script(PROJECT / "compare.py")  # another project has a module of this name
 SMALL = [
     "--model.model_type=gpt-nano",
     "--pretrain.max_iters=24",

@@ -137,7 +137,8 @@ def opened(address: str, folder: Path) -> Iterator[None]:
     """
     path = folder / "open.html"
     path.unlink(missing_ok=True)
-    with os.fdopen(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "w") as f:
+    descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
+    with os.fdopen(descriptor, "w", encoding="utf-8") as f:
         f.write(f'<!doctype html><meta http-equiv="refresh" content="0; url={address}">\n')
     webbrowser.open(path.resolve().as_uri())
     try:
