@@ -118,11 +118,7 @@ def sample(
     check_numbers(CfgNode(n=n, batch_size=batch_size), "n", "batch_size", low=1, whole=True)
     check_numbers(CfgNode(seed=seed), "seed", low=-(2**63), high=2**64 - 1, whole=True)
     check_stop_strings(stop_strings)
-    check_tokenizer(tokenizer, "decode")
-    if not hasattr(policy, "generate"):
-        raise TypeError(f"policy is a {type(policy).__name__}; expected a GPT, or its generate")
-    if isinstance(prompts, (str, Mapping)) or not isinstance(prompts, Iterable):
-        raise TypeError(f"prompts is {type(prompts).__name__} {prompts!r:.60}; expected a list")
+    check_sampled(policy, prompts, tokenizer)
     if stop_token is None:
         stop_token = default_stop_token(tokenizer)
 
@@ -145,6 +141,15 @@ def sample(
     if reward_fn is not None:
         samples.rewards = score(samples, reward_fn, batch_size)
     return samples
+
+
+def check_sampled(policy: Any, prompts: Any, tokenizer: Any) -> None:
+    """TypeError for what cannot be sampled from, or with."""
+    check_tokenizer(tokenizer, "decode")
+    if not hasattr(policy, "generate"):
+        raise TypeError(f"policy is a {type(policy).__name__}; expected a GPT, or its generate")
+    if isinstance(prompts, (str, Mapping)) or not isinstance(prompts, Iterable):
+        raise TypeError(f"prompts is {type(prompts).__name__} {prompts!r:.60}; expected a list")
 
 
 def decoded(

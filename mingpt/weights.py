@@ -137,11 +137,7 @@ class Pretrained(nn.Module):
         check_dtype(dtype)
         adapter = Path(name_or_path) / "adapter_config.json"
         if os.path.isfile(adapter):  # Path.is_file raises for a name that is too long
-            # An adapter stands on another model: read that first.
-            lora = importlib.import_module("mingpt.lora")  # it imports this file
-            model = cls.from_pretrained(lora.base_of(name_or_path), revision, dtype, **options)
-            lora.load(model, name_or_path)
-            return model.eval()
+            return on_its_base(cls, name_or_path, revision=revision, dtype=dtype, **options)
         # 1. Find the files: on this machine, or else on the hub.
         path = find_pretrained(name_or_path, revision)
         # 2. Read their tensors, under our names.
@@ -153,12 +149,7 @@ class Pretrained(nn.Module):
         config.architecture = family.ARCHITECTURE
         config.merge_from_dict(family.read_options(files, cls.presets, options))
         # 4. Build the model with empty parameters, and put the files' tensors in their place.
-        try:
-            if config.n_layer > DEEP:
-                fit(cls, config, shapes_of_one_block(cls, config), files)
-            model = empty_model(cls, config)
-        except ValueError as error:
-            raise ValueError(f"{path} cannot be loaded: {error}") from None
+        model = model_for(cls, config, files)
         # A tied head is the embedding, and counts once.
         shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
         fit(cls, config, shapes, files)
@@ -197,6 +188,14 @@ class Pretrained(nn.Module):
                 write_safetensors(f, tensors)
         if not generates:  # then it is of the model that was here before
             (Path(folder) / "generation_config.json").unlink(missing_ok=True)
+
+
+def on_its_base(cls: type[Pretrained], folder: str | Path, **options: Any) -> Any:
+    """The model that an adapter stands on, which the adapter's files name, with the adapter on."""
+    lora = importlib.import_module("mingpt.lora")  # it imports this file
+    model = cls.from_pretrained(lora.base_of(folder), **options)
+    lora.load(model, folder)
+    return model.eval()
 
 
 def config_json(model: Pretrained) -> dict[str, Any]:
@@ -374,6 +373,16 @@ def empty_model(cls: type[Pretrained], config: CfgNode) -> Any:
     """A model in evaluation mode whose parameters have no memory yet."""
     with torch.device("meta"), NoInit():
         return cls(config).eval()
+
+
+def model_for(cls: type[Pretrained], config: CfgNode, files: ModelFiles) -> Any:
+    """The `empty_model` that the files are to fill. ValueError for a config that cannot be."""
+    try:
+        if config.n_layer > DEEP:
+            fit(cls, config, shapes_of_one_block(cls, config), files)
+        return empty_model(cls, config)
+    except ValueError as error:
+        raise ValueError(f"{files.path} cannot be loaded: {error}") from None
 
 
 def shapes_of_one_block(cls: type[Pretrained], config: CfgNode) -> dict[str, torch.Size]:
