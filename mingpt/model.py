@@ -71,6 +71,12 @@ PRESETS = {
     "gpt-nano": (3, 3, 48),
 }
 
+# Over more tokens than this, `token_log_probs` lays the logits out as (B·T, V): PyTorch's softmax
+# over the last dimension is 2.6 times as fast there, needs no copy, and rounds far less (at 49,152
+# tokens the other one is wrong by up to 1e-4). Over few tokens both are the same but for the last
+# digit, and the runs with characters, of which figures have been published, keep theirs.
+LARGE_VOCABULARY = 4096
+
 # No token has this id. (By default cross_entropy ignores targets of -100, and says so to nobody.)
 NO_TOKEN = -(2**62)
 
@@ -578,9 +584,13 @@ def token_log_probs(logits: Tensor, tokens: Tensor, temperature: float = 1.0) ->
     logits = logits.float()
     if temperature != 1:  # dividing by 1 would be one more copy of the largest tensor there is
         logits = logits / temperature
-    logits = logits.transpose(1, 2)  # (B, V, T), as cross_entropy wants it
+    if logits.size(-1) > LARGE_VOCABULARY:
+        logits, targets = logits.flatten(0, 1), tokens.flatten()  # (B·T, V), (B·T,)
+    else:
+        logits, targets = logits.transpose(1, 2), tokens  # (B, V, T), (B, T)
     try:
-        return -F.cross_entropy(logits, tokens, reduction="none", ignore_index=NO_TOKEN)
+        log_probs = -F.cross_entropy(logits, targets, reduction="none", ignore_index=NO_TOKEN)
+        return log_probs.view(tokens.shape)
     except IndexError:  # a CPU says that some target is wrong; we can say which
         check_ids(tokens, logits.size(1))
         raise
