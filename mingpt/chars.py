@@ -32,7 +32,10 @@ class CharTokenizer:
         if not is_text or not all(isinstance(char, str) for char in chars):
             raise TypeError(f"chars is {type(chars).__name__} {chars!r:.60}; expected characters")
         if len(set(chars)) != len(chars) or any(len(char) != 1 for char in chars):
-            raise ValueError(f"got chars {''.join(chars)!r}; expected distinct single characters")
+            raise ValueError(
+                f"got chars {''.join(chars)!r:.60}; expected distinct single characters: "
+                "CharTokenizer.train([text]) collects them from texts"
+            )
         self.chars = list(chars)
         self.ids = {char: i for i, char in enumerate(self.chars)}
         self.eot_token = len(self.chars)

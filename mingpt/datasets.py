@@ -21,6 +21,8 @@ For example, a reward model learns from comparisons like this:
         config, reward_model, data, loss_fn=comparison_loss, collate_fn=data.collate
     )
 
+One long text, a book, comes as its ids, which `windows` cuts into examples to pre-train on.
+
 The file follows a row on its way to the model: read it from disk, check its fields, encode
 it as token ids (the three datasets), and pad it to the length of its batch (their
 `collate`).
@@ -36,7 +38,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, TensorDataset
 
 from mingpt.config import CfgNode, check_numbers
 
@@ -300,6 +302,24 @@ def short(value: Any) -> str:
 # --------------------------------------------------------------------------------------------------
 # Demonstrations and comparisons: both are encoded when the dataset is made, so that a wrong row is
 # found before training begins.
+
+
+def windows(ids: Sequence[int] | Tensor, block_size: int) -> TensorDataset:
+    """Cut the ids of one long text into examples (x, y) of block_size tokens to pre-train on.
+
+    y (T,) is one token ahead of x (T,). The windows follow each other and share one id: the last
+    one of y is the first one of the next x. What does not fill a window at the end is left out.
+    Raises ValueError for ids that do not fill one window.
+    """
+    check_numbers(CfgNode(block_size=block_size), "block_size", low=1, whole=True)
+    ids = torch.as_tensor(ids, dtype=torch.long)
+    if ids.dim() != 1 or len(ids) <= block_size:
+        raise ValueError(
+            f"ids have shape {tuple(ids.shape)}; one window of block_size={block_size} needs "
+            f"{block_size + 1} ids in a row, as tokenizer.encode(text) gives them"
+        )
+    rows = ids.unfold(0, block_size + 1, block_size)  # (number of windows, block_size + 1)
+    return TensorDataset(rows[:, :-1], rows[:, 1:])
 
 
 class Completions(Dataset):

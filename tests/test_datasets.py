@@ -23,6 +23,7 @@ from mingpt.datasets import (
     read_text,
     split_of,
     split_rows,
+    windows,
 )
 from tests.common import TempDirTestCase, tiny_gpt
 
@@ -46,6 +47,24 @@ class TokenizerOfTransformers:
 
     def decode(self, ids):
         return "".join("abcd"[i] for i in ids)
+
+
+class TestWindows(unittest.TestCase):
+    def test_cut_by_hand(self):
+        ids = list(range(100, 111))
+        rows = [(x.tolist(), y.tolist()) for x, y in windows(ids, 3)]
+        # The last id fills no window.
+        expected = [(ids[i : i + 3], ids[i + 1 : i + 4]) for i in (0, 3, 6)]
+        self.assertEqual(rows, expected)
+
+    def test_a_text_that_fills_just_one(self):
+        [(x, y)] = windows(torch.tensor([5, 6, 7]), 2)
+        self.assertEqual((x.tolist(), y.tolist()), ([5, 6], [6, 7]))
+
+    def test_what_is_too_short_or_no_text_is_refused(self):
+        for ids in ([1, 2], [], [[1, 2, 3]]):
+            with self.assertRaisesRegex(ValueError, "needs 3 ids in a row"):
+                windows(ids, 2)
 
 
 class TestReadText(TempDirTestCase):

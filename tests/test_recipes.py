@@ -191,6 +191,16 @@ class TestRecipes(RecipeTestCase):
         learned = names["chat"].decode([i for i in targets.tolist() if i >= 0])
         self.assertEqual(learned, "Me too!<|endoftext|>You like cats.<|endoftext|>")
 
+    def test_13_pre_training_on_a_text(self):
+        names, printed = self.run_recipe(13)
+        losses = numbers(printed.splitlines()[0])
+        self.assertEqual(losses, sorted(losses, reverse=True))
+        self.assertLess(losses[-1], 2.6)
+        # The targets are the text itself, one token ahead.
+        x, y = names["train_data"][3]
+        self.assertEqual(names["tokenizer"].decode(y), names["text"][97:129])
+        self.assertEqual(x[1:].tolist(), y[:-1].tolist())
+
 
 class TestPage(unittest.TestCase):
     def test_every_recipe_has_its_test(self):

@@ -25,7 +25,7 @@ from torch.utils.data import TensorDataset
 from mingpt.bpe import END_OF_TEXT, BPETokenizer
 from mingpt.checkpoint import load_torch, read_json, run_script, to_json, write_text
 from mingpt.config import CfgNode, check_numbers, documented, parse_args
-from mingpt.datasets import read_text
+from mingpt.datasets import read_text, windows
 from mingpt.model import GPT
 from mingpt.run_folder import RunFolder
 from mingpt.trainer import FREE_TO_CHANGE, Trainer
@@ -123,12 +123,6 @@ def encode_documents(text: str, tokenizer: BPETokenizer) -> list[int]:
     for document in others:
         ids += [tokenizer.eot_token, *tokenizer.encode(document)]
     return ids
-
-
-def windows(ids: torch.Tensor, block_size: int) -> TensorDataset:
-    """Cut ids (N,) into windows (x, y). Neighbours share one id: the last y is the next first x."""
-    rows = ids.unfold(0, block_size + 1, block_size)  # (number of windows, block_size + 1)
-    return TensorDataset(rows[:, :-1], rows[:, 1:])
 
 
 # -- model -----------------------------------------------------------------------------------------
