@@ -32,7 +32,6 @@ in Hugging Face's libraries.
 """
 
 import heapq
-import importlib
 import importlib.util
 import json
 import logging
@@ -47,6 +46,7 @@ from typing import Any, Self
 
 import torch
 
+from mingpt import gguf
 from mingpt.checkpoint import finish_write, read_json, read_text, write_text, write_together
 from mingpt.config import CfgNode, check_numbers
 from mingpt.download import download, home
@@ -689,7 +689,6 @@ def read_vocabulary(path: Path) -> Vocabulary:
     if os.path.isfile(path):  # Path.is_file raises for a name that is too long
         if path.suffix == ".json":
             return read_tokenizer_json(path)
-        gguf = importlib.import_module("mingpt.gguf")  # it needs an extra: only where it is used
         _, _, vocabulary, _ = gguf.read(path)
         return from_gguf(path, vocabulary)
     finish_write(path)

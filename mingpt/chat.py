@@ -24,7 +24,6 @@ A `Chat` stands wherever a tokenizer does. Three things are not plain, and make 
 Source: `transformers`, for the templates and for what they are given.
 """
 
-import importlib
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -34,6 +33,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, Self, overload
 
+from mingpt import gguf
 from mingpt.bpe import BPETokenizer, Encoder
 from mingpt.checkpoint import read_json, read_text, write_text
 from mingpt.config import CfgNode, check_booleans
@@ -331,7 +331,6 @@ class Chat:
         """
         path = find_pretrained(name_or_path, weights=False)
         if path.is_file():
-            gguf = importlib.import_module("mingpt.gguf")  # it needs an extra package
             _, _, vocabulary, template = gguf.read(path)
             tokenizer = BPETokenizer(**vars(from_gguf(path, vocabulary)))
             more_stop_tokens = [vocabulary.get("eot_token_id")]

@@ -269,6 +269,11 @@ def encode_messages(
         raise ValueError(f"row {i}: {error}") from None
 
 
+def length_of_lesson(is_learned: Sequence[bool]) -> int:
+    """The number of tokens up to the last one that is learned; at least one is."""
+    return max(place for place, learned in enumerate(is_learned) if learned) + 1
+
+
 def encode_prompt_field(i: int, row: dict, tokenizer: Tokenizer, end: int) -> list[int]:
     """The ids of a row's prompt. Without a prompt, they are the end token alone.
 
@@ -394,7 +399,7 @@ def encode_demonstration(
     if not any(is_completion):
         raise ValueError(f"row {i} has no message of the assistant to learn from: leave it out")
     # Nothing is learned from what the template writes behind the last answer.
-    length = max(place for place, learned in enumerate(is_completion) if learned) + 1
+    length = length_of_lesson(is_completion)
     return ids[:length], is_completion[:length]
 
 
@@ -515,7 +520,7 @@ def encode_answer(
         )
     messages = [*row["prompt"], *answer]
     ids, is_answer = encode_messages(i, messages, tokenizer, return_mask=True)
-    length = max(place for place, written in enumerate(is_answer) if written) + 1
+    length = length_of_lesson(is_answer)
     if ids[:len(prompt)] != prompt:
         raise ValueError(f"row {i}: with its answer, the prompt is encoded in another way")
     answer_ids = ids[len(prompt):length]

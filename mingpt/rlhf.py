@@ -487,6 +487,19 @@ def check_pairs(chosen: Tensor, rejected: Tensor) -> None:
     )
 
 
+def check_references(
+    chosen_log_probs: Tensor,
+    rejected_log_probs: Tensor,
+    ref_chosen_log_probs: Tensor,
+    ref_rejected_log_probs: Tensor,
+) -> None:
+    """ValueError unless the policy's log-probs have the shapes of the reference's."""
+    check_equal_shapes(chosen_log_probs=chosen_log_probs, ref_chosen_log_probs=ref_chosen_log_probs)
+    check_equal_shapes(
+        rejected_log_probs=rejected_log_probs, ref_rejected_log_probs=ref_rejected_log_probs
+    )
+
+
 def dpo_loss(
     chosen_log_probs: Tensor,
     rejected_log_probs: Tensor,
@@ -501,9 +514,8 @@ def dpo_loss(
     The log-probs are sums over the completions' tokens.
     """
     check_numbers(CN(beta=beta), "beta", low=1e-6)
-    check_equal_shapes(chosen_log_probs=chosen_log_probs, ref_chosen_log_probs=ref_chosen_log_probs)
-    check_equal_shapes(
-        rejected_log_probs=rejected_log_probs, ref_rejected_log_probs=ref_rejected_log_probs
+    check_references(
+        chosen_log_probs, rejected_log_probs, ref_chosen_log_probs, ref_rejected_log_probs
     )
     # The policy is its own reward model: its implicit reward is β log π / π_ref.
     chosen_reward = beta * (chosen_log_probs - ref_chosen_log_probs)
@@ -529,9 +541,8 @@ def ipo_loss(
     """
     check_numbers(CN(beta=beta), "beta", low=1e-6)
     check_pairs(chosen_log_probs, rejected_log_probs)
-    check_equal_shapes(chosen_log_probs=chosen_log_probs, ref_chosen_log_probs=ref_chosen_log_probs)
-    check_equal_shapes(
-        rejected_log_probs=rejected_log_probs, ref_rejected_log_probs=ref_rejected_log_probs
+    check_references(
+        chosen_log_probs, rejected_log_probs, ref_chosen_log_probs, ref_rejected_log_probs
     )
     chosen_log_ratio = chosen_log_probs - ref_chosen_log_probs
     rejected_log_ratio = rejected_log_probs - ref_rejected_log_probs

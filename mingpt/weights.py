@@ -23,7 +23,6 @@ The three kinds of models are saved as the classes that transformers has for the
     ValueModel     ...ForTokenClassification with one label
 """
 
-import importlib
 import os
 import re
 from collections.abc import Callable
@@ -192,7 +191,8 @@ class Pretrained(nn.Module):
 
 def on_its_base(cls: type[Pretrained], folder: str | Path, **options: Any) -> Any:
     """The model that an adapter stands on, which the adapter's files name, with the adapter on."""
-    lora = importlib.import_module("mingpt.lora")  # it imports this file
+    from mingpt import lora  # it imports this file
+
     model = cls.from_pretrained(lora.base_of(folder), **options)
     lora.load(model, folder)
     return model.eval()

@@ -27,7 +27,6 @@ from store import Answer, Label, Pair, Store, this_person
 
 logger = logging.getLogger("mingpt.chat")
 
-FRESH = Path(__file__).with_name("fresh.txt")
 BATCH = 25  # prompts that are answered at once for a labeller that is a program
 
 
@@ -73,7 +72,7 @@ class Duel:
 
     def __init__(self, config: CfgNode):
         self.config = config
-        self.prompts = answers.read_prompts(config.prompts or str(FRESH))
+        self.prompts = answers.read_prompts(config.prompts or str(answers.FRESH))
         self.before = ChatModel.load(config.before, config.device)
         self.after = ChatModel.load(config.after, config.device)
         for model in (self.before, self.after):

@@ -32,7 +32,6 @@ from mingpt.utils import peak_memory_mb
 logger = logging.getLogger("mingpt.chat")
 
 HERE = Path(__file__).parent
-FRESH = HERE / "fresh.txt"
 KNOWN = HERE / "known.jsonl"
 LICENSE = HERE / "LICENSE-SmolLM2"
 BINS = 5  # of the calibration
@@ -152,7 +151,7 @@ def write(
     as there are such labels. started: when the run began.
     """
     work_dir = Path(config.system.work_dir)
-    prompts = answers.read_prompts(config.report.prompts or str(FRESH))
+    prompts = answers.read_prompts(config.report.prompts or str(answers.FRESH))
     samples = {
         "before": sample(config, before, prompts, reward_model),
         "after": sample(config, after, prompts, reward_model),
