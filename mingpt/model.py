@@ -53,7 +53,7 @@ from mingpt.trunk import (
     init_weights,
     visible_keys,
 )
-from mingpt.unembed import Unembed, next_logits
+from mingpt.unembed import Linear, Unembed, next_logits
 from mingpt.utils import adamw, check_equal_shapes, check_tensors
 from mingpt.weights import Pretrained
 
@@ -91,9 +91,9 @@ class CausalSelfAttention(nn.Module):
     def __init__(self, config: CN, layer: int):
         super().__init__()
         # queries, keys and values of all heads, in one matrix
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
+        self.c_attn = Linear(config.n_embd, 3 * config.n_embd)
         # mixes what the heads have gathered
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+        self.c_proj = Linear(config.n_embd, config.n_embd)
         self.resid_dropout = nn.Dropout(config.resid_pdrop)
         self.attn_pdrop = config.attn_pdrop
         self.n_head = config.n_head
@@ -135,8 +135,8 @@ class MLP(nn.Module):
 
     def __init__(self, config: CN):
         super().__init__()
-        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
-        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
+        self.c_fc = Linear(config.n_embd, 4 * config.n_embd)
+        self.c_proj = Linear(4 * config.n_embd, config.n_embd)
         self.dropout = nn.Dropout(config.resid_pdrop)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,15 +1,16 @@
 """
-From hidden states to logits: one product with the vocabulary's matrix, in two fast ways.
+The largest products of a GPT, in two fast ways.
 
-Both compute `F.linear(x, weight)` and nothing else. They exist because this matrix, (V, C),
-is the largest of a small GPT, so that how its product is done shows in the speed of the
-whole model:
+Both compute `F.linear(x, weight)` and nothing else. They exist because these products are nearly
+all that a GPT does, so that how they are done shows in the speed of the whole model:
 
-- `Unembed` is for training, when the matrix is tied to the embedding and gets two gradients;
-- `next_logits` is for generation, when there are only a few rows to multiply. `Linear` does the
-  same for the other matrices of a Llama.
+- `Unembed` is for training. It is the product with the vocabulary's matrix, (V, C), when that is
+  tied to the embedding and gets two gradients;
+- `Linear` and `next_logits` are for generation on a CPU, when there are only a few rows to
+  multiply, one for each text.
 
-On a first reading, take both for `F.linear` and go on. projects/bench/readme.md has the timings.
+On a first reading, take them for `nn.Linear` and `F.linear` and go on. projects/bench/readme.md has
+the timings.
 """
 
 from typing import Any
@@ -18,8 +19,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-# Up to this many rows, MKL may leave F.linear to a single thread: see `next_logits`.
-MAX_SWAPPED_ROWS = 8
+# Up to this many rows, and for matrices of at least this many numbers, `few_rows` is faster.
+# Smaller matrices stay in the processor's cache.
+MAX_FEW_ROWS = 32
+LARGE_MATRIX = 100_000
 
 
 class Unembed(torch.autograd.Function):
@@ -55,29 +58,51 @@ class Unembed(torch.autograd.Function):
 
 
 def next_logits(x: Tensor, weight: Tensor) -> Tensor:
-    """F.linear for one step of generation: hidden states (B, C), weight (V, C) -> logits (B, V).
-
-    For a few rows, MKL computes x Wᵀ on a single thread (seen on AMD's processors). It
-    computes the same product the other way round, W xᵀ, on all threads, which is 2 to 6
-    times as fast.
-    """
-    B = len(x)
-    if x.device.type != "cpu" or B > MAX_SWAPPED_ROWS:
-        return F.linear(x, weight)
-    # A single row would make this a product of matrix and vector, which is slow again: double it.
-    rows = x.repeat(2, 1) if B == 1 else x.contiguous()
-    return (weight @ rows.t()).t()[:B]
+    """F.linear for one step of generation: hidden states (B, C), weight (V, C) -> logits (B, V)."""
+    return few_rows(x, weight, max_swapped=8) if pays(x, weight) else F.linear(x, weight)
 
 
 class Linear(nn.Linear):
-    """nn.Linear, which takes the few rows of a step of generation as `next_logits` does."""
+    """nn.Linear, which is faster for the few rows of a step of generation."""
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
-        rows = x.shape[:-1].numel()
-        if torch.is_grad_enabled() or rows > MAX_SWAPPED_ROWS:
+        if torch.is_grad_enabled() or not pays(x, self.weight):
             return super().forward(x)
-        y = next_logits(x.flatten(0, -2), self.weight)  # (rows, out)
+        y = few_rows(x.flatten(0, -2), self.weight, max_swapped=2)  # (rows, out)
         if self.bias is not None:
             y = y + self.bias
         return y.unflatten(0, x.shape[:-1])
+
+
+def pays(x: Tensor, weight: Tensor) -> bool:
+    """Whether `few_rows` is faster than F.linear for x (..., in) and weight (out, in)."""
+    if weight.device.type != "cpu" or weight.dtype != torch.float32 or x.dtype != torch.float32:
+        return False
+    return x.numel() <= MAX_FEW_ROWS * weight.size(1) and weight.numel() >= LARGE_MATRIX
+
+
+def few_rows(x: Tensor, weight: Tensor, max_swapped: int) -> Tensor:
+    """F.linear for a few rows: x (rows, in), weight (out, in) -> (rows, out).
+
+    For a few rows, MKL leaves F.linear to a single thread (seen on AMD's processors). So the matrix
+    is cut into a part for each thread, and torch.bmm computes all parts at once. For very few rows,
+    up to max_swapped, it is faster still to compute the product the other way round, W xᵀ: then it
+    takes no longer than reading the matrix once.
+    """
+    threads = torch.get_num_threads()
+    swapped = len(x) <= max_swapped and weight.is_contiguous()
+    if threads == 1 and not swapped:
+        return F.linear(x, weight)
+    parts = max(threads, 2)
+    rest = len(weight) % parts
+    weights = weight[: len(weight) - rest].unflatten(0, (parts, -1))  # (parts, out / parts, in)
+    if swapped:
+        columns = torch.bmm(weights, x.t().expand(parts, -1, -1))  # (parts, out / parts, rows)
+        y = columns.flatten(0, 1).t()
+    else:
+        pieces = torch.bmm(x.expand(parts, -1, -1), weights.transpose(1, 2))
+        y = pieces.transpose(0, 1).flatten(1)  # from (parts, rows, out / parts)
+    if rest == 0:
+        return y
+    return torch.cat([y, F.linear(x, weight[-rest:])], dim=1)

@@ -8,7 +8,6 @@ import unittest
 import torch
 import transformers
 from safetensors.torch import load_file as load_safetensors, save_file
-from torch.nn import functional as F
 
 from mingpt.chars import CharTokenizer
 from mingpt.datasets import Comparisons, Completions, pad_and_mask
@@ -17,7 +16,6 @@ from mingpt.llama import rotate, rotation_angles
 from mingpt.model import GPT
 from mingpt.rlhf import DPOLoss, PPOTrainer, comparison_loss
 from mingpt.trainer import Trainer
-from mingpt.unembed import Linear
 from tests.common import ROOT, TempDirTestCase, timeless, tiny_gpt
 
 SIZES = {
@@ -196,19 +194,6 @@ class TestRotaryPositions(unittest.TestCase):
         for mask in (None, torch.ones_like(idx)):
             with self.assertRaisesRegex(ValueError, "4 tokens and 10 new ones do not fit into"):
                 model.generate(idx, 10, attention_mask=mask)
-
-
-class TestLinear(unittest.TestCase):
-    def test_few_rows_give_what_many_rows_give(self):
-        for bias in (True, False):
-            layer = Linear(12, 20, bias=bias)
-            for shape in ((1, 1), (1, 3), (3, 1), (40, 1)):
-                x = torch.randn(*shape, 12)
-                with torch.no_grad():
-                    y = layer(x)
-                expected = F.linear(x, layer.weight, layer.bias)
-                torch.testing.assert_close(y, expected, atol=1e-5, rtol=0)
-                torch.testing.assert_close(layer(x), expected, atol=0, rtol=0)
 
 
 class TestOptions(unittest.TestCase):

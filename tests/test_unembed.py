@@ -1,0 +1,77 @@
+"""
+The fast ways of large products, against the same products in double precision.
+"""
+
+import contextlib
+import itertools
+import unittest
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from mingpt.unembed import LARGE_MATRIX, MAX_FEW_ROWS, Linear, few_rows, next_logits, pays
+
+ROWS = (1, 2, 3, 8, 9, MAX_FEW_ROWS, MAX_FEW_ROWS + 1)
+
+
+@contextlib.contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Within, PyTorch computes with this many threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def matrix(out: int, width: int, is_transposed: bool) -> Tensor:
+    """A random (out, width) matrix, laid out as in nn.Linear or, transposed, as in GPT-2's file."""
+    if is_transposed:
+        return torch.randn(width, out).t()
+    return torch.randn(out, width)
+
+
+class TestFewRows(unittest.TestCase):
+    def test_every_way_gives_the_product(self):
+        # 402 and 401 rows of the matrix: with and without a rest behind equal parts.
+        for count, out, is_transposed in itertools.product((1, 2, 3), (402, 401), (False, True)):
+            weight = matrix(out, 250, is_transposed)
+            self.assertGreater(weight.numel(), LARGE_MATRIX)
+            for rows in ROWS:
+                x = torch.randn(rows, 250)
+                expected = x.double() @ weight.double().t()
+                with self.subTest(threads=count, out=out, rows=rows), threads(count):
+                    for y in (
+                        few_rows(x, weight, max_swapped=2),
+                        few_rows(x, weight, max_swapped=8),
+                        next_logits(x, weight),
+                    ):
+                        torch.testing.assert_close(y.double(), expected, atol=1e-4, rtol=0)
+
+    def test_what_it_pays_for(self):
+        weight = torch.randn(402, 250)
+        for rows in ROWS:
+            self.assertEqual(pays(torch.randn(rows, 250), weight), rows <= MAX_FEW_ROWS)
+        self.assertFalse(pays(torch.randn(1, 250), weight[:10]))
+        self.assertFalse(pays(torch.randn(1, 250).bfloat16(), weight.bfloat16()))
+        self.assertFalse(pays(torch.randn(1, 250, device="meta"), weight.to("meta")))
+
+
+class TestLinear(unittest.TestCase):
+    def test_few_rows_give_what_many_rows_give(self):
+        for bias in (True, False):
+            layer = Linear(250, 402, bias=bias)
+            for shape in ((1, 1), (1, 3), (3, 1), (40, 1), (2, 0)):
+                x = torch.randn(*shape, 250)
+                with torch.no_grad():
+                    y = layer(x)
+                expected = F.linear(x, layer.weight, layer.bias)
+                torch.testing.assert_close(y, expected.detach(), atol=1e-5, rtol=0)
+                torch.testing.assert_close(layer(x), expected, atol=0, rtol=0)  # with gradients
+
+
+if __name__ == "__main__":
+    unittest.main()
