@@ -90,7 +90,7 @@ class RMSNorm(nn.Module):
 
 
 def rotation_angles(config: CN, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """(cos, sin) of the angle of each pair of channels at each position, (..., T, hs / 2) each.
+    """What `rotate` multiplies with: (cos, ±sin) of each channel's angle, (..., T, hs) each.
 
     Pair i turns by theta_i = rope_theta^(-2i / hs) with each position (Su et al. 2021, equation
     15): the first pair by a radian for every token, the last one by very little. In fp32 whatever
@@ -101,7 +101,9 @@ def rotation_angles(config: CN, positions: Tensor) -> tuple[Tensor, Tensor]:
     if config.rope_scaling is not None:
         frequencies = scale_frequencies(frequencies, config.rope_scaling)
     angles = positions[..., None].float() * frequencies  # (..., T, hs / 2)
-    return angles.cos(), angles.sin()
+    cos, sin = angles.cos(), angles.sin()
+    # Both channels of a pair, i and i + hs / 2, turn by one angle.
+    return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
 
 
 def scale_frequencies(frequencies: Tensor, scaling: dict[str, Any]) -> Tensor:
@@ -128,9 +130,11 @@ def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
     of a head pairs with channel i + hs / 2, as in Hugging Face's files (the paper pairs neighbours,
     which is the same up to the order of the channels).
     """
-    cos, sin = rotation
-    a, b = x.float().chunk(2, dim=-1)  # (B, heads, T, hs / 2) each
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).type_as(x)
+    cos, sin = rotation  # (T, hs) each, or (B, 1, T, hs)
+    turning = x.float()
+    partner = turning.roll(x.size(-1) // 2, dims=-1)  # the other channel of each pair
+    # a becomes a cos - b sin, and b becomes b cos + a sin: the sign of sin is in `rotation`.
+    return torch.addcmul(turning * cos, partner, sin).type_as(x)
 
 
 class Attention(nn.Module):

@@ -119,8 +119,8 @@ def count_positions(
 class KVCache:
     """The keys and values of all tokens that were read, so that none is read twice.
 
-    `keys` and `values` are (n_layer, B, nh, max_length, hs), allocated once, with the type and
-    device of `like`. Their first `length` columns are filled: each layer appends to its own part,
+    `keys` and `values` hold (B, nh, max_length, hs) for each layer, allocated once, with the type
+    and device of `like`. Their first `length` columns are filled: each layer appends to its own,
     and then the trunk sets `length`.
     """
 
@@ -133,9 +133,9 @@ class KVCache:
         head_size: int,
         like: Tensor,
     ):
-        shape = (n_layer, batch_size, n_head, max_length, head_size)
-        self.keys = like.new_empty(shape)
-        self.values = like.new_empty(shape)
+        shape = (batch_size, n_head, max_length, head_size)
+        self.keys = [like.new_empty(shape) for _ in range(n_layer)]
+        self.values = [like.new_empty(shape) for _ in range(n_layer)]
         self.length = 0
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -143,10 +143,11 @@ class KVCache:
 
         Returns all of them, the old ones first: (B, nh, length + T, hs) each.
         """
+        keys, values = self.keys[layer], self.values[layer]
         end = self.length + k.size(2)
-        self.keys[layer, :, :, self.length:end] = k
-        self.values[layer, :, :, self.length:end] = v
-        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+        keys[:, :, self.length:end] = k
+        values[:, :, self.length:end] = v
+        return keys[:, :, :end], values[:, :, :end]
 
 
 # --------------------------------------------------------------------------------------------------

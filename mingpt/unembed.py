@@ -13,16 +13,19 @@ On a first reading, take them for `nn.Linear` and `F.linear` and go on. projects
 the timings.
 """
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-# Up to this many rows, and for matrices of at least this many numbers, `few_rows` is faster.
-# Smaller matrices stay in the processor's cache.
-MAX_FEW_ROWS = 32
+# `few_rows` is faster for matrices of at least this many numbers. Smaller ones stay in the
+# processor's cache.
 LARGE_MATRIX = 100_000
+
+# The numbers in each part of a matrix, at most: 1 MB of them, which fit into a core's own cache.
+PART = 2**18
 
 
 class Unembed(torch.autograd.Function):
@@ -59,7 +62,7 @@ class Unembed(torch.autograd.Function):
 
 def next_logits(x: Tensor, weight: Tensor) -> Tensor:
     """F.linear for one step of generation: hidden states (B, C), weight (V, C) -> logits (B, V)."""
-    return few_rows(x, weight, max_swapped=8) if pays(x, weight) else F.linear(x, weight)
+    return few_rows(x, weight) if pays(x, weight, max_rows=128) else F.linear(x, weight)
 
 
 class Linear(nn.Linear):
@@ -67,42 +70,45 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
-        if torch.is_grad_enabled() or not pays(x, self.weight):
+        if torch.is_grad_enabled() or not pays(x, self.weight, max_rows=32):
             return super().forward(x)
-        y = few_rows(x.flatten(0, -2), self.weight, max_swapped=2)  # (rows, out)
-        if self.bias is not None:
-            y = y + self.bias
-        return y.unflatten(0, x.shape[:-1])
+        y = few_rows(x, self.weight)
+        return y if self.bias is None else y + self.bias
 
 
-def pays(x: Tensor, weight: Tensor) -> bool:
+def pays(x: Tensor, weight: Tensor, max_rows: int) -> bool:
     """Whether `few_rows` is faster than F.linear for x (..., in) and weight (out, in)."""
-    if weight.device.type != "cpu" or weight.dtype != torch.float32 or x.dtype != torch.float32:
+    if weight.numel() < LARGE_MATRIX or not 0 < x.numel() <= max_rows * weight.size(1):
         return False
-    return x.numel() <= MAX_FEW_ROWS * weight.size(1) and weight.numel() >= LARGE_MATRIX
+    return weight.is_cpu and weight.dtype == x.dtype == torch.float32
 
 
-def few_rows(x: Tensor, weight: Tensor, max_swapped: int) -> Tensor:
-    """F.linear for a few rows: x (rows, in), weight (out, in) -> (rows, out).
+def few_rows(x: Tensor, weight: Tensor) -> Tensor:
+    """F.linear for a few rows: x (..., in), weight (out, in) -> (..., out).
 
     For a few rows, MKL leaves F.linear to a single thread (seen on AMD's processors). So the matrix
-    is cut into a part for each thread, and torch.bmm computes all parts at once. For very few rows,
-    up to max_swapped, it is faster still to compute the product the other way round, W xᵀ: then it
-    takes no longer than reading the matrix once.
+    is cut into parts, and torch.bmm gives each of them to one thread. For one row or two it is
+    faster still to compute the product the other way round, W xᵀ: then it takes no longer than
+    reading the matrix once.
     """
+    out, width = weight.shape
+    rows = x.numel() // width
     threads = torch.get_num_threads()
-    swapped = len(x) <= max_swapped and weight.is_contiguous()
-    if threads == 1 and not swapped:
+    is_swapped = rows <= 2 and weight.is_contiguous()
+    if threads == 1 and not is_swapped:
         return F.linear(x, weight)
-    parts = max(threads, 2)
-    rest = len(weight) % parts
-    weights = weight[: len(weight) - rest].unflatten(0, (parts, -1))  # (parts, out / parts, in)
-    if swapped:
-        columns = torch.bmm(weights, x.t().expand(parts, -1, -1))  # (parts, out / parts, rows)
-        y = columns.flatten(0, 1).t()
+    # As many for each thread, and at least two: a single product would not go to bmm's own code.
+    parts = max(2, threads * math.ceil(weight.numel() / PART / threads))
+    rest = out % parts
+    whole = weight[: out - rest] if rest else weight
+    matrices = whole.view(parts, -1, width)  # (parts, out / parts, in)
+    x_rows = x.reshape(rows, width)
+    if is_swapped:
+        columns = torch.bmm(matrices, x_rows.t().expand(parts, width, rows))
+        y = columns.view(-1, rows).t()  # from (parts, out / parts, rows)
     else:
-        pieces = torch.bmm(x.expand(parts, -1, -1), weights.transpose(1, 2))
-        y = pieces.transpose(0, 1).flatten(1)  # from (parts, rows, out / parts)
-    if rest == 0:
-        return y
-    return torch.cat([y, F.linear(x, weight[-rest:])], dim=1)
+        pieces = torch.bmm(x_rows.expand(parts, rows, width), matrices.transpose(1, 2))
+        y = pieces.transpose(0, 1).reshape(rows, -1)  # from (parts, rows, out / parts)
+    if rest:
+        y = torch.cat([y, F.linear(x_rows, weight[-rest:])], dim=1)
+    return y.view(*x.shape[:-1], out)
