@@ -1,16 +1,17 @@
 """
-The largest products of a GPT, in two fast ways.
+The largest tensors of a GPT, in fast ways.
 
-Both compute `F.linear(x, weight)` and nothing else. They exist because these products are nearly
-all that a GPT does, so that how they are done shows in the speed of the whole model:
+Nothing here computes anything new: all of it is `F.linear(x, weight)` or `F.cross_entropy`. It
+exists because nearly all the time of a GPT goes into a few large products, and into the logits:
 
 - `Unembed` is for training. It is the product with the vocabulary's matrix, (V, C), when that is
   tied to the embedding and gets two gradients;
+- `TokenLogProbs` is for training and scoring, when there are as many logits as a real model has;
 - `Linear` and `next_logits` are for generation on a CPU, when there are only a few rows to
   multiply, one for each text.
 
-On a first reading, take them for `nn.Linear` and `F.linear` and go on. projects/bench/readme.md has
-the timings.
+On a first reading, take them for what they stand for and go on. projects/bench/readme.md has the
+timings.
 """
 
 import math
@@ -19,6 +20,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+# With more tokens than this, log-probs are computed by `row_log_probs`. (With fewer, the ways
+# differ in the last digit only, and the runs with characters, of which figures have been published,
+# keep their own.)
+LARGE_VOCABULARY = 4096
+
+# No token has this id. (By default cross_entropy ignores targets of -100, and says so to nobody.)
+NO_TOKEN = -(2**62)
+
+# The logits in each piece of `TokenLogProbs`: 8 MB of them, which fit into a processor's cache.
+PIECE = 2**21
 
 # `few_rows` is faster for matrices of at least this many numbers. Smaller ones stay in the
 # processor's cache.
@@ -58,6 +70,59 @@ class Unembed(torch.autograd.Function):
             return grad_x, None
         grad_weight = grad.flatten(0, 1).t() @ x.flatten(0, 1).to(grad.dtype)
         return grad_x, grad_weight.to(weight.dtype)
+
+
+def row_log_probs(logits: Tensor, tokens: Tensor) -> Tensor:
+    """log p of a token in each row, in nats: logits (N, V), tokens (N,) -> (N,)."""
+    if logits.is_cpu and logits.size(1) > LARGE_VOCABULARY and not torch.compiler.is_compiling():
+        log_probs, _ = TokenLogProbs.apply(logits, tokens)
+        return log_probs
+    return -F.cross_entropy(logits, tokens, reduction="none", ignore_index=NO_TOKEN)
+
+
+class TokenLogProbs(torch.autograd.Function):
+    """-F.cross_entropy(logits, tokens, reduction="none"): logits (N, V), tokens (N,) -> (N,).
+
+    F.cross_entropy keeps the log-probs of all tokens for its backward pass, which then fills two
+    more matrices of that size. Such memory comes fresh from the system, and that takes longer than
+    the arithmetic. This one keeps a number for each row, fills only the gradient, and goes through
+    the logits in pieces that stay in the processor's cache.
+    """
+
+    generate_vmap_rule = True  # lets torch.func take per-example gradients through it
+
+    @staticmethod
+    def forward(logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """log p = logit - log Σ exp(logits); also the second term, for the backward pass."""
+        normalizers = torch.cat([logits[rows].logsumexp(1) for rows in pieces(logits)])  # (N,)
+        return logits.gather(1, tokens[:, None])[:, 0] - normalizers, normalizers
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: tuple[Tensor, ...]) -> None:
+        """Keep the inputs and the normalizers for the backward pass."""
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(*inputs, output[1])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor, None]:
+        """The gradient of the logits: grad · (one-hot of the token - probabilities)."""
+        logits, tokens, normalizers = ctx.saved_tensors
+        if torch.is_grad_enabled():  # a gradient of this gradient may follow, so nothing in place
+            one_hot = torch.zeros_like(logits).scatter(1, tokens[:, None], 1.0)
+            return grad[:, None] * (one_hot - logits.softmax(1)), None
+        grad_logits = torch.empty_like(logits)
+        for rows in pieces(logits):
+            piece = grad_logits[rows].copy_(logits[rows]).sub_(normalizers[rows, None])
+            piece.exp_().mul_(-grad[rows, None])
+        grad_logits.scatter_add_(1, tokens[:, None], grad[:, None])
+        return grad_logits, None
+
+
+def pieces(logits: Tensor) -> list[slice]:
+    """The rows of logits (N, V), in pieces of about PIECE numbers; there is at least one."""
+    N, V = logits.shape
+    count = max(1, PIECE // V)
+    return [slice(start, start + count) for start in range(0, max(N, 1), count)]
 
 
 def next_logits(x: Tensor, weight: Tensor) -> Tensor:

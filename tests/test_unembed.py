@@ -11,7 +11,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mingpt.unembed import LARGE_MATRIX, PART, Linear, few_rows, next_logits, pays
+from mingpt.unembed import (
+    LARGE_MATRIX,
+    PART,
+    PIECE,
+    Linear,
+    few_rows,
+    next_logits,
+    pays,
+    row_log_probs,
+)
 
 ROWS = (1, 2, 3, 8, 32, 33)
 
@@ -72,6 +81,49 @@ class TestLinear(unittest.TestCase):
                 expected = F.linear(x, layer.weight, layer.bias)
                 torch.testing.assert_close(y, expected.detach(), atol=1e-5, rtol=0)
                 torch.testing.assert_close(layer(x), expected, atol=0, rtol=0)  # with gradients
+
+
+class TestTokenLogProbs(unittest.TestCase):
+    """Against F.cross_entropy in double precision; three rows make more than one piece."""
+
+    def setUp(self):
+        self.logits = (5 * torch.randn(3, PIECE // 2)).requires_grad_()
+        self.tokens = torch.tensor([0, 7, PIECE // 2 - 1])
+
+    def expected(self, logits):
+        return -F.cross_entropy(logits.double(), self.tokens, reduction="none")
+
+    def test_values_and_gradients(self):
+        log_probs = row_log_probs(self.logits, self.tokens)
+        self.assertEqual(log_probs.grad_fn.name(), "TokenLogProbsBackward")
+        expected = self.expected(self.logits)
+        torch.testing.assert_close(log_probs.double(), expected, atol=1e-5, rtol=0)
+        weights = torch.tensor([1.0, -2.0, 0.5])
+        [ours] = torch.autograd.grad(weights @ log_probs, self.logits)
+        [theirs] = torch.autograd.grad(weights.double() @ expected, self.logits)
+        torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-4)
+
+    def test_gradients_per_example_with_torch_func(self):
+        def log_prob(row, token):
+            return row_log_probs(row[None], token[None])[0]
+
+        rows = self.logits.detach()
+        ours = torch.func.vmap(torch.func.grad(log_prob))(rows, self.tokens)
+        [theirs] = torch.autograd.grad(self.expected(self.logits).sum(), self.logits)
+        torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-4)
+
+    def test_the_gradient_of_the_gradient(self):
+        def second(log_probs):
+            [gradient] = torch.autograd.grad(log_probs.sum(), self.logits, create_graph=True)
+            return torch.autograd.grad(gradient.square().sum(), self.logits)[0]
+
+        ours = second(row_log_probs(self.logits, self.tokens))
+        theirs = second(self.expected(self.logits))
+        torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-4)
+
+    def test_a_token_outside_the_vocabulary(self):
+        with self.assertRaises(RuntimeError):
+            row_log_probs(self.logits, torch.tensor([0, 7, PIECE]))
 
 
 if __name__ == "__main__":
