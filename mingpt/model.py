@@ -536,10 +536,9 @@ class Sampling:
             return logits.argmax(dim=1, keepdim=True), None
         temperature = 1.0 if self.temperature == 0 else self.temperature
         log_p = next_token_log_probs(logits, temperature, self.top_k, self.top_p)  # (B, V)
-        if greedy:
-            tokens = logits.argmax(dim=1, keepdim=True)
-        else:
-            tokens = torch.multinomial(log_p.exp(), 1, generator=self.generator)
+        tokens = (
+            logits.argmax(dim=1, keepdim=True) if greedy else draw(log_p.exp(), self.generator)
+        )
         return tokens, log_p.gather(1, tokens)
 
 
@@ -563,6 +562,19 @@ def next_token_log_probs(
         cut = probs.cumsum(1) - probs >= top_p
         logits = logits.masked_fill(cut.scatter(1, order, cut), -math.inf)
     return logits.log_softmax(1)
+
+
+def draw(probs: Tensor, generator: torch.Generator | None) -> Tensor:
+    """A token of each row, by its probability: (B, V) -> (B, 1)."""
+    if probs.is_cpu and probs.size(1) > LARGE_VOCABULARY:
+        # torch.multinomial draws a random number for each token. One for each row will do: the
+        # tokens share [0, 1) among them, and it falls into the share of one of them.
+        shares_end = probs.cumsum(1, dtype=torch.float64)  # (B, V)
+        total = shares_end[:, -1:]  # 1, but for rounding
+        if total.isfinite().all():
+            u = total * torch.rand(total.shape, dtype=torch.float64, generator=generator)
+            return torch.searchsorted(shares_end, u, right=True)  # the first that ends behind u
+    return torch.multinomial(probs, 1, generator=generator)  # which complains of NaN
 
 
 def mean_loss(logits: Tensor, targets: Tensor) -> Tensor:

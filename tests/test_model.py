@@ -12,7 +12,8 @@ import torch
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from mingpt.model import GPT, PRESETS, next_token_log_probs
+from mingpt.model import GPT, PRESETS, draw, next_token_log_probs
+from mingpt.unembed import LARGE_VOCABULARY
 from tests.common import tiny_gpt
 
 
@@ -186,6 +187,36 @@ class TestUnembed(unittest.TestCase):
         gradients = per_example(parameters, self.idx)
         means = tuple(gradient.mean(0) for gradient in gradients.values())
         torch.testing.assert_close(means, self.expected_gradients())
+
+
+class TestDraw(unittest.TestCase):
+    """Drawing from a large vocabulary, which has a way of its own on a CPU."""
+
+    def test_tokens_come_as_often_as_their_probabilities_say(self):
+        V = LARGE_VOCABULARY + 1
+        probs = torch.zeros(V)
+        likely = torch.tensor([0, 17, V - 1])
+        probs[likely] = torch.tensor([0.2, 0.5, 0.3])
+        n = 20_000
+        generator = torch.Generator().manual_seed(1)
+        for rows in (100, n):
+            tokens = torch.cat([draw(probs.expand(rows, V), generator) for _ in range(n // rows)])
+            self.assertEqual(tokens.shape, (n, 1))
+            counts = tokens.flatten().bincount(minlength=V)
+            self.assertEqual(counts.nonzero().flatten().tolist(), likely.tolist())
+            # The standard error of a frequency is at most 0.5 / sqrt(n).
+            errors = (counts / n - probs).abs()
+            self.assertLess(errors.max(), 4 * 0.5 / math.sqrt(n))
+
+    def test_a_generator_repeats_itself(self):
+        probs = torch.rand(5, LARGE_VOCABULARY + 1).softmax(1)
+        first, second = (draw(probs, torch.Generator().manual_seed(3)) for _ in range(2))
+        self.assertTrue(torch.equal(first, second))
+
+    def test_nan_is_refused(self):
+        for V in (5, LARGE_VOCABULARY + 1):
+            with self.assertRaisesRegex(RuntimeError, "nan"):
+                draw(torch.full((1, V), torch.nan), None)
 
 
 class TestGenerate(unittest.TestCase):

@@ -16,18 +16,25 @@ from mingpt import gguf
 from mingpt.config import CfgNode
 from mingpt.model import GPT
 from mingpt.utils import import_extra
-from models import SIZES, our_gpt
+from models import SIZES, SMOLLM2, our_gpt, our_smollm2
 
 # generate(idx, max_new_tokens) -> the prompt and its greedy continuation
 Generate = Callable[[Tensor, int], Tensor]
+
+VOCABULARIES = {name: vocab_size for name, (vocab_size, _) in SIZES.items()}
+VOCABULARIES["smollm2"] = SMOLLM2["vocab_size"]
 
 
 def saved_model(config: CfgNode, preset: str) -> Path:
     """A folder with random weights that both sides load. It is written once."""
     folder = Path(config.work_dir) / f"{preset}-random"
     if not (folder / "config.json").exists():
-        our_gpt(preset).save_pretrained(folder)
+        our_model(preset).save_pretrained(folder)
     return folder
+
+
+def our_model(preset: str) -> GPT:
+    return our_smollm2() if preset == "smollm2" else our_gpt(preset)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -44,14 +51,15 @@ def decode(config: CfgNode) -> Iterator[Case]:
         ("gpt2", 1, 64, 64),
         ("gpt2", 8, 64, 64),
         ("gpt2", 32, 64, 64),
+        ("smollm2", 1, 64, 64),
+        ("smollm2", 16, 64, 64),
         ("gpt-micro", 128, 1, 32),
     ]
     for preset, B, prompt_length, new_tokens in sizes:
         folder = saved_model(config, preset)
-        vocab_size, _ = SIZES[preset]
-        idx = torch.randint(vocab_size, (B, prompt_length), device=DEVICE)
+        idx = torch.randint(VOCABULARIES[preset], (B, prompt_length), device=DEVICE)
         limit = None
-        if preset == "gpt2":
+        if preset != "gpt-micro":  # whose weights stay in the processor's cache
             limit = Limit("memory bandwidth", partial(most_decoded_tokens, preset, B))
         yield Case(
             work=f"decoding, {preset}, batch {B}, {prompt_length} + {new_tokens} tokens",
@@ -61,7 +69,7 @@ def decode(config: CfgNode) -> Iterator[Case]:
             peer="transformers",
             theirs=partial(continue_prompt, their_generate, folder, idx, new_tokens),
             limit=limit,
-            slow=B in (8, 32),
+            slow=B in (8, 16, 32),
         )
 
     folder = saved_model(config, "gpt2")
@@ -83,7 +91,7 @@ def our_generate(folder: Path) -> Generate:
 
 def their_generate(folder: Path) -> Generate:
     transformers = import_extra("transformers", "bench")
-    model = transformers.GPT2LMHeadModel.from_pretrained(folder).to(DEVICE, DTYPE).eval()
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder).to(DEVICE, DTYPE).eval()
     # Without an end-of-text token no row ends early.
     model.generation_config.update(bos_token_id=None, eos_token_id=None, pad_token_id=0)
 
@@ -116,8 +124,7 @@ def next_20_tokens(
 ) -> Run:
     """Generate 20 tokens behind a context, without the time of the context's own forward pass."""
     generate = load_generate(folder)
-    vocab_size, _ = SIZES["gpt2"]
-    idx = torch.randint(vocab_size, (1, context_length), device=DEVICE)
+    idx = torch.randint(VOCABULARIES["gpt2"], (1, context_length), device=DEVICE)
 
     def run() -> dict[str, float]:
         # The first token comes out of the context's forward pass: 21 tokens less 1 are 20.
@@ -130,7 +137,7 @@ def next_20_tokens(
 
 def most_decoded_tokens(preset: str, B: int) -> float:
     """Tokens per second if a step, which gives B tokens, only had to read all weights once."""
-    weights = sum(p.numel() for p in our_gpt(preset).parameters())
+    weights = sum(p.numel() for p in our_model(preset).parameters())
     return B * memory_bandwidth() / (DTYPE.itemsize * weights)
 
 
@@ -156,9 +163,9 @@ def load(config: CfgNode) -> Iterator[Case]:
         work="smollm2 from its file to a first token, imports included",
         unit="loads",
         amount=1,
-        ours=our_smollm2,
+        ours=our_smollm2_anew,
         peer="transformers",
-        theirs=their_smollm2,
+        theirs=their_smollm2_anew,
     )
     yield Case(
         work="importing mingpt: model, trainer, bpe, rlhf",
@@ -197,12 +204,12 @@ model(torch.ones(1, 1, dtype=torch.long))
 """
 
 
-def our_smollm2() -> Run:
+def our_smollm2_anew() -> Run:
     gguf.smollm2()  # fetch it, if need be
     return partial(run_anew, OUR_SMOLLM2)
 
 
-def their_smollm2() -> Run:
+def their_smollm2_anew() -> Run:
     import_extra("transformers", "bench")
     path = gguf.smollm2()
     return partial(run_anew, THEIR_SMOLLM2.format(folder=str(path.parent), file=path.name))
