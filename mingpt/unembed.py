@@ -74,10 +74,16 @@ class Unembed(torch.autograd.Function):
 
 def row_log_probs(logits: Tensor, tokens: Tensor) -> Tensor:
     """log p of a token in each row, in nats: logits (N, V), tokens (N,) -> (N,)."""
-    if logits.is_cpu and logits.size(1) > LARGE_VOCABULARY and not torch.compiler.is_compiling():
-        log_probs, _ = TokenLogProbs.apply(logits, tokens)
-        return log_probs
+    if logits.is_cpu and logits.size(1) > LARGE_VOCABULARY:
+        return in_pieces(logits, tokens)
     return -F.cross_entropy(logits, tokens, reduction="none", ignore_index=NO_TOKEN)
+
+
+@torch.compiler.disable  # the compiler would write the pieces out one after the other
+def in_pieces(logits: Tensor, tokens: Tensor) -> Tensor:
+    """The log-probs of `TokenLogProbs` alone."""
+    log_probs, _ = TokenLogProbs.apply(logits, tokens)
+    return log_probs
 
 
 class TokenLogProbs(torch.autograd.Function):
