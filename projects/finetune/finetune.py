@@ -54,7 +54,7 @@ def get_config() -> CfgNode:
     C.model = CfgNode()
     C.model.name = "gpt2"            # or smollm2, a name on the hub, a folder, a file
     C.model.tokenizer = ""           # a name or a folder, too; empty: the one beside the weights
-    C.model.dropout = 0.1            # while training
+    C.model.dropout = None           # while training; None: the model's own (GPT-2: 0.1, Llamas: 0)
 
     C.trainer = Trainer.get_default_config()
     C.trainer.max_iters = 100
@@ -131,12 +131,8 @@ def encode_documents(text: str, tokenizer: BPETokenizer) -> list[int]:
 def load_model(config: CfgNode) -> GPT:
     """The pre-trained model, with our dropout. ValueError if its context is too short."""
     name, dropout = config.model.name, config.model.dropout
-    model = GPT.from_pretrained(
-        name,
-        embd_pdrop=dropout,
-        resid_pdrop=dropout,
-        attn_pdrop=dropout,
-    )
+    kinds = () if dropout is None else ("embd_pdrop", "resid_pdrop", "attn_pdrop")
+    model = GPT.from_pretrained(name, **dict.fromkeys(kinds, dropout))
     if config.data.block_size > model.config.block_size:
         raise ValueError(
             f"got --data.block_size={config.data.block_size}, which is more than the "
