@@ -1299,7 +1299,7 @@ SMALL = [
     "--system.seed=1",
     "--ask.max_new_tokens=8",
     "--data.normalized_on=16",
-    "--reward.epochs=2",
+    "--reward.max_iters=40",
     "--rl.max_iters=2",
     "--rl.batch_size=8",
     "--rl.minibatch_size=4",
@@ -1364,7 +1364,8 @@ class TeachTests(TempDirTestCase):
             self.assertTrue((self.ppo / name).exists(), name)
         table = (self.ppo / "samples.md").read_text(encoding="utf-8").splitlines()
         self.assertEqual(len(table), 2 + outcome.SHOWN)
-        self.assertIn("labels that it has not learned from", self.console)
+        self.assertIn("each tested without having learned from it", self.console)
+        self.assertEqual(summary["held_out_accuracy"]["n"], 60)  # every label is tested once
 
     def test_the_result_is_a_small_adapter_that_knows_its_base(self):
         folder = self.ppo / "rl" / "model"
@@ -1472,7 +1473,7 @@ class TeachTests(TempDirTestCase):
             ("--method=pppo", "--method=pppo must be one of ppo, dpo, none"),
             ("--method=none", "teaches nothing without --sft"),
             ("--rl.batch_size=0", "the stage rl cannot run .*batch_size=0"),
-            ("--data.held_out=0", "held_out=0.0 must be"),
+            ("--reward.prior=0", "prior=0.0 must be"),
         ):
             with self.subTest(option), self.assertRaisesRegex(ValueError, message):
                 self.teach(self.folder, option)
@@ -1535,17 +1536,22 @@ class OutcomeTests(unittest.TestCase):
         good = outcome.accuracy(torch.ones(40))
         self.assertNotIn("luck", outcome.in_words(good))
 
-    def test_labels_on_one_prompt_are_on_one_side(self):
+    def test_labels_on_one_prompt_are_in_one_part(self):
         rows = [{"prompt": [{"content": str(n // 3)}], "chosen": n} for n in range(60)]
-        train, held_out = lessons.hold_out(rows, 0.2, seed=0)
-        prompts = [{str(row["prompt"]) for row in side} for side in (train, held_out)]
-        self.assertFalse(prompts[0] & prompts[1])
+        folds = lessons.folds(rows, 5, seed=0)
+        self.assertEqual([folds.count(part) for part in range(5)], [12] * 5)
+        prompts = [
+            {str(row["prompt"]) for row, fold in zip(rows, folds, strict=True) if fold == part}
+            for part in range(5)
+        ]
+        self.assertEqual(len(set.union(*prompts)), sum(map(len, prompts)))
+        train, held_out = lessons.hold_out(rows, folds)
         self.assertEqual((len(train), len(held_out)), (48, 12))
 
     def test_all_labels_on_one_prompt_cannot_be_held_out(self):
         rows = [{"prompt": "same", "chosen": n} for n in range(20)]
         with self.assertRaisesRegex(ValueError, "all 20 labels are on one prompt"):
-            lessons.hold_out(rows, 0.2, seed=0)
+            lessons.folds(rows, 5, seed=0)
 
     def test_what_is_written_on_the_page_is_a_demonstration(self):
         pair = a_pair()

@@ -1,8 +1,8 @@
 """
 From labels to lessons: what the stages of teach.py learn from, and how it is held out.
 
-Labels on one prompt are all learned from, or all held out. Otherwise a reward model could know the
-held-out answers from its lessons, and would look better than it is.
+Labels on one prompt are held out together. Otherwise a reward model could know the held-out answers
+from its lessons, and would look better than it is.
 """
 
 import hashlib
@@ -67,26 +67,37 @@ def check_number(rows: list[dict[str, Any]], path: str) -> str:
     return ""
 
 
-def hold_out(
-    rows: list[dict[str, Any]], fraction: float, seed: int
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """(to learn from, held out): about this fraction of the rows is held out, by prompt."""
-    by_prompt: dict[str, list[dict[str, Any]]] = {}
-    for row in rows:
-        by_prompt.setdefault(to_json(row["prompt"]), []).append(row)
-    prompts = sorted(by_prompt)
-    random.Random(f"held out {seed}").shuffle(prompts)
-    held_out: list[dict[str, Any]] = []
-    learned: list[dict[str, Any]] = []
-    wanted = max(1, round(fraction * len(rows)))
-    for prompt in prompts:
-        side = held_out if len(held_out) < wanted else learned
-        side += by_prompt[prompt]
-    if not learned:
+def folds(rows: list[dict[str, Any]], n: int, seed: int) -> list[int]:
+    """The part, 0 to n - 1, that each row belongs to: of about the same size, by prompt.
+
+    ValueError if all rows are on one prompt, because then there is only one part.
+    """
+    by_prompt: dict[str, list[int]] = {}
+    for number, row in enumerate(rows):
+        by_prompt.setdefault(to_json(row["prompt"]), []).append(number)
+    if len(by_prompt) < 2:
         raise ValueError(
             f"all {len(rows)} labels are on one prompt, so none can be held out: label answers to "
             "other prompts, too"
         )
+    prompts = sorted(by_prompt)
+    random.Random(f"folds {seed}").shuffle(prompts)
+    result = [0] * len(rows)
+    sizes = [0] * n
+    for prompt in prompts:
+        smallest = sizes.index(min(sizes))
+        for number in by_prompt[prompt]:
+            result[number] = smallest
+        sizes[smallest] += len(by_prompt[prompt])
+    return result
+
+
+def hold_out(
+    rows: list[dict[str, Any]], folds: list[int]
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """(to learn from, held out): the first part is held out."""
+    learned = [row for row, fold in zip(rows, folds, strict=True) if fold > 0]
+    held_out = [row for row, fold in zip(rows, folds, strict=True) if fold == 0]
     return learned, held_out
 
 

@@ -13,18 +13,16 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 import answers
 from answers import ChatModel
+from judge import Judge
 from mingpt import evaluation, lora
 from mingpt.checkpoint import to_json, write_text
 from mingpt.config import CfgNode
-from mingpt.datasets import Comparisons, read_jsonl
+from mingpt.datasets import read_jsonl
 from mingpt.evaluation import Samples, WinRate
-from mingpt.heads import RewardModel
 from mingpt.plots import plot_metrics
-from mingpt.rlhf import comparison_scores
 from mingpt.run_folder import read_metrics
 from mingpt.stages import Stages
 from mingpt.utils import peak_memory_mb
@@ -36,23 +34,11 @@ KNOWN = HERE / "known.jsonl"
 LICENSE = HERE / "LICENSE-SmolLM2"
 BINS = 5  # of the calibration
 SHOWN = 20  # prompts in samples.md
+CURVES = ("loss", "accuracy", "held_out_accuracy")  # in losses.png
 
 
 # --------------------------------------------------------------------------------------------------
 # How good the reward model is, on labels that it has not learned from
-
-
-@torch.no_grad()
-def margins(reward_model: RewardModel, held_out: Comparisons, batch_size: int) -> Tensor:
-    """r(chosen) - r(rejected) of each held-out label, (N,)."""
-    device = reward_model.head.weight.device
-    loader = DataLoader(held_out, batch_size=batch_size, collate_fn=held_out.collate)
-    differences = []
-    for batch in loader:
-        on_device = tuple(x.to(device) for x in batch)
-        chosen, rejected = comparison_scores(reward_model, on_device)
-        differences.append((chosen - rejected)[:, 0].cpu())
-    return torch.cat(differences)
 
 
 def accuracy(margins: Tensor) -> WinRate:
@@ -81,8 +67,9 @@ def calibration(margins: Tensor) -> tuple[list[float], list[float], float]:
 def in_words(rate: WinRate) -> str:
     """What the held-out accuracy means, for a person."""
     lines = [
-        f"The reward model agrees with {rate.rate:.0%} of the {rate.n} labels that it has not "
-        f"learned from (95% interval: {rate.low:.0%} to {rate.high:.0%}). Guessing gives 50%."
+        f"The reward model agrees with {rate.rate:.0%} of {rate.n} labels, each tested without "
+        f"having learned from it (95% interval: {rate.low:.0%} to {rate.high:.0%}). Guessing gives "
+        "50%."
     ]
     if rate.low <= 0.5:
         lines.append(
@@ -141,20 +128,20 @@ def write(
     stages: Stages,
     before: ChatModel,
     after: ChatModel,
-    reward_model: RewardModel | None,
+    judge: Judge | None,
     margins: dict[str, Tensor],
     started: float,
 ) -> None:
     """Write everything in work_dir that is for people, and print the most important of it.
 
-    before, after: the models. margins: the reward model's, {"held_out": ..., "test": ...}, as far
+    before, after: the models. margins: of the judge, {"held_out": ..., "test": ...}, as far
     as there are such labels. started: when the run began.
     """
     work_dir = Path(config.system.work_dir)
     prompts = answers.read_prompts(config.report.prompts or str(answers.FRESH))
     samples = {
-        "before": sample(config, before, prompts, reward_model),
-        "after": sample(config, after, prompts, reward_model),
+        "before": sample(config, before, prompts, judge),
+        "after": sample(config, after, prompts, judge),
     }
     summary: dict = {}
     for name in samples:
@@ -164,7 +151,7 @@ def write(
         samples["after"], before.model, config.ask.temperature, config.report.batch_size
     )
     summary |= knowledge(before, after, config.ask)
-    if reward_model is not None:
+    if judge is not None:
         summary |= reward_figures(samples, margins)
     write_text(work_dir / "samples.md", side_by_side(prompts, samples["before"], samples["after"]))
     plots(work_dir, stages, margins.get("held_out"))
@@ -183,13 +170,13 @@ def write(
 
 
 def sample(
-    config: CfgNode, model: ChatModel, prompts: list[str], reward_model: RewardModel | None
+    config: CfgNode, model: ChatModel, prompts: list[str], judge: Judge | None
 ) -> Samples:
     """A model's answers to the prompts, with their rewards if there is a reward model."""
     batch_size = config.report.batch_size
     samples = model.sample(config.ask, prompts, 1, config.system.seed, batch_size)
-    if reward_model is not None:
-        samples.rewards = evaluation.score(samples, reward_model, batch_size)
+    if judge is not None:
+        samples.rewards = evaluation.score(samples, judge, batch_size)
     return samples
 
 
@@ -244,7 +231,7 @@ def plots(work_dir: Path, stages: Stages, margins: Tensor | None) -> None:
             xlabel="how sure the reward model is",
         )
     losses = {
-        stage: {name: curve(rows, name) for name in ("loss", "accuracy") if name in rows[0]}
+        stage: {name: curve(rows, name) for name in CURVES if name in rows[0]}
         for stage, rows in metrics.items()
         if rows and "loss" in rows[0]
     }

@@ -2,7 +2,7 @@
 Teach a chat model what you like, from the labels of label.py.
 
   1. sft      only with --sft: fine-tuning on conversations, on the assistant's turns alone
-  2. reward   only with --method=ppo: a reward model learns which answers you choose
+  2. reward   only with --method=ppo: a reward model learns which answers you choose (judge.py)
   3. rl       PPO against that reward model; or, with --method=dpo, DPO on the labels themselves
 
     python projects/chat/teach.py                                   all of it, into out/chat/taught
@@ -26,16 +26,20 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch.utils.data import TensorDataset
+
 import answers
 import lessons
 import outcome
 from answers import ChatModel
+from judge import FOLDS, Judge
 from mingpt import evaluation, lora
 from mingpt.checkpoint import run_script
 from mingpt.config import CfgNode, check_booleans, check_numbers, documented, parse_args
 from mingpt.datasets import Comparisons, Completions
-from mingpt.heads import ActorCritic, RewardModel, ValueModel
-from mingpt.rlhf import DPOLoss, PPOTrainer, choose, comparison_loss
+from mingpt.heads import ActorCritic, ValueModel
+from mingpt.rlhf import DPOLoss, PPOTrainer, choose
 from mingpt.stages import Stages
 from mingpt.trainer import Trainer
 from mingpt.utils import import_extra, log_to_console, set_seed
@@ -70,7 +74,6 @@ def get_config() -> CfgNode:
     C.data = CfgNode()
     C.data.first = None              # learn from the first so many comparisons only; None: from all
     C.data.test = ""                 # another labels.db: the reward model is tested on it, too
-    C.data.held_out = 0.2            # this share of the labels is kept to test the reward model
     C.data.prompts = ""              # prompts for PPO, one a line; empty: the project's own 300
     C.data.normalized_on = 128       # answers of the reference, on which rewards have mean 0 and
                                      # variance 1
@@ -83,14 +86,11 @@ def get_config() -> CfgNode:
     C.finetune.weight_decay = 0.0
 
     C.reward = Trainer.get_default_config()
-    C.reward.epochs = 3
-    C.reward.batch_size = 8          # labels
-    C.reward.learning_rate = 3e-4
+    C.reward.max_iters = 300         # on all labels at once: then it is at the optimum
+    C.reward.learning_rate = 3e-3
     C.reward.lr_schedule = "linear"
-    C.reward.warmup_iters = 5
-    C.reward.weight_decay = 0.0
-    C.reward.log_every = 1
-    C.reward.centering = 0.01        # draws the mean reward of each prompt to 0
+    C.reward.weight_decay = 0.0      # `prior` takes its place
+    C.reward.prior = 1.0             # so far apart two rewards are believed to be at first
 
     C.rl = PPOTrainer.get_default_config()
     C.rl.max_iters = 30
@@ -124,6 +124,7 @@ def get_config() -> CfgNode:
     # answers are sampled as `ask` says.
     for section in (C.finetune, C.reward, C.rl, C.dpo):
         del section.work_dir
+    del C.reward.batch_size
     del C.rl.max_new_tokens, C.rl.temperature, C.rl.stop_token
 
     C.report = CfgNode()
@@ -144,10 +145,9 @@ def check_config(config: CfgNode) -> None:
     check_numbers(config.model, "rank", low=1, whole=True)
     check_numbers(config.model, "alpha", low=1e-6)
     check_numbers(config.data, "first", low=lessons.FEWEST, whole=True, optional=True)
-    check_numbers(config.data, "held_out", low=0.01, high=0.9)
     check_numbers(config.data, "normalized_on", low=2, whole=True)
     check_numbers(config.dpo, "beta", low=1e-6)
-    check_numbers(config.reward, "centering")
+    check_numbers(config.reward, "prior", low=1e-6)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -163,40 +163,41 @@ class Lessons:
         self.demonstrations = []
         if config.sft:
             self.demonstrations = lessons.demonstrations(labels, config.sft)
-        self.train: list[dict] = []
-        self.held_out: list[dict] = []
+        self.rows: list[dict] = []
+        self.folds: list[int] = []
         self.test: list[dict] = []
         if config.data.test:
             self.test = lessons.comparisons(lessons.read_labels(config.data.test))
         if config.method == "none":
             return
-        rows = lessons.comparisons(labels)[: config.data.first]
-        warning = lessons.check_number(rows, config.labels)
+        self.rows = lessons.comparisons(labels)[: config.data.first]
+        warning = lessons.check_number(self.rows, config.labels)
         if warning:
             logger.warning(warning)
-        self.train, self.held_out = lessons.hold_out(
-            rows, config.data.held_out, config.system.seed
-        )
-        logger.info("%d labels to learn from, %d held out", len(self.train), len(self.held_out))
+        self.folds = lessons.folds(self.rows, FOLDS, config.system.seed)
+        logger.info("%d labels to learn from", len(self.rows))
 
     def facts(self) -> dict[str, str]:
         """What says whether a run had the same lessons: by the sections of `make_stages`."""
         return {
-            "labels.hash": lessons.digest(self.train + self.held_out),
+            "labels.hash": lessons.digest(self.rows),
             "demonstrations.hash": lessons.digest(self.demonstrations),
         }
 
 
 class AdapterStages(Stages):
-    """Stages that leave adapters of one base model, in place of whole models."""
+    """Stages that leave adapters of one base model, or a judge of its answers."""
 
     def __init__(self, *args: Any, base_model: dict[str, str], **options: Any):
         self.base_model = base_model  # its name and its hash
         super().__init__(*args, **options)
 
     def save_model(self, model: Any, folder: Path, tokenizer: Any) -> None:
-        """Save the adapter that was trained."""
-        answers.save_adapter(model, tokenizer, self.base_model, folder)
+        """Save what was trained."""
+        if isinstance(model, Judge):
+            model.save_pretrained(folder)
+        else:
+            answers.save_adapter(model, tokenizer, self.base_model, folder)
 
 
 def make_stages(config: CfgNode, material: Lessons, model: ChatModel) -> AdapterStages:
@@ -222,8 +223,11 @@ def make_stages(config: CfgNode, material: Lessons, model: ChatModel) -> Adapter
             "reward": ["reward", "labels", "data"],
             "rl": [*(["dpo", "rl"] if dpo else ["rl", "dpo"]), "labels", "data", "ask", "method"],
         },
-        extras={"reward": ["centering"], "rl": ["beta"] if dpo else []},
-        overrides={} if dpo else {"rl": sampling},
+        extras={"reward": ["prior"], "rl": ["beta"] if dpo else []},
+        overrides={
+            "reward": {"batch_size": max(1, len(material.rows))},
+            "rl": {} if dpo else sampling,
+        },
         free=[
             *("base", "labels", "merge", "method", "sft", "data.test", "system.work_dir"),
             "report.*",
@@ -263,16 +267,17 @@ def sft(config: CfgNode, stages: AdapterStages, material: Lessons, model: ChatMo
 
 
 def reward(config: CfgNode, stages: AdapterStages, material: Lessons, model: ChatModel) -> Trainer:
-    """Learn which answers are chosen: an adapter and a head on the frozen trunk."""
+    """Learn which answers are chosen: from all labels at once, as often as it takes."""
     set_seed(config.system.seed + 1)
-    prepare_policy(config, stages, model)
+    judge = Judge(model.model, config.reward.prior)
+    labels = load_comparisons(material.rows, model)
+    logger.info("reading the answers of %d labels", len(labels))
+    judge.study(judge.read(labels, config.report.batch_size), material.folds)
     return Trainer(
         stages.trainer_config("reward"),
-        new_reward_model(config, model),
-        load_comparisons(material.train, model),
-        load_comparisons(material.held_out, model),
-        loss_fn=functools.partial(comparison_loss, centering=config.reward.centering),
-        collate_fn=Comparisons.collate,
+        judge,
+        TensorDataset(torch.arange(len(labels))),
+        loss_fn=lambda judge, batch: judge.loss(*batch),
     )
 
 
@@ -280,8 +285,8 @@ def ppo(config: CfgNode, stages: AdapterStages, material: Lessons, model: ChatMo
     """Answer so that the reward model likes it, and stay near to the reference."""
     set_seed(config.system.seed + 2)
     prepare_policy(config, stages, model)
-    reward_model = load_reward_model(config, stages, model)
-    normalize(config, reward_model, model)  # the policy still is the reference
+    judge, _ = Judge.load(stages.model_folder("reward"), model.model)
+    normalize(config, judge, model)  # the policy still is the reference
     trainer_config = stages.trainer_config("rl")
     value_model = None
     if choose(trainer_config).advantage == "gae":
@@ -292,7 +297,7 @@ def ppo(config: CfgNode, stages: AdapterStages, material: Lessons, model: ChatMo
     return PPOTrainer(
         trainer_config,
         model.model,
-        reward_model,
+        judge,
         [model.encode(config.ask, prompt) for prompt in prompts],
         value_model=value_model,
         tokenizer=model.chat,
@@ -303,11 +308,12 @@ def dpo(config: CfgNode, stages: AdapterStages, material: Lessons, model: ChatMo
     """Learn from the labels themselves, without a reward model."""
     set_seed(config.system.seed + 2)
     prepare_policy(config, stages, model)
+    learned, held_out = lessons.hold_out(material.rows, material.folds)
     return Trainer(
         stages.trainer_config("rl"),
         ActorCritic(model.model),
-        load_comparisons(material.train, model),
-        load_comparisons(material.held_out, model),
+        load_comparisons(learned, model),
+        load_comparisons(held_out, model),
         loss_fn=DPOLoss(model.model, config.dpo.beta),
         collate_fn=Comparisons.collate,
     )
@@ -325,21 +331,7 @@ def prepare_policy(config: CfgNode, stages: AdapterStages, model: ChatModel) -> 
         lora.add(model.model, config.model.rank, config.model.alpha)
 
 
-def new_reward_model(config: CfgNode, model: ChatModel) -> RewardModel:
-    """A reward model on the policy's trunk, which has learned nothing yet."""
-    return RewardModel.on(model.model, rank=config.model.rank, alpha=config.model.alpha)
-
-
-def load_reward_model(
-    config: CfgNode, stages: AdapterStages, model: ChatModel
-) -> RewardModel:
-    """The reward model of the reward stage, on the policy's trunk."""
-    reward_model = new_reward_model(config, model)
-    lora.load(reward_model, stages.model_folder("reward"))
-    return reward_model.eval()
-
-
-def normalize(config: CfgNode, reward_model: RewardModel, reference: ChatModel) -> None:
+def normalize(config: CfgNode, judge: Judge, reference: ChatModel) -> None:
     """Give the rewards mean 0 and variance 1 on answers of the reference (Ziegler et al. 2019).
 
     kl_coef is in units of this reward, and Bradley-Terry leaves open where its zero is.
@@ -351,8 +343,7 @@ def normalize(config: CfgNode, reward_model: RewardModel, reference: ChatModel) 
     ]
     batch_size = config.report.batch_size
     samples = reference.sample(config.ask, asked, 1, config.system.seed, batch_size)
-    scores = evaluation.score(samples, reward_model, batch_size)
-    reward_model.normalize(scores.to(reward_model.head.weight.device), unit_variance=True)
+    judge.normalize(evaluation.score(samples, judge, batch_size))
 
 
 def load_comparisons(rows: list[dict], model: ChatModel) -> Comparisons:
@@ -399,16 +390,16 @@ def report(config: CfgNode, stages: AdapterStages, material: Lessons, started: f
     name = str(stages.model_folder("sft")) if begins_with_sft else config.model.name
     before = ChatModel.load(name, config.rl.device)
     after = ChatModel.load(str(stages.model_folder(last)), config.rl.device)
-    reward_model = None
+    judge = None
     margins = {}
     if "reward" in stages.names:
-        reward_model = load_reward_model(config, stages, before)
-        for name, rows in (("held_out", material.held_out), ("test", material.test)):
-            if rows:
-                data = load_comparisons(rows, before)
-                margins[name] = outcome.margins(reward_model, data, config.report.batch_size)
-        normalize(config, reward_model, before)
-    outcome.write(config, stages, before, after, reward_model, margins, started)
+        judge, margins["held_out"] = Judge.load(stages.model_folder("reward"), before.model)
+        if material.test:
+            test = load_comparisons(material.test, before)
+            features = judge.read(test, config.report.batch_size)
+            margins["test"] = judge.margins(features)[:, 0].detach().cpu()
+        normalize(config, judge, before)
+    outcome.write(config, stages, before, after, judge, margins, started)
 
 
 if __name__ == "__main__":
