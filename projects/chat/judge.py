@@ -109,8 +109,9 @@ class Judge(nn.Module):
 
     def margins(self, features: Tensor) -> Tensor:
         """r(chosen) - r(rejected) by each judge: (N, 2, F) -> (N, J)."""
-        rewards = self.rewards(features)
-        return rewards[:, 0] - rewards[:, 1]
+        # The difference first: where two features are equal, it is exactly 0.
+        difference = features[:, 0] - features[:, 1]
+        return (difference / self.scale) @ self.weight.T / self.std
 
     @torch.no_grad()
     def normalize(self, scores: Tensor) -> None:
