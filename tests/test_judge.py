@@ -6,7 +6,6 @@ import unittest
 
 import torch
 import transformers
-from torch.nn import functional as F
 
 from mingpt import lora
 from mingpt.datasets import Comparisons
@@ -169,7 +168,7 @@ class JudgeTests(TempDirTestCase):
         rows = [
             {
                 "prompt": [{"role": "user", "content": f"What is {n}?"}],
-                "chosen": "A number" + n % 3 * "!",
+                "chosen": "A number" + (7 * n) % 5 * "!",
                 "rejected": "I do not know it.",
                 "ended": [True, n % 2 == 0],
             }
@@ -182,6 +181,9 @@ class JudgeTests(TempDirTestCase):
         one_by_one = judge.read(self.labels, 1)
         self.assertEqual(one_by_one.shape[:2], (10, 2))
         torch.testing.assert_close(judge.read(self.labels, 4), one_by_one)
+        for label, features in zip(self.labels, one_by_one, strict=True):
+            batch = [x.flatten(0, 1) for x in Comparisons.collate([label])]
+            torch.testing.assert_close(judge.features(*batch), features)
 
     def test_normalized_rewards_have_mean_0_and_variance_1_and_keep_their_order(self):
         judge = Judge(self.model.model)

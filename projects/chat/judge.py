@@ -27,14 +27,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader
 
 from mingpt import lora
 from mingpt.checkpoint import atomic_write
 from mingpt.datasets import Comparisons
+from mingpt.heads import first_column
 from mingpt.model import GPT, last_real
 from mingpt.model_files import load_file, write_safetensors
-from mingpt.prefix import needed_mask
+from mingpt.prefix import hidden_states
 from mingpt.trunk import Trunk
 
 FOLDS = 5  # parts of the labels, each of which one judge leaves out
@@ -63,25 +63,36 @@ class Judge(nn.Module):
     # -- what it reads -----------------------------------------------------------------------------
 
     @torch.no_grad()
-    def features(self, idx: Tensor, attention_mask: Tensor, completion_mask: Tensor) -> Tensor:
-        """(B, T) each -> (B, F): what the trunk's layers hold where the answers are."""
+    def features(
+        self,
+        idx: Tensor,
+        attention_mask: Tensor,
+        completion_mask: Tensor,
+        rows_per_prompt: int = 1,
+    ) -> Tensor:
+        """(B, T) each -> (B, F): what the trunk's layers hold where the answers are.
+
+        If each rows_per_prompt adjacent rows answer the same prompt, that prompt is read once.
+        """
         [trunk] = self.borrowed
-        weights = completion_mask / completion_mask.sum(1, keepdim=True)  # (B, T), for the mean
-        rows, last = torch.arange(len(idx), device=idx.device), last_real(completion_mask)
+        prefix_length = first_column(completion_mask) if rows_per_prompt > 1 else 0
+        written = completion_mask[:, prefix_length:]
+        weights = written / written.sum(1, keepdim=True)  # (B, T'), for the mean
+        rows, last = torch.arange(len(idx), device=idx.device), last_real(written)
         found: list[Tensor] = []
 
         def pool(hidden: Tensor) -> None:
-            """Keep the mean over the answer, and its last token: (B, T, C) -> 2 of (B, C)."""
-            found.append(torch.einsum("bt, btc -> bc", weights, hidden.float()))
-            found.append(hidden[rows, last].float())
+            """Keep the mean over the answer, and its last token: (B, T', C) -> 2 of (B, C)."""
+            if len(hidden) == len(idx):  # and not the prompts, which are read before
+                found.append(torch.einsum("bt, btc -> bc", weights, hidden.float()))
+                found.append(hidden[rows, last].float())
 
         # Hooks see what goes into the first block, and what comes out of each.
         blocks = blocks_of(trunk.trunk)
-        hooks = [blocks[0].register_forward_pre_hook(lambda block, inputs: pool(inputs[0]))]
-        hooks += [block.register_forward_hook(lambda _, __, output: pool(output))
-                  for block in blocks]
+        hooks = [blocks[0].register_forward_pre_hook(lambda _, inputs: pool(inputs[0]))]
+        hooks += [block.register_forward_hook(lambda _, __, y: pool(y)) for block in blocks]
         try:
-            trunk(idx, needed_mask(idx, attention_mask))
+            hidden_states(trunk, idx, attention_mask, prefix_length, rows_per_prompt)
         finally:
             for hook in hooks:
                 hook.remove()
@@ -89,13 +100,16 @@ class Judge(nn.Module):
 
     def read(self, data: Comparisons, batch_size: int) -> Tensor:
         """The features of labels: (N, 2, F), the chosen answer first."""
-        loader = DataLoader(data, batch_size=batch_size, collate_fn=data.collate)
-        features = []
-        for batch in loader:
+        # Labels of about the same length together, so that there is little padding.
+        order = sorted(range(len(data)), key=lambda i: longest(*data[i]))
+        features: list[Tensor] = []
+        for first in range(0, len(order), batch_size):
+            batch = data.collate([data[i] for i in order[first : first + batch_size]])
             # A batch is (B, 2, T); the trunk reads rows, (2B, T).
             rows = [x.flatten(0, 1).to(self.weight.device) for x in batch]
-            features.append(self.features(*rows).unflatten(0, (-1, 2)))
-        return torch.cat(features)
+            features += self.features(*rows, rows_per_prompt=2).unflatten(0, (-1, 2))
+        place = {i: number for number, i in enumerate(order)}
+        return torch.stack([features[place[i]] for i in range(len(order))])
 
     # -- what it says ------------------------------------------------------------------------------
 
@@ -168,6 +182,11 @@ class Judge(nn.Module):
         judge = cls(model)
         judge.load_state_dict(tensors)
         return judge.eval(), margins
+
+
+def longest(prompt: Tensor, answers: list[Tensor]) -> int:
+    """How many tokens a label has, with the longer of its answers."""
+    return len(prompt) + max(map(len, answers))
 
 
 def blocks_of(trunk: Trunk) -> Any:
