@@ -557,11 +557,26 @@ def next_token_log_probs(
         kth_largest = logits.topk(top_k).values[:, [-1]]  # (B, 1)
         logits = logits.masked_fill(logits < kth_largest, -math.inf)
     if top_p is not None and top_p < 1:
-        # Sort by probability. A token is cut if the more likely ones add up to p without it.
-        probs, order = logits.softmax(1).sort(dim=1, descending=True, stable=True)
-        cut = probs.cumsum(1) - probs >= top_p
-        logits = logits.masked_fill(cut.scatter(1, order, cut), -math.inf)
+        logits = logits.masked_fill(~nucleus(logits.softmax(1), top_p), -math.inf)
     return logits.log_softmax(1)
+
+
+def nucleus(probs: Tensor, top_p: float) -> Tensor:
+    """Which tokens top_p keeps: (B, V) -> (B, V) mask (Holtzman et al. 2020, section 3.1).
+
+    They are the likeliest ones that together reach top_p, and at least one.
+    """
+    tokens = torch.arange(probs.size(1), device=probs.device).expand_as(probs)
+    if probs.is_cpu and probs.size(1) > LARGE_VOCABULARY:
+        # Sorting them all would take longer than a layer of the model. The tokens below (1 - p) / V
+        # add up to less than 1 - p, so that none of them is kept: sort the others alone.
+        n_likely = int((probs >= (1 - top_p) / probs.size(1)).sum(1).max())
+        tokens = probs.topk(n_likely).indices.sort(dim=1).values  # (B, n_likely)
+    # Sort by probability. A token is kept unless the more likely ones add up to p without it.
+    sorted_probs, order = probs.gather(1, tokens).sort(dim=1, descending=True, stable=True)
+    kept = sorted_probs.cumsum(1) - sorted_probs < top_p
+    nothing = torch.zeros_like(probs, dtype=torch.bool)
+    return nothing.scatter(1, tokens.gather(1, order), kept)
 
 
 def draw(probs: Tensor, generator: torch.Generator | None) -> Tensor:

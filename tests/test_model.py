@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
+from transformers import TopPLogitsWarper
 
-from mingpt.model import GPT, PRESETS, draw, next_token_log_probs
+from mingpt.model import GPT, PRESETS, draw, next_token_log_probs, nucleus
 from mingpt.unembed import LARGE_VOCABULARY
 from tests.common import tiny_gpt
 
@@ -217,6 +218,40 @@ class TestDraw(unittest.TestCase):
         for V in (5, LARGE_VOCABULARY + 1):
             with self.assertRaisesRegex(RuntimeError, "nan"):
                 draw(torch.full((1, V), torch.nan), None)
+
+
+class TestNucleus(unittest.TestCase):
+    """top_p's tokens, of which few are sorted where the vocabulary is large."""
+
+    SIZES = (11, LARGE_VOCABULARY + 1, 3 * LARGE_VOCABULARY)
+
+    def test_it_is_transformers(self):
+        torch.manual_seed(0)
+        for V in self.SIZES:
+            for top_p in (1e-9, 0.3, 0.9, 0.999):
+                with self.subTest(V=V, top_p=top_p):
+                    logits = torch.randn(6, V) * torch.tensor([0.5, 1, 2, 3, 5, 9])[:, None]
+                    theirs = TopPLogitsWarper(top_p)(None, logits).isfinite()
+                    kept = nucleus(logits.softmax(1), top_p)
+                    self.assertTrue(kept.any(1).all())
+                    # Sums of thousands of numbers round differently: a token at the edge may be
+                    # in or out.
+                    self.assertLessEqual((kept != theirs).sum(1).max(), V // 4096 + 1)
+
+    def test_it_is_the_shortest_list_of_likely_tokens_that_reaches_p(self):
+        for V in self.SIZES:
+            with self.subTest(V=V):
+                probs = torch.full((2, V), 0.25 / (V - 4))
+                probs[0, [3, 1, 8, V - 1]] = torch.tensor([0.3, 0.2, 0.2, 0.05])
+                probs[1, [V - 2, 0, 2, 5]] = torch.tensor([0.5, 0.1, 0.1, 0.05])
+                expected = [[1, 3, 8], [0, V - 2]]  # of 0 and 2, which are equal, the first
+                kept = nucleus(probs, 0.58)
+                self.assertEqual([row.nonzero().flatten().tolist() for row in kept], expected)
+
+    def test_all_tokens_equal(self):
+        for V in self.SIZES:
+            kept = nucleus(torch.full((1, V), 1 / V, dtype=torch.float64), 0.5)
+            self.assertAlmostEqual(kept.sum().item(), V / 2, delta=1)  # of sums of rounded 1 / V
 
 
 class TestGenerate(unittest.TestCase):
