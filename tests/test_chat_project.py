@@ -1435,6 +1435,14 @@ class TeachTests(TempDirTestCase):
             self.summary(folder)["held_out_accuracy"], self.summary(self.ppo)["held_out_accuracy"]
         )
 
+    def test_with_a_value_function_on_the_same_trunk(self):
+        folder = self.folder / "gae"
+        printed(self.teach, folder, f"--base={self.ppo}", "--rl.advantage=gae")
+        rows = read_metrics(folder / "rl" / "metrics.jsonl")
+        self.assertTrue(all("val/explained_variance" in row for row in rows))
+        rows = read_metrics(self.ppo / "rl" / "metrics.jsonl")
+        self.assertFalse(any("val/explained_variance" in row for row in rows))
+
     def test_conversations_first_and_then_nothing_or_dpo(self):
         talks = self.folder / "talks.jsonl"
         row = {"messages": [{"role": "user", "content": "Hi"},

@@ -13,9 +13,9 @@ Teach a chat model what you like, from the labels of label.py.
                                                                     a dialog agent out of GPT-2
 
 The base model is never changed. What is learned is an adapter of a few megabytes (mingpt/lora.py):
-policy, reference, value function and reward model all stand on the one frozen trunk. The policy's
-adapter is in rl/model; talk.py and compare.py take that folder as their model. --merge writes a
-whole model instead, which needs no base any more.
+policy, reference and reward model all stand on the one frozen trunk, and with --rl.advantage=gae a
+value function does, too. The policy's adapter is in rl/model; talk.py and compare.py take that
+folder as their model. --merge writes a whole model instead, which needs no base any more.
 
 An interrupted run continues where it stopped, and finished stages are skipped.
 """
@@ -93,27 +93,27 @@ def get_config() -> CfgNode:
     C.reward.prior = 1.0             # so far apart two rewards are believed to be at first
 
     C.rl = PPOTrainer.get_default_config()
-    C.rl.max_iters = 30
+    C.rl.max_iters = 16
     C.rl.batch_size = 32             # answers in a rollout
     C.rl.minibatch_size = 16
     C.rl.micro_batch_size = 8
     C.rl.ppo_epochs = 1
     C.rl.group_size = 4              # answers to each prompt, which is read once for all of them
-    C.rl.learning_rate = 1e-4
-    C.rl.value_lr_ratio = 3.0
+    C.rl.advantage = "leave_one_out"  # the mean of the other three is expected of each: a value
+                                     # function (gae) learns nothing from so few answers
+    C.rl.learning_rate = 1e-3
+    C.rl.value_lr_ratio = 3.0        # for gae, and gae_lambda as well
     C.rl.lr_schedule = "linear"
     C.rl.gae_lambda = 1.0
-    C.rl.kl_coef = 0.05
-    C.rl.kl_target = 10.0            # nats an answer
-    C.rl.kl_horizon = 600
-    C.rl.missing_eos_penalty = 0.5
-    C.rl.checkpoint_every = 5
+    C.rl.kl_coef = 0.1               # in standard deviations of the reward, a nat
+    C.rl.missing_eos_penalty = 3.0
+    C.rl.checkpoint_every = 4
 
     # The Trainer's options for --method=dpo.
     C.dpo = Trainer.get_default_config()
     C.dpo.epochs = 3
     C.dpo.batch_size = 8             # labels
-    C.dpo.learning_rate = 1e-4
+    C.dpo.learning_rate = 3e-4
     C.dpo.lr_schedule = "linear"
     C.dpo.warmup_iters = 5
     C.dpo.weight_decay = 0.0
