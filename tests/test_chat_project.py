@@ -1298,7 +1298,7 @@ class TalkTests(TempDirTestCase):
 SMALL = [
     "--system.seed=1",
     "--ask.max_new_tokens=8",
-    "--data.normalized_on=16",
+    "--data.compared_with=16",
     "--reward.max_iters=40",
     "--rl.max_iters=2",
     "--rl.batch_size=8",

@@ -1,5 +1,6 @@
 """projects/chat/judge.py: against transformers' hidden states, and against Newton's method."""
 
+import math
 import sys
 import tempfile
 import unittest
@@ -185,18 +186,22 @@ class JudgeTests(TempDirTestCase):
             batch = [x.flatten(0, 1) for x in Comparisons.collate([label])]
             torch.testing.assert_close(judge.features(*batch), features)
 
-    def test_normalized_rewards_have_mean_0_and_variance_1_and_keep_their_order(self):
+    def test_the_reward_is_the_probability_to_be_chosen_over_the_others(self):
         judge = Judge(self.model.model)
         features = judge.read(self.labels, 8)
         judge.study(features, [n % FOLDS for n in range(10)])
         torch.manual_seed(0)
         with torch.no_grad():
             judge.weight.normal_()
-            raw = judge.rewards(features).flatten(0, 1)[:, 0]
-            for _ in range(2):  # the second time there is nothing left to do
-                judge.normalize(judge.rewards(features).flatten(0, 1)[:, 0])
-            rewards = judge.rewards(features).flatten(0, 1)[:, 0]
-        torch.testing.assert_close(rewards, (raw - raw.mean()) / raw.std(unbiased=False))
+        batch = [x.flatten(0, 1) for x in Comparisons.collate(list(self.labels))]
+        raw = judge(*batch).detach()
+        judge.compare_with(raw)
+        rewards = judge(*batch).tolist()
+        for r, reward in zip(raw.tolist(), rewards, strict=True):
+            chances = [1 / (1 + math.exp(other - r)) for other in raw.tolist()]
+            self.assertAlmostEqual(reward, sum(chances) / len(chances), places=5)
+        # Of two answers one is chosen: on those that it is compared with, the mean is 1/2.
+        self.assertAlmostEqual(sum(rewards) / len(rewards), 0.5, places=5)
 
     def test_a_saved_judge_says_the_same(self):
         judge = Judge(self.model.model)

@@ -10,6 +10,10 @@ this judge reads them and learns one weight for each, which is called a linear p
 
     r(x, y) = w · φ(x, y)        φ: of each layer, the mean over the answer's tokens, and its last
 
+What PPO earns is the probability that an answer would be chosen over the model's own answers, which
+is 1/2 at first. It cannot grow beyond 1, so there is nothing to win from answers that are only ever
+more of what was liked (Fu et al. 2025, arXiv:2502.18770, preference as reward).
+
 The probability of a label is Bradley-Terry's, σ(r(chosen) - r(rejected)). w is its most probable
 value when, before there are any labels, w is normally distributed, and wide enough that the rewards
 of two answers differ by about `prior`. This is a convex problem: one answer, found in seconds.
@@ -55,10 +59,8 @@ class Judge(nn.Module):
         n_features = 2 * (1 + len(blocks_of(trunk))) * model.config.n_embd
         device = next(model.parameters()).device
         self.weight = nn.Parameter(torch.zeros(1 + FOLDS, n_features, device=device))
-        # Features are divided by their scale, and rewards brought to mean 0 and variance 1.
         self.register_buffer("scale", torch.ones(n_features, device=device))
-        self.register_buffer("mean", torch.zeros((), device=device))
-        self.register_buffer("std", torch.ones((), device=device))
+        self.others: Tensor | None = None  # rewards of answers to compare with, (M,)
 
     # -- what it reads -----------------------------------------------------------------------------
 
@@ -114,25 +116,29 @@ class Judge(nn.Module):
     # -- what it says ------------------------------------------------------------------------------
 
     def rewards(self, features: Tensor) -> Tensor:
-        """(..., F) -> (..., J): the reward by each of the judges."""
-        return ((features / self.scale) @ self.weight.T - self.mean) / self.std
+        """(..., F) -> (..., J): r(x, y) by each of the judges."""
+        return (features / self.scale) @ self.weight.T
 
     def forward(self, idx: Tensor, attention_mask: Tensor, completion_mask: Tensor) -> Tensor:
-        """(B, T) each -> (B,), the reward by the first judge: what PPO takes as its reward_fn."""
-        return self.rewards(self.features(idx, attention_mask, completion_mask))[:, 0]
+        """(B, T) each -> (B,), by the first judge: what PPO takes as its reward_fn.
+
+        The mean probability that an answer is chosen over one of those to compare with; r(x, y) if
+        there are none.
+        """
+        rewards = self.rewards(self.features(idx, attention_mask, completion_mask))[:, 0]
+        if self.others is None:
+            return rewards
+        return torch.sigmoid(rewards[:, None] - self.others).mean(1)  # (B, M) -> (B,)
 
     def margins(self, features: Tensor) -> Tensor:
         """r(chosen) - r(rejected) by each judge: (N, 2, F) -> (N, J)."""
         # The difference first: where two features are equal, it is exactly 0.
         difference = features[:, 0] - features[:, 1]
-        return (difference / self.scale) @ self.weight.T / self.std
+        return (difference / self.scale) @ self.weight.T
 
-    @torch.no_grad()
-    def normalize(self, scores: Tensor) -> None:
-        """Bring rewards to mean 0 and variance 1 on answers that have these scores now, (B,)."""
-        scores = scores.to(self.mean.device)
-        self.mean += scores.mean() * self.std
-        self.std *= scores.std(unbiased=False).clamp(min=1e-6)
+    def compare_with(self, rewards: Tensor) -> None:
+        """From now on, compare with answers that have these rewards, (M,)."""
+        self.others = rewards.to(self.weight.device)
 
     # -- how it learns -----------------------------------------------------------------------------
 

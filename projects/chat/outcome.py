@@ -204,7 +204,7 @@ def knowledge(before: ChatModel, after: ChatModel, ask: CfgNode) -> dict[str, in
 def table(summary: dict) -> str:
     """Before and after, side by side, for the console."""
     lines = [f"{'':22}{'before':>10}{'after':>10}"]
-    for figure, form in (("reward", "+.2f"), ("length", ".1f"), ("ended", ".0%"), ("known", "d")):
+    for figure, form in (("reward", ".2f"), ("length", ".1f"), ("ended", ".0%"), ("known", "d")):
         if f"{figure}_before" in summary:
             values = [format(summary[f"{figure}_{name}"], form) for name in ("before", "after")]
             lines.append(f"{figure:22}{values[0]:>10}{values[1]:>10}")

@@ -75,8 +75,8 @@ def get_config() -> CfgNode:
     C.data.first = None              # learn from the first so many comparisons only; None: from all
     C.data.test = ""                 # another labels.db: the reward model is tested on it, too
     C.data.prompts = ""              # prompts for PPO, one a line; empty: the project's own 300
-    C.data.normalized_on = 128       # answers of the reference, on which rewards have mean 0 and
-                                     # variance 1
+    C.data.compared_with = 128       # answers of the reference: the reward of an answer is the
+                                     # probability that it is chosen over one of them
 
     C.finetune = Trainer.get_default_config()
     C.finetune.epochs = 2
@@ -105,8 +105,8 @@ def get_config() -> CfgNode:
     C.rl.value_lr_ratio = 3.0        # for gae, and gae_lambda as well
     C.rl.lr_schedule = "linear"
     C.rl.gae_lambda = 1.0
-    C.rl.kl_coef = 0.1               # in standard deviations of the reward, a nat
-    C.rl.missing_eos_penalty = 3.0
+    C.rl.kl_coef = 0.03              # in probability, a nat
+    C.rl.missing_eos_penalty = 1.0   # worse than any answer that has ended
     C.rl.checkpoint_every = 4
 
     # The Trainer's options for --method=dpo.
@@ -145,7 +145,7 @@ def check_config(config: CfgNode) -> None:
     check_numbers(config.model, "rank", low=1, whole=True)
     check_numbers(config.model, "alpha", low=1e-6)
     check_numbers(config.data, "first", low=lessons.FEWEST, whole=True, optional=True)
-    check_numbers(config.data, "normalized_on", low=2, whole=True)
+    check_numbers(config.data, "compared_with", low=1, whole=True)
     check_numbers(config.dpo, "beta", low=1e-6)
     check_numbers(config.reward, "prior", low=1e-6)
 
@@ -286,7 +286,7 @@ def ppo(config: CfgNode, stages: AdapterStages, material: Lessons, model: ChatMo
     set_seed(config.system.seed + 2)
     prepare_policy(config, stages, model)
     judge, _ = Judge.load(stages.model_folder("reward"), model.model)
-    normalize(config, judge, model)  # the policy still is the reference
+    compare_with_reference(config, judge, model)  # which the policy still is
     trainer_config = stages.trainer_config("rl")
     value_model = None
     if choose(trainer_config).advantage == "gae":
@@ -331,19 +331,19 @@ def prepare_policy(config: CfgNode, stages: AdapterStages, model: ChatModel) -> 
         lora.add(model.model, config.model.rank, config.model.alpha)
 
 
-def normalize(config: CfgNode, judge: Judge, reference: ChatModel) -> None:
-    """Give the rewards mean 0 and variance 1 on answers of the reference (Ziegler et al. 2019).
+def compare_with_reference(config: CfgNode, judge: Judge, reference: ChatModel) -> None:
+    """Have the judge compare all answers with some of the reference.
 
-    kl_coef is in units of this reward, and Bradley-Terry leaves open where its zero is.
+    Bradley-Terry leaves open where the zero of a reward is. This is where it comes from.
     """
     prompts = answers.read_prompts(config.data.prompts)
     asked = [
         answers.prompt_number(prompts, i, config.system.seed)
-        for i in range(config.data.normalized_on)
+        for i in range(config.data.compared_with)
     ]
     batch_size = config.report.batch_size
     samples = reference.sample(config.ask, asked, 1, config.system.seed, batch_size)
-    judge.normalize(evaluation.score(samples, judge, batch_size))
+    judge.compare_with(evaluation.score(samples, judge, batch_size))
 
 
 def load_comparisons(rows: list[dict], model: ChatModel) -> Comparisons:
@@ -398,7 +398,7 @@ def report(config: CfgNode, stages: AdapterStages, material: Lessons, started: f
             test = load_comparisons(material.test, before)
             features = judge.read(test, config.report.batch_size)
             margins["test"] = judge.margins(features)[:, 0].detach().cpu()
-        normalize(config, judge, before)
+        compare_with_reference(config, judge, before)
     outcome.write(config, stages, before, after, judge, margins, started)
 
 
