@@ -571,7 +571,8 @@ def nucleus(probs: Tensor, top_p: float) -> Tensor:
         # Sorting them all would take longer than a layer of the model. The tokens below (1 - p) / V
         # add up to less than 1 - p, so that none of them is kept: sort the others alone.
         n_likely = int((probs >= (1 - top_p) / probs.size(1)).sum(1).max())
-        tokens = probs.topk(n_likely).indices.sort(dim=1).values  # (B, n_likely)
+        if n_likely < probs.size(1) // 4:
+            tokens = probs.topk(n_likely).indices.sort(dim=1).values  # (B, n_likely)
     # Sort by probability. A token is kept unless the more likely ones add up to p without it.
     sorted_probs, order = probs.gather(1, tokens).sort(dim=1, descending=True, stable=True)
     kept = sorted_probs.cumsum(1) - sorted_probs < top_p

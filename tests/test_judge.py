@@ -81,8 +81,8 @@ def made_up(n=40):
 
 def learned(features, folds, prior, folder, max_iters=300):
     """Judges at the optimum, trained as teach.py does."""
-    judge = Judge(tiny_gpt(), prior)
-    judge.study(features, folds)
+    judge = Judge(tiny_gpt())
+    judge.study(features, folds, prior)
     config = Trainer.get_default_config()
     config.merge_from_dict({
         "max_iters": max_iters,
@@ -194,7 +194,9 @@ class JudgeTests(TempDirTestCase):
         with torch.no_grad():
             judge.weight.normal_()
         batch = [x.flatten(0, 1) for x in Comparisons.collate(list(self.labels))]
-        raw = judge(*batch).detach()
+        with self.assertRaisesRegex(ValueError, "nothing to compare with"):
+            judge(*batch)
+        raw = judge.reward(*batch)
         judge.compare_with(raw)
         rewards = judge(*batch).tolist()
         for r, reward in zip(raw.tolist(), rewards, strict=True):
@@ -211,8 +213,10 @@ class JudgeTests(TempDirTestCase):
         judge.save_pretrained(self.folder)
         loaded, margins = Judge.load(self.folder, self.model.model)
         batch = [x.flatten(0, 1) for x in Comparisons.collate([self.labels[0], self.labels[1]])]
-        torch.testing.assert_close(loaded(*batch), judge(*batch))
+        torch.testing.assert_close(loaded.reward(*batch), judge.reward(*batch))
         self.assertEqual(margins.shape, (10,))
+        with self.assertRaisesRegex(ValueError, "the judge of another model"):
+            Judge.load(self.folder, tiny_gpt(n_layer=3))
 
     def test_its_reward_of_a_text_is_that_of_its_features(self):
         judge = Judge(self.model.model)
@@ -221,7 +225,7 @@ class JudgeTests(TempDirTestCase):
         [features] = judge.read(self.labels, 1)[:1]
         batch = [x.flatten(0, 1) for x in Comparisons.collate([self.labels[0]])]
         expected = (features @ judge.weight[0]).detach()
-        torch.testing.assert_close(judge(*batch).detach(), expected)
+        torch.testing.assert_close(judge.reward(*batch), expected)
 
 
 if __name__ == "__main__":

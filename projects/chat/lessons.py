@@ -92,15 +92,6 @@ def folds(rows: list[dict[str, Any]], n: int, seed: int) -> list[int]:
     return result
 
 
-def hold_out(
-    rows: list[dict[str, Any]], folds: list[int]
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """(to learn from, held out): the first part is held out."""
-    learned = [row for row, fold in zip(rows, folds, strict=True) if fold > 0]
-    held_out = [row for row, fold in zip(rows, folds, strict=True) if fold == 0]
-    return learned, held_out
-
-
 def demonstrations(labels: list[Label], source: str) -> list[dict[str, Any]]:
     """The rows that the sft stage learns from: conversations, as {"messages": [...]}.
 

@@ -67,9 +67,9 @@ def calibration(margins: Tensor) -> tuple[list[float], list[float], float]:
 def in_words(rate: WinRate) -> str:
     """What the held-out accuracy means, for a person."""
     lines = [
-        f"The reward model agrees with {rate.rate:.0%} of {rate.n} labels, each tested without "
-        f"having learned from it (95% interval: {rate.low:.0%} to {rate.high:.0%}). Guessing gives "
-        "50%."
+        "Reward models that have learned from four fifths of the labels agree with "
+        f"{rate.rate:.0%} of the others, {rate.n} in all (95% interval: {rate.low:.0%} to "
+        f"{rate.high:.0%}). Guessing gives 50%."
     ]
     if rate.low <= 0.5:
         lines.append(

@@ -39,7 +39,7 @@ from mingpt.checkpoint import run_script
 from mingpt.config import CfgNode, check_booleans, check_numbers, documented, parse_args
 from mingpt.datasets import Comparisons, Completions
 from mingpt.heads import ActorCritic, ValueModel
-from mingpt.rlhf import DPOLoss, PPOTrainer, choose
+from mingpt.rlhf import ALGORITHMS, DPOLoss, PPOTrainer, choose
 from mingpt.stages import Stages
 from mingpt.trainer import Trainer
 from mingpt.utils import import_extra, log_to_console, set_seed
@@ -47,6 +47,17 @@ from mingpt.utils import import_extra, log_to_console, set_seed
 logger = logging.getLogger("mingpt.chat")
 
 METHODS = ("ppo", "dpo", "none")
+BATCH = 32  # texts that are sampled, scored or read at once
+
+# Options of the reward stage that are not for the user to choose: all labels are one batch, and the
+# prior takes the place of weight decay. (None for the batch size: their number, see make_stages.)
+WHOLE_BATCH = {
+    "batch_size": None,
+    "micro_batch_size": None,
+    "weight_decay": 0.0,
+    "compile": False,
+    "eval_every": None,
+}
 
 
 @documented
@@ -89,7 +100,6 @@ def get_config() -> CfgNode:
     C.reward.max_iters = 300         # on all labels at once: then it is at the optimum
     C.reward.learning_rate = 3e-3
     C.reward.lr_schedule = "linear"
-    C.reward.weight_decay = 0.0      # `prior` takes its place
     C.reward.prior = 1.0             # so far apart two rewards are believed to be at first
 
     C.rl = PPOTrainer.get_default_config()
@@ -98,16 +108,16 @@ def get_config() -> CfgNode:
     C.rl.minibatch_size = 16
     C.rl.micro_batch_size = 8
     C.rl.ppo_epochs = 1
-    C.rl.group_size = 4              # answers to each prompt, which is read once for all of them
-    C.rl.advantage = "leave_one_out"  # the mean of the other three is expected of each: a value
-                                     # function (gae) learns nothing from so few answers
+    C.rl.group_size = 4              # answers to each prompt
+    C.rl.advantage = None            # None: as the algorithm has it, and for ppo leave_one_out: a
+                                     # value function (gae) learns nothing from so few answers
     C.rl.learning_rate = 1e-3
-    C.rl.value_lr_ratio = 3.0        # for gae, and gae_lambda as well
     C.rl.lr_schedule = "linear"
-    C.rl.gae_lambda = 1.0
-    C.rl.kl_coef = 0.03              # in probability, a nat
-    C.rl.missing_eos_penalty = 1.0   # worse than any answer that has ended
+    C.rl.kl_coef = None              # a probability, per nat; None: 0.03 where there is a penalty
+    C.rl.missing_eos_penalty = 1.0   # makes it worse than any answer that has ended
     C.rl.checkpoint_every = 4
+    C.rl.value_lr_ratio = 3.0        # this one and the next only with advantage=gae
+    C.rl.gae_lambda = 1.0
 
     # The Trainer's options for --method=dpo.
     C.dpo = Trainer.get_default_config()
@@ -124,13 +134,23 @@ def get_config() -> CfgNode:
     # answers are sampled as `ask` says.
     for section in (C.finetune, C.reward, C.rl, C.dpo):
         del section.work_dir
-    del C.reward.batch_size
+    for name in WHOLE_BATCH:
+        delattr(C.reward, name)
     del C.rl.max_new_tokens, C.rl.temperature, C.rl.stop_token
 
     C.report = CfgNode()
     C.report.prompts = ""            # fresh prompts, one a line; empty: the project's own 100
     C.report.batch_size = 32         # answers at a time
     return C
+
+
+def complete(config: CfgNode) -> None:
+    """Fill in what the defaults leave open, because it depends on the algorithm."""
+    row = ALGORITHMS.get(config.rl.algorithm)  # None for a name that the trainer will refuse
+    if config.rl.advantage is None and config.rl.algorithm == "ppo":
+        config.rl.advantage = "leave_one_out"
+    if config.rl.kl_coef is None and row is not None and row.kl_penalty != "none":
+        config.rl.kl_coef = 0.03
 
 
 def check_config(config: CfgNode) -> None:
@@ -185,7 +205,7 @@ class Lessons:
         }
 
 
-class AdapterStages(Stages):
+class ChatStages(Stages):
     """Stages that leave adapters of one base model, or a judge of its answers."""
 
     def __init__(self, *args: Any, base_model: dict[str, str], **options: Any):
@@ -200,7 +220,7 @@ class AdapterStages(Stages):
             answers.save_adapter(model, tokenizer, self.base_model, folder)
 
 
-def make_stages(config: CfgNode, material: Lessons, model: ChatModel) -> AdapterStages:
+def make_stages(config: CfgNode, material: Lessons, model: ChatModel) -> ChatStages:
     """The run's stages: who trains them, what they depend on, what is checked and locked."""
     dpo = config.method == "dpo"
     sampling = {
@@ -208,7 +228,7 @@ def make_stages(config: CfgNode, material: Lessons, model: ChatModel) -> Adapter
         "temperature": config.ask.temperature,
         "stop_token": list(model.chat.stop_tokens),
     }
-    return AdapterStages(
+    return ChatStages(
         config,
         config.system.work_dir,
         order={
@@ -220,12 +240,12 @@ def make_stages(config: CfgNode, material: Lessons, model: ChatModel) -> Adapter
         # Which sections of options, and which facts, a stage depends on beside those before it.
         sections={
             "sft": ["finetune", "demonstrations"],
-            "reward": ["reward", "labels", "data"],
+            "reward": ["reward", "labels"],
             "rl": [*(["dpo", "rl"] if dpo else ["rl", "dpo"]), "labels", "data", "ask", "method"],
         },
         extras={"reward": ["prior"], "rl": ["beta"] if dpo else []},
         overrides={
-            "reward": {"batch_size": max(1, len(material.rows))},
+            "reward": WHOLE_BATCH | {"batch_size": max(1, len(material.rows))},
             "rl": {} if dpo else sampling,
         },
         free=[
@@ -252,7 +272,7 @@ def load_base(config: CfgNode) -> ChatModel:
 # The stages
 
 
-def sft(config: CfgNode, stages: AdapterStages, material: Lessons, model: ChatModel) -> Trainer:
+def sft(config: CfgNode, stages: ChatStages, material: Lessons, model: ChatModel) -> Trainer:
     """Fine-tune on conversations: the loss is on the assistant's turns alone."""
     set_seed(config.system.seed)
     lora.add(model.model, config.model.rank, config.model.alpha)
@@ -266,13 +286,13 @@ def sft(config: CfgNode, stages: AdapterStages, material: Lessons, model: ChatMo
     )
 
 
-def reward(config: CfgNode, stages: AdapterStages, material: Lessons, model: ChatModel) -> Trainer:
+def reward(config: CfgNode, stages: ChatStages, material: Lessons, model: ChatModel) -> Trainer:
     """Learn which answers are chosen: from all labels at once, as often as it takes."""
     set_seed(config.system.seed + 1)
-    judge = Judge(model.model, config.reward.prior)
+    judge = Judge(model.model)
     labels = load_comparisons(material.rows, model)
     logger.info("reading the answers of %d labels", len(labels))
-    judge.study(judge.read(labels, config.report.batch_size), material.folds)
+    judge.study(judge.read(labels, BATCH // 2), material.folds, config.reward.prior)
     return Trainer(
         stages.trainer_config("reward"),
         judge,
@@ -281,7 +301,7 @@ def reward(config: CfgNode, stages: AdapterStages, material: Lessons, model: Cha
     )
 
 
-def ppo(config: CfgNode, stages: AdapterStages, material: Lessons, model: ChatModel) -> Trainer:
+def ppo(config: CfgNode, stages: ChatStages, material: Lessons, model: ChatModel) -> Trainer:
     """Answer so that the reward model likes it, and stay near to the reference."""
     set_seed(config.system.seed + 2)
     prepare_policy(config, stages, model)
@@ -304,16 +324,14 @@ def ppo(config: CfgNode, stages: AdapterStages, material: Lessons, model: ChatMo
     )
 
 
-def dpo(config: CfgNode, stages: AdapterStages, material: Lessons, model: ChatModel) -> Trainer:
+def dpo(config: CfgNode, stages: ChatStages, material: Lessons, model: ChatModel) -> Trainer:
     """Learn from the labels themselves, without a reward model."""
     set_seed(config.system.seed + 2)
     prepare_policy(config, stages, model)
-    learned, held_out = lessons.hold_out(material.rows, material.folds)
     return Trainer(
         stages.trainer_config("rl"),
         ActorCritic(model.model),
-        load_comparisons(learned, model),
-        load_comparisons(held_out, model),
+        load_comparisons(material.rows, model),
         loss_fn=DPOLoss(model.model, config.dpo.beta),
         collate_fn=Comparisons.collate,
     )
@@ -323,7 +341,7 @@ def dpo(config: CfgNode, stages: AdapterStages, material: Lessons, model: ChatMo
 # Their parts
 
 
-def prepare_policy(config: CfgNode, stages: AdapterStages, model: ChatModel) -> None:
+def prepare_policy(config: CfgNode, stages: ChatStages, model: ChatModel) -> None:
     """Give the policy an adapter: that of sft, where there is one, or one that changes nothing."""
     if config.sft:
         lora.load(model.model, stages.model_folder("sft"))
@@ -341,9 +359,8 @@ def compare_with_reference(config: CfgNode, judge: Judge, reference: ChatModel) 
         answers.prompt_number(prompts, i, config.system.seed)
         for i in range(config.data.compared_with)
     ]
-    batch_size = config.report.batch_size
-    samples = reference.sample(config.ask, asked, 1, config.system.seed, batch_size)
-    judge.compare_with(evaluation.score(samples, judge, batch_size))
+    samples = reference.sample(config.ask, asked, 1, config.system.seed, BATCH)
+    judge.compare_with(evaluation.score(samples, judge.reward, BATCH))
 
 
 def load_comparisons(rows: list[dict], model: ChatModel) -> Comparisons:
@@ -358,6 +375,7 @@ def load_comparisons(rows: list[dict], model: ChatModel) -> Comparisons:
 def main(args: list[str]) -> None:
     config = get_config()
     parse_args(config, args, __doc__)
+    complete(config)
     check_config(config)
     log_to_console()
     import_extra("matplotlib", "projects")  # before the work, not after it
@@ -382,7 +400,7 @@ def main(args: list[str]) -> None:
         outcome.write_merged(stages.model_folder(stages.names[-1]), folder)
 
 
-def report(config: CfgNode, stages: AdapterStages, material: Lessons, started: float) -> None:
+def report(config: CfgNode, stages: ChatStages, material: Lessons, started: float) -> None:
     """Write what came of it: see outcome.py."""
     last = stages.names[-1]
     # Before: the base, or what sft has made of it, where the last stage began there.
@@ -396,7 +414,7 @@ def report(config: CfgNode, stages: AdapterStages, material: Lessons, started: f
         judge, margins["held_out"] = Judge.load(stages.model_folder("reward"), before.model)
         if material.test:
             test = load_comparisons(material.test, before)
-            features = judge.read(test, config.report.batch_size)
+            features = judge.read(test, BATCH // 2)
             margins["test"] = judge.margins(features)[:, 0].detach().cpu()
         compare_with_reference(config, judge, before)
     outcome.write(config, stages, before, after, judge, margins, started)
