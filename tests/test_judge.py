@@ -17,6 +17,7 @@ from tests.common import ROOT, TempDirTestCase, tiny_gpt
 
 sys.path.insert(0, str(ROOT / "projects" / "chat"))
 import answers
+import teach
 from judge import FILE, FOLDS, Judge
 
 # Two texts: the first with padding on both sides, the second with none.
@@ -79,16 +80,17 @@ def made_up(n=40):
     return features, [i % FOLDS for i in range(n)]
 
 
-def learned(features, folds, prior, folder, max_iters=300):
+def learned(features, folds, prior, folder):
     """Judges at the optimum, trained as teach.py does."""
+    defaults = teach.get_config().reward
     judge = Judge(tiny_gpt())
     judge.study(features, folds, prior)
     config = Trainer.get_default_config()
     config.merge_from_dict({
-        "max_iters": max_iters,
+        "max_iters": defaults.max_iters,
         "batch_size": len(features),
-        "learning_rate": 1e-2,
-        "lr_schedule": "linear",
+        "learning_rate": defaults.learning_rate,
+        "lr_schedule": defaults.lr_schedule,
         "weight_decay": 0.0,
         "device": "cpu",
         "work_dir": str(folder),
@@ -116,7 +118,7 @@ class LearningTests(TempDirTestCase):
         features, folds = made_up()
         for prior in (0.5, 2.0):
             with self.subTest(prior=prior):
-                judge = learned(features, folds, prior, self.folder / str(prior), 2000)
+                judge = learned(features, folds, prior, self.folder / str(prior))
                 x = (features[:, 0] - features[:, 1]) / judge.scale
                 for number in range(1 + FOLDS):
                     kept = torch.tensor([number != fold + 1 for fold in folds])

@@ -98,7 +98,7 @@ def get_config() -> CfgNode:
 
     C.reward = Trainer.get_default_config()
     C.reward.max_iters = 300         # on all labels at once: then it is at the optimum
-    C.reward.learning_rate = 3e-3
+    C.reward.learning_rate = 3e-2
     C.reward.lr_schedule = "linear"
     C.reward.prior = 1.0             # so far apart two rewards are believed to be at first
 
