@@ -113,8 +113,8 @@ def get_config() -> CfgNode:
                                      # value function (gae) learns nothing from so few answers
     C.rl.learning_rate = 1e-3
     C.rl.lr_schedule = "linear"
-    C.rl.kl_coef = None              # a probability, per nat; None: 0.03 where there is a penalty
-    C.rl.missing_eos_penalty = 1.0   # makes it worse than any answer that has ended
+    C.rl.kl_coef = None              # a probability, per nat; None: 0.01 where there is a penalty
+    C.rl.missing_eos_penalty = 0.5   # makes it worse than most answers that have ended
     C.rl.checkpoint_every = 4
     C.rl.value_lr_ratio = 3.0        # this one and the next only with advantage=gae
     C.rl.gae_lambda = 1.0
@@ -150,7 +150,7 @@ def complete(config: CfgNode) -> None:
     if config.rl.advantage is None and config.rl.algorithm == "ppo":
         config.rl.advantage = "leave_one_out"
     if config.rl.kl_coef is None and row is not None and row.kl_penalty != "none":
-        config.rl.kl_coef = 0.03
+        config.rl.kl_coef = 0.01
 
 
 def check_config(config: CfgNode) -> None:
