@@ -110,8 +110,7 @@ class Judge(nn.Module):
             # A batch is (B, 2, T); the trunk reads rows, (2B, T).
             rows = [x.flatten(0, 1).to(self.weight.device) for x in batch]
             features += self.features(*rows, rows_per_prompt=2).unflatten(0, (-1, 2))
-        place = {i: number for number, i in enumerate(order)}
-        return torch.stack([features[place[i]] for i in range(len(order))])
+        return torch.stack(features)[torch.tensor(order).argsort()]  # in the labels' own order
 
     # -- what it says ------------------------------------------------------------------------------
 

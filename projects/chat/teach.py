@@ -61,6 +61,58 @@ WHOLE_BATCH = {
 
 
 @documented
+def get_reward_config() -> CfgNode:
+    """Options of the reward stage: the Trainer's, and the prior."""
+    C = Trainer.get_default_config()
+    C.max_iters = 300               # on all labels at once: then it is at the optimum
+    C.learning_rate = 3e-2
+    C.lr_schedule = "linear"
+    C.prior = 1.0                   # so far apart two rewards are believed to be at first
+    # All labels are one batch, and the prior takes the place of weight decay.
+    for name in WHOLE_BATCH:
+        delattr(C, name)
+    return C
+
+
+@documented
+def get_rl_config() -> CfgNode:
+    """Options of PPO: the trainer's, but for what `ask` says of sampling."""
+    C = PPOTrainer.get_default_config()
+    C.max_iters = 16
+    C.batch_size = 32               # answers in a rollout
+    C.minibatch_size = 16
+    C.micro_batch_size = 8
+    C.ppo_epochs = 1
+    C.group_size = 4                # answers to each prompt
+    C.advantage = None              # None: as the algorithm has it, and for ppo leave_one_out: a
+                                    # value function (gae) learns nothing from so few answers
+    C.learning_rate = 1e-3
+    C.lr_schedule = "linear"
+    C.kl_coef = None                # a probability, per nat; None: 0.01 where there is a penalty
+    C.missing_eos_penalty = 0.5     # makes it worse than most answers that have ended
+    C.checkpoint_every = 4
+    C.value_lr_ratio = 3.0          # this one and the next only with advantage=gae
+    C.gae_lambda = 1.0
+    del C.max_new_tokens, C.temperature, C.stop_token
+    return C
+
+
+@documented
+def get_dpo_config() -> CfgNode:
+    """Options of --method=dpo: the Trainer's, and DPO's own."""
+    C = Trainer.get_default_config()
+    C.epochs = 1                    # with few labels, 3; with more, that goes too far
+    C.batch_size = 8                # labels
+    C.learning_rate = 3e-4
+    C.lr_schedule = "linear"
+    C.warmup_iters = 5
+    C.weight_decay = 0.0
+    C.log_every = 1
+    C.beta = 0.1                    # strength of the penalty for leaving the reference
+    return C
+
+
+@documented
 def get_config() -> CfgNode:
     """Every option and its default."""
     C = CfgNode()
@@ -96,47 +148,14 @@ def get_config() -> CfgNode:
     C.finetune.lr_schedule = "linear"
     C.finetune.weight_decay = 0.0
 
-    C.reward = Trainer.get_default_config()
-    C.reward.max_iters = 300         # on all labels at once: then it is at the optimum
-    C.reward.learning_rate = 3e-2
-    C.reward.lr_schedule = "linear"
-    C.reward.prior = 1.0             # so far apart two rewards are believed to be at first
-
-    C.rl = PPOTrainer.get_default_config()
-    C.rl.max_iters = 16
-    C.rl.batch_size = 32             # answers in a rollout
-    C.rl.minibatch_size = 16
-    C.rl.micro_batch_size = 8
-    C.rl.ppo_epochs = 1
-    C.rl.group_size = 4              # answers to each prompt
-    C.rl.advantage = None            # None: as the algorithm has it, and for ppo leave_one_out: a
-                                     # value function (gae) learns nothing from so few answers
-    C.rl.learning_rate = 1e-3
-    C.rl.lr_schedule = "linear"
-    C.rl.kl_coef = None              # a probability, per nat; None: 0.01 where there is a penalty
-    C.rl.missing_eos_penalty = 0.5   # makes it worse than most answers that have ended
-    C.rl.checkpoint_every = 4
-    C.rl.value_lr_ratio = 3.0        # this one and the next only with advantage=gae
-    C.rl.gae_lambda = 1.0
+    C.reward = get_reward_config()
+    C.rl = get_rl_config()
 
     # The Trainer's options for --method=dpo.
-    C.dpo = Trainer.get_default_config()
-    C.dpo.epochs = 1                 # with few labels, 3; with more, that goes too far
-    C.dpo.batch_size = 8             # labels
-    C.dpo.learning_rate = 3e-4
-    C.dpo.lr_schedule = "linear"
-    C.dpo.warmup_iters = 5
-    C.dpo.weight_decay = 0.0
-    C.dpo.log_every = 1
-    C.dpo.beta = 0.1                 # strength of the penalty for leaving the reference
+    C.dpo = get_dpo_config()
 
-    # Some things are not for the user to choose here: folders are named after the stages, and the
-    # answers are sampled as `ask` says.
     for section in (C.finetune, C.reward, C.rl, C.dpo):
-        del section.work_dir
-    for name in WHOLE_BATCH:
-        delattr(C.reward, name)
-    del C.rl.max_new_tokens, C.rl.temperature, C.rl.stop_token
+        del section.work_dir  # folders are named after the stages
 
     C.report = CfgNode()
     C.report.prompts = ""            # fresh prompts, one a line; empty: the project's own 100
