@@ -32,7 +32,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mingpt.datasets import RESERVED_COLUMNS, Tokenizer, check_tokenizer, stop_tokens
 from mingpt.utils import check_equal_shapes
@@ -76,11 +76,13 @@ def score(
     columns: dict[str, list] | None = None,
     step: int = 0,
     max_steps: int | None = None,
+    rows_per_prompt: int = 1,
 ) -> Scores:
     """Call a reward function on a batch, (B, T) each, and check its rewards: (B,), all finite.
 
     columns, step and max_steps are for a `TextReward`: see `TextReward.scores`. tokenizer: shows a
-    sample as text in error messages.
+    sample as text in error messages. rows_per_prompt: so many adjacent rows continue the same
+    prompt. A reward function that takes this, as a `RewardModel` does, can read the prompt once.
 
     Raises RewardError, which names the sample, where reward_fn raises or returns anything else,
     and what `check_reward_fn` raises for a reward_fn that could not even be called.
@@ -89,17 +91,20 @@ def score(
     check_reward_fn(reward_fn, columns)
     check_equal_shapes(idx=idx, attention_mask=attention_mask, completion_mask=completion_mask)
 
-    def judge(rows: slice) -> Scores:
+    def judge(rows: slice, **shared: int) -> Scores:
         # reward_fn gets copies, so it may write into its arguments.
         batch = (idx[rows].clone(), attention_mask[rows].clone(), completion_mask[rows].clone())
         if not isinstance(reward_fn, TextReward):
-            return Scores(reward_fn(*batch))
+            return Scores(reward_fn(*batch, **shared))
         values = {name: column[rows] for name, column in columns.items()}
         return reward_fn.scores(*batch, columns=values, step=step, max_steps=max_steps)
 
     # Judge the whole batch at once. If that fails, judge sample by sample to find the one at fault.
+    shared = {}
+    if rows_per_prompt > 1 and "rows_per_prompt" in parameters_of(reward_fn):
+        shared["rows_per_prompt"] = rows_per_prompt
     try:
-        scores = judge(slice(None))
+        scores = judge(slice(None), **shared)
     except Exception as error:
         failed = first_to_raise(judge, len(idx))
         sample = describe_sample(failed, idx, attention_mask, tokenizer)
@@ -125,15 +130,21 @@ def check_reward_fn(reward_fn: Any, columns: Iterable[str] = ()) -> None:
             "attention_mask, completion_mask), a RewardModel or a TextReward"
         )
     # A function on text that was not wrapped would be called with tensors: say so before that.
-    try:
-        parameters = inspect.signature(reward_fn).parameters
-    except (ValueError, TypeError):  # some functions written in C do not tell
-        return
+    parameters = parameters_of(reward_fn)
     if "completions" in parameters or "completion_ids" in parameters:
         raise TypeError(
             f"reward_fn {name_of(reward_fn)}({', '.join(parameters)}) reads completions, not "
             "(idx, attention_mask, completion_mask): wrap it in TextReward(f, tokenizer)"
         )
+
+
+def parameters_of(reward_fn: Callable) -> list[str]:
+    """The names of a reward function's parameters; none for some in C, which do not tell."""
+    function = reward_fn.forward if isinstance(reward_fn, nn.Module) else reward_fn
+    try:
+        return list(inspect.signature(function).parameters)
+    except (ValueError, TypeError):
+        return []
 
 
 def first_to_raise(judge: Callable[[slice], Scores], n_rows: int) -> int | None:

@@ -48,7 +48,6 @@ Ziegler et al. 2019 (RL on language models, arXiv:1909.08593), Stiennon et al. 2
 
 import contextlib
 import dataclasses
-import functools
 import math
 import numbers
 from collections import defaultdict
@@ -1346,12 +1345,8 @@ class PPOTrainer(Trainer):
         rows_per_prompt: int,
     ) -> Scores:
         """The scores of the whole texts, and what the reward function logs: see `rewards.score`."""
-        # A reward model can read a shared prompt once; other reward functions know nothing of it.
-        reward_fn = self.reward_fn
-        if isinstance(reward_fn, RewardModel):
-            reward_fn = functools.partial(reward_fn, rows_per_prompt=rows_per_prompt)
         return score(  # the function of rewards.py
-            reward_fn,
+            self.reward_fn,
             idx,
             attention_mask,
             completion_mask,
@@ -1359,6 +1354,7 @@ class PPOTrainer(Trainer):
             columns=self.train_dataset.columns_of(prompt_index),
             step=self.iter_num,
             max_steps=self.max_iters,
+            rows_per_prompt=rows_per_prompt,
         )
 
     def token_rewards(

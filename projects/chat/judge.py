@@ -119,18 +119,31 @@ class Judge(nn.Module):
         return (features / self.scale) @ self.weight.T
 
     @torch.no_grad()
-    def reward(self, idx: Tensor, attention_mask: Tensor, completion_mask: Tensor) -> Tensor:
-        """(B, T) each -> (B,), r(x, y) by the first judge."""
-        return self.rewards(self.features(idx, attention_mask, completion_mask))[:, 0]
+    def reward(
+        self,
+        idx: Tensor,
+        attention_mask: Tensor,
+        completion_mask: Tensor,
+        rows_per_prompt: int = 1,
+    ) -> Tensor:
+        """(B, T) each -> (B,), r(x, y) by the first judge. rows_per_prompt: as in `features`."""
+        features = self.features(idx, attention_mask, completion_mask, rows_per_prompt)
+        return self.rewards(features)[:, 0]
 
-    def forward(self, idx: Tensor, attention_mask: Tensor, completion_mask: Tensor) -> Tensor:
+    def forward(
+        self,
+        idx: Tensor,
+        attention_mask: Tensor,
+        completion_mask: Tensor,
+        rows_per_prompt: int = 1,
+    ) -> Tensor:
         """(B, T) each -> (B,), the mean of σ(r - r'): what PPO takes as its reward_fn.
 
         ValueError before `compare_with`.
         """
         if len(self.others) == 0:
             raise ValueError("there is nothing to compare with: call compare_with(rewards) first")
-        rewards = self.reward(idx, attention_mask, completion_mask)
+        rewards = self.reward(idx, attention_mask, completion_mask, rows_per_prompt)
         return torch.sigmoid(rewards[:, None] - self.others).mean(1)  # (B, M) -> (B,)
 
     def margins(self, features: Tensor) -> Tensor:

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.data import TensorDataset
 
 import answers
@@ -35,7 +36,7 @@ import outcome
 from answers import ChatModel
 from judge import FOLDS, Judge
 from mingpt import evaluation, lora
-from mingpt.checkpoint import run_script
+from mingpt.checkpoint import read_json, run_script, to_json, write_text
 from mingpt.config import CfgNode, check_booleans, check_numbers, documented, parse_args
 from mingpt.datasets import Comparisons, Completions
 from mingpt.heads import ActorCritic, ValueModel
@@ -48,6 +49,7 @@ logger = logging.getLogger("mingpt.chat")
 
 METHODS = ("ppo", "dpo", "none")
 BATCH = 32  # texts that are sampled, scored or read at once
+COMPARED_WITH = "compared_with.json"  # beside PPO's checkpoint: rewards of the reference's answers
 
 # Options of the reward stage that are not for the user to choose: all labels are one batch, and the
 # prior takes the place of weight decay. (None for the batch size: their number, see make_stages.)
@@ -213,7 +215,8 @@ class Lessons:
         warning = lessons.check_number(self.rows, config.labels)
         if warning:
             logger.warning(warning)
-        self.folds = lessons.folds(self.rows, FOLDS, config.system.seed)
+        if config.method == "ppo":  # the reward model is tested on them
+            self.folds = lessons.folds(self.rows, FOLDS, config.system.seed)
         logger.info("%d labels to learn from", len(self.rows))
 
     def facts(self) -> dict[str, str]:
@@ -325,8 +328,11 @@ def ppo(config: CfgNode, stages: ChatStages, material: Lessons, model: ChatModel
     set_seed(config.system.seed + 2)
     prepare_policy(config, stages, model)
     judge, _ = Judge.load(stages.model_folder("reward"), model.model)
-    compare_with_reference(config, judge, model)  # which the policy still is
     trainer_config = stages.trainer_config("rl")
+    # The policy still is the reference. The report will need the same rewards again.
+    others = rewards_of_reference(config, judge, model)
+    write_text(Path(trainer_config.work_dir) / COMPARED_WITH, to_json(others.tolist()))
+    judge.compare_with(others)
     value_model = None
     if choose(trainer_config).advantage == "gae":
         value_model = ValueModel.on(
@@ -368,8 +374,8 @@ def prepare_policy(config: CfgNode, stages: ChatStages, model: ChatModel) -> Non
         lora.add(model.model, config.model.rank, config.model.alpha)
 
 
-def compare_with_reference(config: CfgNode, judge: Judge, reference: ChatModel) -> None:
-    """Have the judge compare all answers with some of the reference.
+def rewards_of_reference(config: CfgNode, judge: Judge, reference: ChatModel) -> Tensor:
+    """r(x, y) of some answers of the reference, (M,), with which others are compared.
 
     Bradley-Terry leaves open where the zero of a reward is. This is where it comes from.
     """
@@ -379,7 +385,7 @@ def compare_with_reference(config: CfgNode, judge: Judge, reference: ChatModel) 
         for i in range(config.data.compared_with)
     ]
     samples = reference.sample(config.ask, asked, 1, config.system.seed, BATCH)
-    judge.compare_with(evaluation.score(samples, judge.reward, BATCH))
+    return evaluation.score(samples, judge.reward, BATCH)
 
 
 def load_comparisons(rows: list[dict], model: ChatModel) -> Comparisons:
@@ -435,7 +441,8 @@ def report(config: CfgNode, stages: ChatStages, material: Lessons, started: floa
             test = load_comparisons(material.test, before)
             features = judge.read(test, BATCH // 2)
             margins["test"] = judge.margins(features)[:, 0].detach().cpu()
-        compare_with_reference(config, judge, before)
+        others = read_json(stages.stage_folder("rl") / COMPARED_WITH, list)
+        judge.compare_with(torch.tensor(others))
     outcome.write(config, stages, before, after, judge, margins, started)
 
 
