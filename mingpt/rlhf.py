@@ -96,6 +96,7 @@ __all__ = [
     "ppo_policy_loss",
     "reward_loss",
     "rloo_advantages",
+    "shaped",
     "simpo_loss",
     "value_loss",
     "written_mask",
@@ -242,6 +243,24 @@ def gae(
         backwards.append(next_advantage)
     advantages = torch.stack(backwards[::-1], dim=1)
     return advantages, advantages + values
+
+
+def shaped(rewards: Tensor, potentials: Tensor, mask: Tensor, gamma: float = 1.0) -> Tensor:
+    """Rewards with potential-based shaping (Ng et al. 1999, "Policy invariance"): (B, T).
+
+        r_t + γ Φ_{t+1} - Φ_t
+
+    The potential Φ_t says how good the text is so far, in the state in which action t is taken.
+    So each action is rewarded at once for what it adds, instead of at the end of the episode. In
+    the sum over an episode the potentials cancel, but for the first one. So which policy is the
+    best stays the same. After the last token on the mask, Φ is 0.
+    ValueError for tensors of different shapes, and for γ outside of [0, 1].
+    """
+    check_equal_shapes(rewards=rewards, potentials=potentials, mask=mask)
+    check_numbers(CN(gamma=gamma), "gamma", high=1)
+    potentials = masked(potentials, mask)
+    next_potentials = F.pad(potentials[:, 1:], (0, 1))
+    return masked(rewards + gamma * next_potentials - potentials, mask)
 
 
 # Without a value function, "better than expected" can mean: better than other completions of the
@@ -1078,6 +1097,7 @@ class PPOTrainer(Trainer):
         C.log_samples = 4             # episodes of each logged rollout for samples.jsonl
         # Rewards and advantages.
         C.whiten_rewards = False      # rewards to variance 1 over the rollout's tokens
+        C.shaping = False             # reward each token for what it adds to the score so far
         C.kl_target = None            # nats per episode: adapt kl_coef towards it
         C.kl_horizon = 10_000         # ... over so many episodes
         C.gamma = 1.0                 # discount of a reward one token later
@@ -1238,6 +1258,11 @@ class PPOTrainer(Trainer):
 
         # From scores to the reward of each token, and from there to advantages: (B, T-1).
         rewards = self.token_rewards(scores, old_log_probs, ref_log_probs, mask)
+        if self.config.shaping:
+            potentials = self.potentials(
+                idx, attention_mask, completion_mask, prompt_index, *prefix
+            )
+            rewards = shaped(rewards, potentials, mask, self.config.gamma)
         advantages, returns = self.advantages(rewards, values, mask)
         return Rollout(
             idx=idx,
@@ -1356,6 +1381,38 @@ class PPOTrainer(Trainer):
             max_steps=self.max_iters,
             rows_per_prompt=rows_per_prompt,
         )
+
+    def potentials(
+        self,
+        idx: Tensor,
+        attention_mask: Tensor,
+        completion_mask: Tensor,
+        prompt_index: Tensor,
+        prefix_length: int,
+        rows_per_prompt: int,
+    ) -> Tensor:
+        """The score of the text so far in each state, (B, T-1). 0 while nothing is written yet.
+
+        A reward model reads them off in one pass. Any other reward function is called once for each
+        column, on the rows that have come so far.
+        """
+        # Something has been written (completion_mask), and there is one more action (the mask).
+        states = completion_mask[:, :-1] & completion_mask[:, 1:]
+        if isinstance(self.reward_fn, RewardModel):
+            scores = self.reward_fn.scores(
+                idx[:, :-1], attention_mask[:, :-1], prefix_length, rows_per_prompt
+            )
+            return masked(F.pad(scores, (prefix_length, 0)), states)
+        potentials = torch.zeros(states.shape, device=idx.device)
+        for t in range(states.size(1)):
+            rows = states[:, t].nonzero()[:, 0]
+            if len(rows) > 0:
+                idx_t, attention_t, completion_t = (
+                    x[rows, : t + 1] for x in (idx, attention_mask, completion_mask)
+                )
+                scored = self.score(idx_t, attention_t, completion_t, prompt_index[rows], 1)
+                potentials[rows, t] = scored.rewards
+        return potentials
 
     def token_rewards(
         self, scores: Tensor, log_probs: Tensor, ref_log_probs: Tensor, mask: Tensor
@@ -1755,7 +1812,7 @@ class PPOTrainer(Trainer):
         check_numbers(config, "value_clip_range", "value_coef", "value_lr_ratio")
         check_numbers(config, "missing_eos_penalty")
         check_numbers(config, "temperature", low=1e-6)
-        check_booleans(config, "whiten_rewards", "shared_trunk")
+        check_booleans(config, "whiten_rewards", "shaping", "shared_trunk")
         check_numbers(config, "gamma", "gae_lambda", high=1)
         check_numbers(config, "kl_target", "approxkl_max", low=1e-6, optional=True)
         # From batch_size on, one iteration changes kl_coef by 20 % at most.
@@ -1770,11 +1827,12 @@ class PPOTrainer(Trainer):
         )
         # ... and together with others.
         check_kl_target(config, choices)
-        if config.whiten_rewards and choices.advantage in GROUP_ADVANTAGES:
-            raise ValueError(
-                f"whiten_rewards=True needs a reward for each token, and advantage="
-                f"{choices.advantage} takes the whole completion as one action: leave it out"
-            )
+        for name in ("whiten_rewards", "shaping"):
+            if getattr(config, name) and choices.advantage in GROUP_ADVANTAGES:
+                raise ValueError(
+                    f"{name}=True needs a reward for each token, and advantage="
+                    f"{choices.advantage} takes the whole completion as one action: leave it out"
+                )
         check_group_sizes(config, choices, world_size)
 
     def check_data(self) -> None:

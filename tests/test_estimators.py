@@ -597,6 +597,9 @@ class TestJunkOffTheMask(unittest.TestCase):
             advantages, returns = rlhf.gae(x, y, mask)
             return advantages.sum() + returns.sum()
 
+        def shaped(x, y, z):
+            return (rlhf.shaped(x, y, mask, 0.9) * torch.where(mask, z, 0)).sum()
+
         def whiten(x, y, z):
             return (rlhf.masked_whiten(x, mask) * torch.where(mask, y, 0)).sum()
 
@@ -618,7 +621,7 @@ class TestJunkOffTheMask(unittest.TestCase):
         def average_over_a_constant(x, y, z):
             return rlhf.average(x, mask, "constant", 7)
 
-        functions = (gae, whiten, policy_loss, policy_loss_of_sequences, value_loss, mean)
+        functions = (gae, shaped, whiten, policy_loss, policy_loss_of_sequences, value_loss, mean)
         for function in (*functions, average_of_sequences, average_over_a_constant):
             for junk in (math.nan, math.inf, -math.inf, 1e30):
                 with self.subTest(function.__name__, junk=junk):

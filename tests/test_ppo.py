@@ -210,6 +210,36 @@ class TestRewards(TempDirTestCase):
         returns = self.check_returns(r, rewards)
         self.check_advantages(r, self.whitened(returns))
 
+    def test_shaping_rewards_each_token_for_what_it_adds(self):
+        """Where the score counts the 3s, each 3 earns its share when it is written."""
+        for prompts, gamma in (([[1], [4, 3, 5]], 1.0), ([[3, 3]], 0.9)):
+            options = {"kl_coef": 0.0, "gae_lambda": 1.0, "gamma": gamma, "group_size": 2}
+            _, r = rollout(tiny_gpt(), prompts, shaping=True, **options)
+            for b in range(16):
+                written = r.idx[b, 1:][r.mask[b]].tolist()
+                counts = [0, *(written[: t + 1].count(3) / 8 for t in range(len(written)))]
+                potentials = [*counts[:-1], 0.0]  # after the end there is nothing
+                rewards = [gamma * potentials[t + 1] - potentials[t] for t in range(len(written))]
+                rewards[-1] += counts[-1]  # the score
+                if gamma == 1.0:
+                    shares = [(token == 3) / 8 for token in written]
+                    torch.testing.assert_close(rewards, shares)
+                returns = [
+                    sum(gamma**i * reward for i, reward in enumerate(rewards[t:]))
+                    for t in range(len(written))
+                ]
+                torch.testing.assert_close(r.returns[b][r.mask[b]], torch.tensor(returns))
+
+    def test_shaping_by_a_reward_model_is_one_pass_instead_of_many(self):
+        reward_model = RewardModel.from_gpt(tiny_gpt(2, block_size=16))
+        nn.init.normal_(reward_model.head.weight)
+        options = {"prompts": [[1, 3], [4, 2, 5]], "shaping": True, "group_size": 2}
+        _, one = rollout(tiny_gpt(), reward=reward_model, **options)
+        _, many = rollout(tiny_gpt(), reward=lambda *batch: reward_model(*batch), **options)
+        self.assertGreater(one.returns.std().item(), 0.1)
+        torch.testing.assert_close(one.returns, many.returns, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(one.advantages, many.advantages, atol=1e-4, rtol=1e-4)
+
     def test_reinforce_whitens_its_returns(self):
         _, r = rollout(tiny_gpt(), kl_coef=0.0, algorithm="reinforce")
         returns = self.check_returns(r, self.scores_on_the_last_tokens(r))
@@ -822,9 +852,10 @@ class TestRefusals(TempDirTestCase):
         policy = tiny_gpt()
         self.check("ref_policy is the policy itself", policy=policy, ref_policy=policy)
 
-    def test_whitened_rewards_of_whole_completions(self):
-        message = "whiten_rewards=True needs a reward for each token, and advantage=leave_one_out"
-        self.check(message, algorithm="rloo", whiten_rewards=True)
+    def test_rewards_of_tokens_for_whole_completions(self):
+        for option in ("whiten_rewards", "shaping"):
+            message = f"{option}=True needs a reward for each token, and advantage=leave_one_out"
+            self.check(message, algorithm="rloo", **{option: True})
 
     def test_a_kl_target_without_a_penalty(self):
         message = "kl_target=1.0 adapts the weight of the KL penalty, and kl_penalty=none has none"

@@ -228,6 +228,40 @@ def gae(draw):
     return Plan("gae", arguments, right, wrong, alias=alias)
 
 
+@generator("shaped", 2)
+def shaped(draw):
+    B, T = sizes(draw)
+
+    def right(result, rewards, potentials, mask, gamma):
+        for b in range(B):
+            expected = [0.0] * T
+            following = 0.0  # the potential after the last token
+            for t in reversed(range(T)):
+                if mask[b, t]:
+                    phi = potentials[b, t].item()
+                    expected[t] = rewards[b, t].item() + gamma * following - phi
+                    following = phi
+                else:
+                    following = 0.0
+            close(result[b], expected)
+
+    # The completion's tokens are adjacent.
+    arguments = {
+        "rewards": draw.floats(B, T),
+        "potentials": draw.floats(B, T),
+        "mask": f"padding({draw.number()}, ({B}, {T}))",
+        "gamma": draw.choice(["1.0", "0.9", "0.0", "1", "np.float64(0.5)"]),
+    }
+    wrong = {
+        "rewards": wrong_floats(B, T),
+        "potentials": wrong_floats(B, T),
+        "mask": wrong_masks(B, T),
+        "gamma": ["'1'", "None", "2.0", "-0.1", "math.nan"],
+    }
+    alias = dict.fromkeys(("rewards", "potentials", "mask"), SHAPE)
+    return Plan("shaped", arguments, right, wrong, alias=alias)
+
+
 def group_plan(draw, function, expected_of_group):
     """The three estimators of groups."""
     size = draw.randint(2, 4)

@@ -372,6 +372,7 @@ WRONG_PPO = {
     "missing_eos_penalty": ["-1", "None", "'x'"],
     "log_samples": ["-1", "None", "'x'", "1.5"],
     "whiten_rewards": ["'x'", "None", "1"],
+    "shaping": ["'x'", "None", "1"],
     "kl_target": ["0", "-1", "'x'", "math.nan"],
     "kl_horizon": ["0", "None", "'x'"],
     "gamma": ["-1", "2", "None", "'x'"],
