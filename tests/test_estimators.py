@@ -105,6 +105,21 @@ class TestGAE(unittest.TestCase):
         return total
 
 
+class TestShaping(unittest.TestCase):
+    def test_potentials_cancel_in_the_sum_over_an_episode(self):
+        mask, new = example()
+        rewards, potentials = new(), new()
+        for gamma in (1.0, 0.9):
+            changed = rlhf.shaped(rewards, potentials, mask, gamma)
+            self.assertFalse(changed[~mask].any())
+            for b in range(len(mask)):
+                discounts = gamma ** torch.arange(int(mask[b].sum()), dtype=torch.double)
+                before = (discounts * rewards[b][mask[b]]).sum()
+                after = (discounts * changed[b][mask[b]]).sum()
+                first = potentials[b][mask[b]][0]
+                self.assertAlmostEqual(after.item(), (before - first).item(), places=10)
+
+
 class TestGroupAdvantages(unittest.TestCase):
     """Scores against those of the other completions of the same prompt."""
 

@@ -14,6 +14,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import happy_gpt
 import report
 from mingpt.checkpoint import read_json, run_script
 from mingpt.config import CfgNode as CN, parse_args
@@ -21,7 +22,15 @@ from mingpt.plots import plot_metrics
 from mingpt.run_folder import read_metrics
 from mingpt.stages import is_finished
 
-SHORT = ["--rl.max_iters=40"]
+
+def flags(options: dict) -> list[str]:
+    """The command line of some options of rl."""
+    return [f"--rl.{name}={value}" for name, value in options.items()]
+
+
+# PPO before it had shaping. What some options do was measured on it.
+UNSHAPED = flags(happy_gpt.UNSHAPED)
+SHORT = flags(happy_gpt.UNSHAPED | {"max_iters": 40})
 HUMAN = [
     "--rl.reward=human",
     "--rl.kl_target=None",  # one penalty throughout
@@ -32,6 +41,7 @@ FAMILY_RUNS = {
     "ppo": [],
     "ppo seed 1": ["--rl.seed=1"],
     "ppo seed 2": ["--rl.seed=2"],
+    "ppo without shaping": UNSHAPED,
     "reinforce": ["--rl.algorithm=reinforce"],
     "reinforce without baseline": ["--rl.algorithm=reinforce", "--rl.whiten_advantages=False"],
     "rloo": ["--rl.algorithm=rloo"],

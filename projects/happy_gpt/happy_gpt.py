@@ -41,6 +41,19 @@ logger = logging.getLogger("mingpt.happy_gpt")
 STAGES = ("pretrain", "sft", "trunk", "reward", "judge", "rl")
 HUMAN_STAGES = ("trunk", "reward", "judge")  # with --rl.reward=human
 ALGORITHMS = (*rlhf.ALGORITHMS, "dpo", "best_of_n")
+# Options of rl where a tweet earns its reward with its last character: for a reward that is learned,
+# which is slow to ask, and for algorithms that take a whole tweet as one action.
+UNSHAPED = {
+    "shaping": False,
+    "shared_trunk": False,
+    "max_iters": 200,
+    "gae_lambda": 1.0,  # at 0.95, which trusts a young value function, tweets shrink
+    "value_coef": 0.1,
+    "value_lr_ratio": 5.0,
+    "kl_coef": 0.15,
+    "kl_target": 7.5,
+    "kl_horizon": 1200,
+}
 NORMALIZED_ON = 512  # tweets of the sft model, on which learned rewards have mean 0 and variance 1
 
 
@@ -88,17 +101,18 @@ def get_config():
     C.rl = PPOTrainer.get_default_config()
     C.rl.reward = "vader"            # who finds a tweet happy: vader, or human
     C.rl.seed = None                 # of rl and the report; None: system.seed
-    C.rl.max_iters = 200
+    C.rl.max_iters = 300
     C.rl.batch_size = 128
     C.rl.ppo_epochs = 2
     C.rl.max_new_tokens = 64
     C.rl.learning_rate = 2.5e-4
     C.rl.lr_schedule = "linear"
-    C.rl.value_lr_ratio = 5.0
-    C.rl.gae_lambda = 1.0            # at 0.95, which trusts a young value function, tweets shrink
-    C.rl.kl_coef = 0.15              # reward per nat: begins high, to stay close to the frontier
-    C.rl.kl_target = 7.5
-    C.rl.kl_horizon = 1200
+    C.rl.shared_trunk = True
+    C.rl.value_coef = 1.0
+    C.rl.shaping = True              # a happy word earns its reward at once, not with the tweet
+    C.rl.kl_coef = 0.4               # reward per nat: begins high, to stay close to the frontier
+    C.rl.kl_target = 6.2
+    C.rl.kl_horizon = 950
     C.rl.group_size = 16             # tweets that are compared; of best_of_n, the n
 
     # The Trainer's options for --rl.algorithm=dpo.
@@ -274,21 +288,29 @@ def make_stages(config, tokenizer):
 
 
 def algorithm_overrides(config):
-    """Which of this script's defaults, chosen for ppo, another algorithm decides for itself."""
+    """What takes the place of this script's defaults, which were chosen for ppo and VADER."""
     row = rlhf.ALGORITHMS.get(config.rl.algorithm)
     if row is None:
         return {}
-    ours = []
-    if (config.rl.advantage or row.advantage) not in rlhf.GROUP_ADVANTAGES:
-        ours.append("group_size")  # all episodes begin alike: groups only serve to compare them
+    advantage = config.rl.advantage or row.advantage
+    others = {}
+    if advantage != "gae" or config.rl.reward == "human":
+        others |= UNSHAPED
+    if advantage == "gae":
+        others.pop("shared_trunk", None)
+    # None is the algorithm's own choice.
+    if advantage not in rlhf.GROUP_ADVANTAGES:
+        others["group_size"] = None  # all episodes begin alike: groups only serve to compare them
     if (config.rl.kl_penalty or row.kl_penalty) == "none":
-        ours += ["kl_coef", "kl_target"]
+        others |= {"kl_coef": None, "kl_target": None}
     if row.ppo_epochs == 1:
-        ours.append("ppo_epochs")
+        others["ppo_epochs"] = None
+    # What the user has chosen stays.
     defaults = get_config().rl
-    # What the user has chosen stays. None is the algorithm's own choice.
     return {
-        name: None for name in ours if getattr(config.rl, name) == getattr(defaults, name)
+        name: value
+        for name, value in others.items()
+        if getattr(config.rl, name) == getattr(defaults, name)
     }
 
 
