@@ -41,8 +41,8 @@ logger = logging.getLogger("mingpt.happy_gpt")
 STAGES = ("pretrain", "sft", "trunk", "reward", "judge", "rl")
 HUMAN_STAGES = ("trunk", "reward", "judge")  # with --rl.reward=human
 ALGORITHMS = (*rlhf.ALGORITHMS, "dpo", "best_of_n")
-# Options of rl where a tweet earns its reward with its last character: for a reward that is learned,
-# which is slow to ask, and for algorithms that take a whole tweet as one action.
+# Options of rl where a tweet earns its reward with its last character: for a learned reward, which
+# is slow to ask, and for algorithms that take a whole tweet as one action.
 UNSHAPED = {
     "shaping": False,
     "shared_trunk": False,
