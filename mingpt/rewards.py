@@ -330,15 +330,15 @@ class TextReward:
         completion_ids = ids_under(is_completion, idx)
         prompt_ids = ids_under(is_prompt, idx)
         return {
-            "completions": [self.text(ids) for ids in completion_ids],
-            "prompts": [self.text(ids) for ids in prompt_ids],
+            "completions": self.texts(completion_ids),
+            "prompts": self.texts(prompt_ids),
             "completion_ids": completion_ids,
         }
 
-    def text(self, ids: list[int]) -> str:
-        """The text of ids, without end tokens."""
+    def texts(self, rows: list[list[int]]) -> list[str]:
+        """The text of each row of ids, without end tokens."""
         ends = stop_tokens(self.tokenizer)
-        return self.tokenizer.decode([i for i in ids if i not in ends])
+        return [self.tokenizer.decode([i for i in ids if i not in ends]) for ids in rows]
 
     def combine(
         self,

@@ -103,8 +103,9 @@ def get_rl_config() -> CfgNode:
 def get_dpo_config() -> CfgNode:
     """Options of --method=dpo: the Trainer's, and DPO's own."""
     C = Trainer.get_default_config()
-    C.epochs = 1                    # with few labels, 3; with more, that goes too far
+    C.max_iters = 25                # however many labels there are: more go too far
     C.batch_size = 8                # labels
+    C.micro_batch_size = 4
     C.learning_rate = 3e-4
     C.lr_schedule = "linear"
     C.warmup_iters = 5

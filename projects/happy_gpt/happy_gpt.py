@@ -101,7 +101,7 @@ def get_config():
     C.rl = PPOTrainer.get_default_config()
     C.rl.reward = "vader"            # who finds a tweet happy: vader, or human
     C.rl.seed = None                 # of rl and the report; None: system.seed
-    C.rl.max_iters = 300
+    C.rl.max_iters = 250
     C.rl.batch_size = 128
     C.rl.ppo_epochs = 2
     C.rl.max_new_tokens = 64
