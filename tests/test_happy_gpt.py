@@ -26,6 +26,7 @@ sys.path.insert(0, str(ROOT / "projects" / "happy_gpt"))
 import data
 import preferences
 import report
+import spent
 
 PROJECT = ROOT / "projects" / "happy_gpt"
 compare = load_script(PROJECT / "compare.py")  # another project has a module of this name
@@ -220,6 +221,27 @@ class TestReport(unittest.TestCase):
         self.assertEqual(len(lines), 4)
 
 
+class TestSpent(unittest.TestCase):
+    def test_the_words_of_tweets_and_what_they_cost(self):
+        text = "so happy, :) no"
+        costs = torch.arange(20.0)[None]
+        tweets = mock.Mock(texts=[text])
+        words = list(spent.words_of(tweets, costs))
+        starts, scores, happy, nats = zip(*words, strict=True)
+        self.assertEqual(starts, (0, 3, 10, 13))
+        self.assertEqual(happy, (False, True, True, False))
+        self.assertEqual(nats, (0 + 1 + 2, sum(range(3, 10)), 10 + 11 + 12, 13 + 14))
+        vader = preferences.vader()
+        before = vader(["", "so ", "so happy, ", "so happy, :) "], prompts=[])
+        self.assertEqual(list(scores), before)
+
+    def test_the_nats_of_all_characters_are_the_kl(self):
+        policy, reference = tiny_gpt(1), tiny_gpt(2)
+        tweets = report.sample_tweets(policy, TestReport.tokenizer, 50, seed=4)
+        total = spent.nats(tweets, reference).sum().item()
+        self.assertAlmostEqual(total / 50, report.kl_to(reference, tweets), places=4)
+
+
 class TestPreferences(unittest.TestCase):
     def test_accuracies_are_those_of_a_loop_over_all_pairs(self):
         generator = random.Random(0)
@@ -363,6 +385,7 @@ class TestWholeJob(ScriptTestCase):
         self.assertEqual(self.summary("parts") | not_compared, self.summary("whole") | not_compared)
 
         self.check_second_run()
+        self.check_where_the_kl_is_spent()
 
     def check_files(self, folder):
         """What a run leaves in its folder."""
@@ -423,6 +446,13 @@ class TestWholeJob(ScriptTestCase):
         ):
             _, complaint = self.run_script(option, name="whole", code=1)
             self.assertIn(words, complaint)
+
+    def check_where_the_kl_is_spent(self):
+        process = self.start("spent.py", f"--work_dir={self.folder / 'whole'}", "--samples=64")
+        printed, _ = process.communicate()
+        self.assertEqual(process.returncode, 0)
+        self.assertEqual(printed.count("| VADER's score so far |"), len(spent.HALVES) - 1)
+        self.assertIn("| -1 to 0.2 |", printed)
 
 
 class TestFamily(ScriptTestCase):
@@ -568,6 +598,15 @@ class TestMistakes(ScriptTestCase):
                 config.rl.algorithm = algorithm
                 config.system.work_dir = str(self.folder)
                 script.make_stages(config, CharTokenizer("ab"))  # which checks all options
+        for algorithm, reward, is_shaped in (
+            ("ppo", "vader", True),
+            ("ppo", "human", False),  # each character of a tweet would be a text to judge
+            ("rloo", "vader", False),
+            ("reinforce", "vader", False),
+        ):
+            config.rl.merge_from_dict({"algorithm": algorithm, "reward": reward})
+            options = script.make_stages(config, CharTokenizer("ab")).trainer_config("rl")
+            self.assertEqual(options.shaping, is_shaped)
         config.rl.merge_from_dict({"algorithm": "dapo", "kl_coef": 0.3})  # the user's own choice
         with self.assertRaisesRegex(ValueError, "kl_coef=0.3 has no effect"):
             script.make_stages(config, CharTokenizer("ab"))
