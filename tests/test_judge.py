@@ -201,6 +201,10 @@ class JudgeTests(TempDirTestCase):
         raw = judge.reward(*batch)
         judge.compare_with(raw)
         rewards = judge(*batch).tolist()
+        one_by_one = [judge(*(x[row : row + 1] for x in batch)).item() for row in range(20)]
+        torch.testing.assert_close(rewards, one_by_one, atol=1e-5, rtol=0)
+        two_by_two = judge(*batch, rows_per_prompt=2).tolist()
+        torch.testing.assert_close(rewards, two_by_two, atol=1e-5, rtol=0)
         for r, reward in zip(raw.tolist(), rewards, strict=True):
             chances = [1 / (1 + math.exp(other - r)) for other in raw.tolist()]
             self.assertAlmostEqual(reward, sum(chances) / len(chances), places=5)

@@ -491,6 +491,24 @@ class TestScore(unittest.TestCase):
         with self.assertRaisesRegex(RewardError, r"gave nan to sample 0, ids \[1, 2, 3, 10\]"):
             score(nan, *BATCH, Broken())
 
+    def test_who_takes_rows_per_prompt_is_told_and_a_sample_at_fault_is_named(self):
+        calls = []
+
+        def f(idx, attention_mask, completion_mask, rows_per_prompt=1):
+            calls.append((len(idx), rows_per_prompt))
+            if len(idx) % rows_per_prompt or (idx == 9).any():
+                raise KeyError("nine")
+            return idx.sum(1)
+
+        batch = [x[:2] for x in BATCH]
+        score(f, *batch, rows_per_prompt=2)
+        score(f, *batch)
+        self.assertEqual(calls, [(2, 2), (2, 1)])
+        # One sample at a time shares no prompt with another.
+        with self.assertRaisesRegex(RewardError, "KeyError: 'nine' -- for sample 2"):
+            score(f, *BATCH, rows_per_prompt=3)
+        self.assertEqual(calls[2:], [(3, 3), (1, 1), (1, 1), (1, 1)])
+
     def test_what_is_no_reward(self):
         for result, words in (
             (torch.zeros(2), r"shape \(3,\), one real number.*not \(2,\), torch.float32"),
