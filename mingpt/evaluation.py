@@ -330,7 +330,6 @@ def score(samples: Samples, reward_fn: RewardFn, batch_size: int = 256) -> Tenso
     return torch.cat(scores).cpu()
 
 
-@torch.no_grad()
 def kl(
     samples: Samples, reference: Any, temperature: float = 1.0, batch_size: int = 256
 ) -> float:
@@ -338,6 +337,17 @@ def kl(
 
     The mean over samples of the sum over their tokens of log π - log π_ref: k1, which is
     unbiased (Schulman 2020, joschu.net/blog/kl-approx). temperature: that of the samples.
+    """
+    return log_ratios(samples, reference, temperature, batch_size).sum(1).mean().item()
+
+
+@torch.no_grad()
+def log_ratios(
+    samples: Samples, reference: Any, temperature: float = 1.0, batch_size: int = 256
+) -> Tensor:
+    """log π - log π_ref of each action, (N, T-1), 0 off the completions: what `kl` is the mean of.
+
+    temperature: that of the samples.
     """
     check_samples(samples, batch_size)
     if not hasattr(reference, "log_probs"):
@@ -351,8 +361,7 @@ def kl(
             for idx, attention_mask in batches
         ])
     # The prompts have log-probs under the reference, too: the mask takes them out.
-    log_ratio = (samples.log_probs - reference_log_probs) * samples.completion_mask[:, 1:]
-    return log_ratio.sum(1).mean().item()
+    return (samples.log_probs - reference_log_probs) * samples.completion_mask[:, 1:]
 
 
 def check_samples(samples: Any, batch_size: int = 1) -> None:

@@ -17,6 +17,7 @@ from unittest import mock
 import numpy as np
 import torch
 
+from mingpt import evaluation
 from mingpt.chars import CharTokenizer
 from mingpt.datasets import split_rows
 from mingpt.run_folder import read_metrics
@@ -184,11 +185,13 @@ class TestReport(unittest.TestCase):
     def test_kl_of_tweets_token_by_token(self):
         policy, reference = tiny_gpt(1), tiny_gpt(2)
         tweets = report.sample_tweets(policy, self.tokenizer, 50, seed=4)
+        log_ratios = evaluation.log_ratios(tweets, reference)
         total = 0.0
         for row in range(50):
             ids = tweets.idx[row][tweets.attention_mask[row]].tolist()
             for t in range(1, len(ids)):
                 p, q = (self.log_prob(model, ids[:t], ids[t]) for model in (policy, reference))
+                self.assertAlmostEqual(log_ratios[row, t - 1].item(), p - q, places=3)
                 total += p - q
         self.assertAlmostEqual(report.kl_to(reference, tweets), total / 50, places=3)
 
@@ -238,7 +241,7 @@ class TestSpent(unittest.TestCase):
     def test_the_nats_of_all_characters_are_the_kl(self):
         policy, reference = tiny_gpt(1), tiny_gpt(2)
         tweets = report.sample_tweets(policy, TestReport.tokenizer, 50, seed=4)
-        total = spent.nats(tweets, reference).sum().item()
+        total = evaluation.log_ratios(tweets, reference).sum().item()
         self.assertAlmostEqual(total / 50, report.kl_to(reference, tweets), places=4)
 
 

@@ -29,19 +29,18 @@ def flags(options: dict) -> list[str]:
 
 
 # PPO before it had shaping. What some options do was measured on it.
-UNSHAPED = flags(happy_gpt.UNSHAPED)
-SHORT = flags(happy_gpt.UNSHAPED | {"max_iters": 40})
+EARLIER = happy_gpt.UNSHAPED | {"shared_trunk": False}
+SHORT = flags(EARLIER | {"max_iters": 40})
 HUMAN = [
     "--rl.reward=human",
     "--rl.kl_target=None",  # one penalty throughout
     "--rl.max_iters=150",
-    "--rl.shared_trunk=True",
 ]
 FAMILY_RUNS = {
     "ppo": [],
     "ppo seed 1": ["--rl.seed=1"],
     "ppo seed 2": ["--rl.seed=2"],
-    "ppo without shaping": UNSHAPED,
+    "ppo without shaping": flags(EARLIER),
     "reinforce": ["--rl.algorithm=reinforce"],
     "reinforce without baseline": ["--rl.algorithm=reinforce", "--rl.whiten_advantages=False"],
     "rloo": ["--rl.algorithm=rloo"],

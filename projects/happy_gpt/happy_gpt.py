@@ -18,7 +18,6 @@ model first learns what people find happy, and takes VADER's place (preferences.
 run continues where it stopped, and finished stages are skipped.
 """
 
-import copy
 import logging
 import time
 from pathlib import Path
@@ -45,7 +44,6 @@ ALGORITHMS = (*rlhf.ALGORITHMS, "dpo", "best_of_n")
 # is slow to ask, and for algorithms that take a whole tweet as one action.
 UNSHAPED = {
     "shaping": False,
-    "shared_trunk": False,
     "max_iters": 200,
     "gae_lambda": 1.0,  # at 0.95, which trusts a young value function, tweets shrink
     "value_coef": 0.1,
@@ -55,6 +53,66 @@ UNSHAPED = {
     "kl_horizon": 1200,
 }
 NORMALIZED_ON = 512  # tweets of the sft model, on which learned rewards have mean 0 and variance 1
+
+
+@documented
+def get_pretrain_config():
+    """Options of pretrain: the Trainer's."""
+    C = Trainer.get_default_config()
+    C.max_iters = 3000
+    C.batch_size = 32
+    C.learning_rate = 4e-3
+    C.lr_schedule = "cosine"
+    C.warmup_iters = 100
+    C.eval_every = 500
+    return C
+
+
+@documented
+def get_sft_config():
+    """Options of sft: those of pretrain, but for these."""
+    C = get_pretrain_config()
+    C.max_iters = 400
+    C.learning_rate = 1e-3
+    C.warmup_iters = 20
+    C.eval_every = 100
+    return C
+
+
+@documented
+def get_rl_config():
+    """Options of rl: the PPOTrainer's, whose reward it is, and a seed of its own."""
+    C = PPOTrainer.get_default_config()
+    C.reward = "vader"            # who finds a tweet happy: vader, or human
+    C.seed = None                 # of rl and the report; None: system.seed
+    C.max_iters = 250
+    C.batch_size = 128
+    C.ppo_epochs = 2
+    C.max_new_tokens = 64
+    C.learning_rate = 2.5e-4
+    C.lr_schedule = "linear"
+    C.shared_trunk = True
+    C.value_coef = 1.0
+    C.shaping = True              # a happy word earns its reward at once, not with the tweet
+    C.kl_coef = 0.4               # reward per nat: begins high, to stay close to the frontier
+    C.kl_target = 6.2
+    C.kl_horizon = 950
+    C.group_size = 16             # tweets that are compared; of best_of_n, the n
+    return C
+
+
+@documented
+def get_dpo_config():
+    """Options of --rl.algorithm=dpo: those of sft, and DPO's own."""
+    C = get_sft_config()
+    C.beta = 0.1                 # strength of the penalty for leaving the sft model
+    C.pairs = 12_800             # pairs of the sft model's tweets: as many as rl samples
+    C.max_iters = 200
+    C.batch_size = 64            # pairs
+    C.lr_schedule = "linear"
+    C.learning_rate = 2.5e-4
+    C.log_every = 1
+    return C
 
 
 @documented
@@ -81,49 +139,15 @@ def get_config():
     C.model.resid_pdrop = 0.0
     C.model.attn_pdrop = 0.0
 
-    C.pretrain = Trainer.get_default_config()
-    C.pretrain.max_iters = 3000
-    C.pretrain.batch_size = 32
-    C.pretrain.learning_rate = 4e-3
-    C.pretrain.lr_schedule = "cosine"
-    C.pretrain.warmup_iters = 100
-    C.pretrain.eval_every = 500
-
-    C.sft = copy.deepcopy(C.pretrain)
-    C.sft.max_iters = 400
-    C.sft.learning_rate = 1e-3
-    C.sft.warmup_iters = 20
-    C.sft.eval_every = 100
-
+    C.pretrain = get_pretrain_config()
+    C.sft = get_sft_config()
     C.trunk = preferences.get_trunk_config()
     C.reward = preferences.get_reward_config()
 
-    C.rl = PPOTrainer.get_default_config()
-    C.rl.reward = "vader"            # who finds a tweet happy: vader, or human
-    C.rl.seed = None                 # of rl and the report; None: system.seed
-    C.rl.max_iters = 250
-    C.rl.batch_size = 128
-    C.rl.ppo_epochs = 2
-    C.rl.max_new_tokens = 64
-    C.rl.learning_rate = 2.5e-4
-    C.rl.lr_schedule = "linear"
-    C.rl.shared_trunk = True
-    C.rl.value_coef = 1.0
-    C.rl.shaping = True              # a happy word earns its reward at once, not with the tweet
-    C.rl.kl_coef = 0.4               # reward per nat: begins high, to stay close to the frontier
-    C.rl.kl_target = 6.2
-    C.rl.kl_horizon = 950
-    C.rl.group_size = 16             # tweets that are compared; of best_of_n, the n
+    C.rl = get_rl_config()
 
     # The Trainer's options for --rl.algorithm=dpo.
-    C.dpo = copy.deepcopy(C.sft)
-    C.dpo.beta = 0.1                 # strength of the penalty for leaving the sft model
-    C.dpo.pairs = 12_800             # pairs of the sft model's tweets: as many as rl samples
-    C.dpo.max_iters = 200
-    C.dpo.batch_size = 64            # pairs
-    C.dpo.lr_schedule = "linear"
-    C.dpo.learning_rate = 2.5e-4
-    C.dpo.log_every = 1
+    C.dpo = get_dpo_config()
 
     # Two things are not for the user to choose: folders are named after the stages, and the
     # vocabulary follows from the texts.
@@ -296,8 +320,8 @@ def algorithm_overrides(config):
     others = {}
     if advantage != "gae" or config.rl.reward == "human":
         others |= UNSHAPED
-    if advantage == "gae":
-        others.pop("shared_trunk", None)
+    if advantage != "gae":
+        others["shared_trunk"] = False  # there is no value function
     # None is the algorithm's own choice.
     if advantage not in rlhf.GROUP_ADVANTAGES:
         others["group_size"] = None  # all episodes begin alike: groups only serve to compare them

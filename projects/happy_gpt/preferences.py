@@ -312,13 +312,18 @@ def vader():
 
     (Hutto & Gilbert 2014.)
     """
-    module = import_extra("vaderSentiment.vaderSentiment", "projects")
-    analyzer = module.SentimentIntensityAnalyzer()
+    analyzer = vader_analyzer()
 
     def compound(completions, prompts):
         return [analyzer.polarity_scores(text)["compound"] for text in completions]
 
     return compound
+
+
+def vader_analyzer():
+    """VADER itself: its lexicon, and its scores of a text."""
+    module = import_extra("vaderSentiment.vaderSentiment", "projects")
+    return module.SentimentIntensityAnalyzer()
 
 
 # --------------------------------------------------------------------------------------------------

@@ -15,15 +15,16 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
+from torch import Tensor
 
+import preferences
 import report
+from mingpt import evaluation
 from mingpt.chars import CharTokenizer
 from mingpt.checkpoint import run_script
 from mingpt.config import CfgNode as CN, check_numbers, parse_args
 from mingpt.evaluation import Samples
 from mingpt.model import GPT
-from mingpt.utils import import_extra
 
 SCORES = (-1.0, 0.2, 0.6, 0.75, 0.85, 1.0)  # bounds of the rows
 HALVES = (0, 32, 64)  # characters: the tables of the first and of the second half of the tweets
@@ -42,28 +43,16 @@ def main(args):
     words = {}
     for stage, model in models.items():
         tweets = report.sample_tweets(model, tokenizer, config.samples, config.seed)
-        words[stage] = list(words_of(tweets, nats(tweets, models["sft"])))
+        nats = evaluation.log_ratios(tweets, models["sft"], batch_size=report.BATCH_SIZE)
+        words[stage] = list(words_of(tweets, nats))
     for first, end in itertools.pairwise(HALVES):
         print(f"\nwords that begin at the characters {first} to {end - 1}\n")
         print(table(words, range(first, end), config.samples))
 
 
-@torch.no_grad()
-def nats(tweets: Samples, reference: GPT) -> torch.Tensor:
-    """log π - log π_ref of each character, (N, T-1), with zeros after the end of a tweet."""
-    batches = zip(
-        tweets.idx.split(report.BATCH_SIZE),
-        tweets.attention_mask.split(report.BATCH_SIZE),
-        strict=True,
-    )
-    reference_log_probs = torch.cat([reference.log_probs(*batch) for batch in batches])
-    return (tweets.log_probs - reference_log_probs) * tweets.completion_mask[:, 1:]
-
-
-def words_of(tweets: Samples, nats: torch.Tensor) -> Iterator[tuple[int, float, bool, float]]:
+def words_of(tweets: Samples, nats: Tensor) -> Iterator[tuple[int, float, bool, float]]:
     """For each word: (where it begins, the score before it, whether it is happy, its nats)."""
-    module = import_extra("vaderSentiment.vaderSentiment", "projects")
-    analyzer = module.SentimentIntensityAnalyzer()
+    analyzer = preferences.vader_analyzer()
     for text, costs in zip(tweets.texts, nats, strict=True):
         for word in re.finditer(r"\S+ ?", text):
             before = analyzer.polarity_scores(text[: word.start()])["compound"]
