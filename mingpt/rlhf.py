@@ -1263,6 +1263,8 @@ class PPOTrainer(Trainer):
                 idx, attention_mask, completion_mask, prompt_index, *prefix
             )
             rewards = shaped(rewards, potentials, mask, self.config.gamma)
+        if self.config.whiten_rewards:
+            rewards = self.whiten(rewards, mask, shift_mean=False)
         advantages, returns = self.advantages(rewards, values, mask)
         return Rollout(
             idx=idx,
@@ -1425,8 +1427,6 @@ class PPOTrainer(Trainer):
             rewards = masked(-self.kl_coef * penalty, mask)
         # ... and the text is judged when it is complete, which is at its last action.
         rewards[torch.arange(len(scores)), last_real(mask)] += scores
-        if self.config.whiten_rewards:
-            rewards = self.whiten(rewards, mask, shift_mean=False)
         return rewards
 
     def advantages(

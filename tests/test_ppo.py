@@ -230,6 +230,17 @@ class TestRewards(TempDirTestCase):
                 ]
                 torch.testing.assert_close(r.returns[b][r.mask[b]], torch.tensor(returns))
 
+    def test_shaped_rewards_are_whitened_as_they_are_given(self):
+        options = {"kl_coef": 0.0, "gae_lambda": 1.0, "shaping": True, "whiten_rewards": True}
+        _, r = rollout(tiny_gpt(), **options)
+        shares = [
+            [(token == 3) / 8 for token in r.idx[b, 1:][r.mask[b]].tolist()] for b in range(16)
+        ]
+        flat = [x for row in shares for x in row]
+        mean = statistics.mean(flat)
+        deviation = statistics.pstdev(flat)
+        self.check_returns(r, [[mean + (x - mean) / deviation for x in row] for row in shares])
+
     def test_shaping_by_a_reward_model_is_one_pass_instead_of_many(self):
         reward_model = RewardModel.from_gpt(tiny_gpt(2, block_size=16))
         nn.init.normal_(reward_model.head.weight)
