@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import functools
 import http.client
 import importlib.util
 import io
@@ -37,6 +38,7 @@ from tests.common import NO_POINTS, ROOT, TempDirTestCase, printed
 
 sys.path.insert(0, str(ROOT / "projects" / "chat"))
 import answers
+import best_of_n
 import compare
 import desk
 import exchange
@@ -47,6 +49,7 @@ import outcome
 import server
 import talk
 import teach
+from judge import Judge
 from store import Answer, Label, Pair, Refused, Store, StoreError
 
 PROJECT = ROOT / "projects" / "chat"
@@ -1312,6 +1315,10 @@ SMALL = [
 ]
 
 
+def masks_of(samples):
+    return samples.idx, samples.attention_mask, samples.completion_mask
+
+
 class TeachTests(TempDirTestCase):
     @classmethod
     def setUpClass(cls):
@@ -1428,6 +1435,82 @@ class TeachTests(TempDirTestCase):
         self.assertGreater(summary["kl"], 0)
         self.assertNotIn("held_out_accuracy", summary)
 
+    def test_best_of_n_learns_from_the_best_and_the_worst_answers(self):
+        folder = self.folder / "best"
+        options = ["--best_of_n.n=4", "--best_of_n.prompts=20", "--dpo.max_iters=3"]
+        base = f"--base={self.ppo}"
+        printed(self.teach, folder, "--method=best_of_n", base, "--dpo.epochs=None", *options)
+        self.assertEqual(len(read_metrics(folder / "rl" / "metrics.jsonl")), 3)
+        summary = self.summary(folder)
+        self.assertGreater(summary["kl"], 0)
+        reward_model = self.summary(self.ppo)["held_out_accuracy"]
+        self.assertEqual(summary["held_out_accuracy"], reward_model)
+        # The same answers, one by one: the best is chosen, and the worst rejected.
+        pairs = read_jsonl(folder / "rl" / teach.PAIRS)
+        self.assertEqual(len(pairs), 20)
+        config = self.best_of_n_config(4)
+        model = answers.ChatModel.load(self.model, "cpu")
+        judge, _ = Judge.load(self.ppo / "reward" / "model", model.model)
+        asked = [pair["prompt"][-1]["content"] for pair in pairs]
+        config.ask.request = ""  # it stands behind the questions already
+        samples = model.sample(config.ask, asked[:8], 4, config.system.seed, best_of_n.BATCH)
+        rewards = torch.stack([
+            judge.reward(*(x[i : i + 1] for x in masks_of(samples))) for i in range(32)
+        ])
+        for i, pair in enumerate(pairs[:8]):
+            ranked = sorted(range(4 * i, 4 * i + 4), key=lambda row: rewards[row].item())
+            self.assertEqual(pair["rejected"], samples.texts[ranked[0]].strip())
+            self.assertEqual(pair["chosen"], samples.texts[ranked[-1]].strip())
+
+    def best_of_n_config(self, n):
+        config = teach.get_config()
+        config.system.seed = 1
+        config.ask.max_new_tokens = 8
+        config.best_of_n.n = n
+        return config
+
+    def test_pairs_that_were_found_are_not_sampled_again(self):
+        model = answers.ChatModel.load(self.model, "cpu")
+        judge, _ = Judge.load(self.ppo / "reward" / "model", model.model)
+        file = self.folder / "pairs.jsonl"
+        prompts = [f"Why {n}?" for n in range(20)]
+        find = functools.partial(
+            best_of_n.find_pairs, self.best_of_n_config(4), file, judge, model, prompts
+        )
+        pairs = find()
+        whole = file.read_text()
+        self.assertEqual(whole.count("\n"), 20)
+        # As if it had been killed after the first 8 prompts: then it does the others, as before.
+        file.write_text("".join(whole.splitlines(keepends=True)[:8]))
+        with mock.patch.object(model, "sample", wraps=model.sample) as sample:
+            self.assertEqual(find(), pairs)
+        self.assertEqual([len(call.args[1]) for call in sample.call_args_list], [8, 4])
+        self.assertEqual(file.read_text(), whole)
+
+    def test_answers_that_teach_nothing_are_left_out(self):
+        def row(chosen, rejected, ended):
+            return {"prompt": [], "chosen": chosen, "rejected": rejected, "ended": ended}
+
+        self.assertTrue(lessons.is_usable(row("a", "b", [True, True])))
+        self.assertTrue(lessons.is_usable(row("a", "a", [True, False])))  # one was cut off
+        self.assertTrue(lessons.is_usable(row("", "a", [True, True])))  # it says nothing, and ends
+        self.assertFalse(lessons.is_usable(row("a", "a", [True, True])))
+        self.assertFalse(lessons.is_usable(row("a", "", [True, False])))
+
+    def test_no_question_of_the_tests_is_asked_in_training(self):
+        training = set(teach.training_prompts(teach.get_config()))
+        self.assertEqual(len(training), 400)
+        fresh = answers.read_prompts(str(answers.FRESH))
+        known = [row["question"] for row in read_jsonl(outcome.KNOWN)]
+        self.assertEqual(training & {*fresh, *known}, set())
+
+    def test_many_processes_are_refused(self):
+        with (
+            mock.patch.object(teach.distributed, "is_launched", lambda: True),
+            self.assertRaisesRegex(ValueError, "teach.py runs in one process: start it without"),
+        ):
+            self.teach(self.folder / "many")
+
     def test_rl_alone_from_the_reward_model_of_another_run(self):
         folder = self.folder / "rloo"
         printed(self.teach, folder, f"--base={self.ppo}", "--rl.algorithm=rloo")
@@ -1490,7 +1573,7 @@ class TeachTests(TempDirTestCase):
 
     def test_options_that_cannot_be_are_refused(self):
         for option, message in (
-            ("--method=pppo", "--method=pppo must be one of ppo, dpo, none"),
+            ("--method=pppo", "--method=pppo must be one of ppo, best_of_n, dpo, none"),
             ("--method=none", "teaches nothing without --sft"),
             ("--rl.batch_size=0", "the stage rl cannot run .*batch_size=0"),
             ("--reward.prior=0", "prior=0.0 must be"),

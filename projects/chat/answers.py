@@ -26,6 +26,7 @@ from mingpt.utils import pick_device
 from store import Answer, Pair
 
 PROMPTS = Path(__file__).with_name("prompts.txt")
+FACTS = Path(__file__).with_name("facts.txt")  # asked beside PROMPTS when a model is taught
 FRESH = Path(__file__).with_name("fresh.txt")  # nothing is trained on these
 TRIES = 4  # to sample two answers that differ
 BASE = "base.json"  # beside an adapter: the name and the hash of its base

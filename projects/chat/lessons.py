@@ -33,21 +33,25 @@ def comparisons(labels: list[Label]) -> list[dict[str, Any]]:
 
     Left out are texts that say the same twice, and empty ones that have not even ended.
     """
-    rows = []
-    for label in labels:
-        for chosen, rejected in label.comparisons():
-            answers = (chosen, rejected)
-            is_empty = any(not answer.text and not answer.ended for answer in answers)
-            is_same = chosen.text == rejected.text and chosen.ended == rejected.ended
-            if is_empty or is_same:
-                continue
-            rows.append({
-                "prompt": label.pair.messages,
-                "chosen": chosen.text,
-                "rejected": rejected.text,
-                "ended": [chosen.ended, rejected.ended],
-            })
-    return rows
+    rows = [
+        {
+            "prompt": label.pair.messages,
+            "chosen": chosen.text,
+            "rejected": rejected.text,
+            "ended": [chosen.ended, rejected.ended],
+        }
+        for label in labels
+        for chosen, rejected in label.comparisons()
+    ]
+    return [row for row in rows if is_usable(row)]
+
+
+def is_usable(row: dict[str, Any]) -> bool:
+    """Whether a row compares two different answers, neither of them empty and cut off."""
+    texts = [row["chosen"], row["rejected"]]
+    is_same = texts[0] == texts[1] and row["ended"][0] == row["ended"][1]
+    is_empty = any(not text and not ended for text, ended in zip(texts, row["ended"], strict=True))
+    return not is_same and not is_empty
 
 
 def check_number(rows: list[dict[str, Any]], path: str) -> str:

@@ -2,8 +2,10 @@
 Teach a chat model what you like, from the labels of label.py.
 
   1. sft      only with --sft: fine-tuning on conversations, on the assistant's turns alone
-  2. reward   only with --method=ppo: a reward model learns which answers you choose (judge.py)
-  3. rl       PPO against that reward model; or, with --method=dpo, DPO on the labels themselves
+  2. reward   a reward model learns which answers you choose (judge.py)
+  3. rl       PPO against that reward model; or, with --method=best_of_n, DPO on pairs of answers
+              that it finds (best_of_n.py); or, with --method=dpo and without a reward model, DPO on
+              the labels themselves
 
     python projects/chat/teach.py                                   all of it, into out/chat/taught
     python projects/chat/teach.py --method=dpo --system.work_dir=out/chat/dpo
@@ -34,8 +36,9 @@ import answers
 import lessons
 import outcome
 from answers import ChatModel
+from best_of_n import find_pairs
 from judge import FOLDS, Judge
-from mingpt import evaluation, lora
+from mingpt import distributed, evaluation, lora
 from mingpt.checkpoint import read_json, run_script, to_json, write_text
 from mingpt.config import CfgNode, check_booleans, check_numbers, documented, parse_args
 from mingpt.datasets import Comparisons, Completions
@@ -47,9 +50,11 @@ from mingpt.utils import import_extra, log_to_console, set_seed
 
 logger = logging.getLogger("mingpt.chat")
 
-METHODS = ("ppo", "dpo", "none")
+# The methods, and what trains by them.
+TRAINERS = {"ppo": PPOTrainer, "best_of_n": Trainer, "dpo": Trainer, "none": None}
 BATCH = 32  # texts that are sampled, scored or read at once
 COMPARED_WITH = "compared_with.json"  # beside PPO's checkpoint: rewards of the reference's answers
+PAIRS = "pairs.jsonl"  # beside best_of_n's checkpoint: the best and the worst answers
 
 # Options of the reward stage that are not for the user to choose: all labels are one batch, and the
 # prior takes the place of weight decay. (None for the batch size: their number, see make_stages.)
@@ -101,7 +106,7 @@ def get_rl_config() -> CfgNode:
 
 @documented
 def get_dpo_config() -> CfgNode:
-    """Options of --method=dpo: the Trainer's, and DPO's own."""
+    """Options of dpo and best_of_n: the Trainer's, and DPO's own."""
     C = Trainer.get_default_config()
     C.max_iters = 25                # however many labels there are: more go too far
     C.batch_size = 8                # labels
@@ -119,7 +124,7 @@ def get_dpo_config() -> CfgNode:
 def get_config() -> CfgNode:
     """Every option and its default."""
     C = CfgNode()
-    C.method = "ppo"                 # or dpo; or none, to stop after sft
+    C.method = "ppo"                 # or best_of_n, or dpo; or none, to stop after sft
     C.labels = "out/chat/labels.db"  # where label.py has put them
     C.sft = ""                       # a file of conversations to learn first, or `labels`: the
                                      # answers that you have written on the page
@@ -140,7 +145,8 @@ def get_config() -> CfgNode:
     C.data = CfgNode()
     C.data.first = None              # learn from the first so many comparisons only; None: from all
     C.data.test = ""                 # another labels.db: the reward model is tested on it, too
-    C.data.prompts = ""              # prompts for PPO, one a line; empty: the project's own 300
+    C.data.prompts = ""              # prompts for ppo and best_of_n, one a line; empty: the
+                                     # project's own
     C.data.compared_with = 128       # answers of the reference: the reward of an answer is the
                                      # probability that it is chosen over one of them
 
@@ -154,8 +160,12 @@ def get_config() -> CfgNode:
     C.reward = get_reward_config()
     C.rl = get_rl_config()
 
-    # The Trainer's options for --method=dpo.
+    # The Trainer's options for --method=dpo and --method=best_of_n.
     C.dpo = get_dpo_config()
+
+    C.best_of_n = CfgNode()
+    C.best_of_n.n = 8                # answers to a prompt, of which the best and the worst are kept
+    C.best_of_n.prompts = 300        # how many prompts are answered
 
     for section in (C.finetune, C.reward, C.rl, C.dpo):
         del section.work_dir  # folders are named after the stages
@@ -177,10 +187,12 @@ def complete(config: CfgNode) -> None:
 
 def check_config(config: CfgNode) -> None:
     """ValueError for options that cannot be, before anything is loaded."""
-    if config.method not in METHODS:
-        raise ValueError(f"--method={config.method} must be one of {', '.join(METHODS)}")
+    if config.method not in TRAINERS:
+        raise ValueError(f"--method={config.method} must be one of {', '.join(TRAINERS)}")
     if config.method == "none" and not config.sft:
         raise ValueError("--method=none teaches nothing without --sft=FILE: give one of them")
+    if distributed.is_launched():
+        raise ValueError("teach.py runs in one process: start it without torchrun")
     answers.check_ask(config.ask)
     check_booleans(config, "merge")
     check_numbers(config.system, "seed", whole=True)
@@ -189,6 +201,8 @@ def check_config(config: CfgNode) -> None:
     check_numbers(config.data, "first", low=lessons.FEWEST, whole=True, optional=True)
     check_numbers(config.data, "compared_with", low=1, whole=True)
     check_numbers(config.dpo, "beta", low=1e-6)
+    check_numbers(config.best_of_n, "n", low=2, whole=True)
+    check_numbers(config.best_of_n, "prompts", low=1, whole=True)
     check_numbers(config.reward, "prior", low=1e-6)
 
 
@@ -216,7 +230,7 @@ class Lessons:
         warning = lessons.check_number(self.rows, config.labels)
         if warning:
             logger.warning(warning)
-        if config.method == "ppo":  # the reward model is tested on them
+        if config.method != "dpo":  # the reward model is tested on them
             self.folds = lessons.folds(self.rows, FOLDS, config.system.seed)
         logger.info("%d labels to learn from", len(self.rows))
 
@@ -245,7 +259,8 @@ class ChatStages(Stages):
 
 def make_stages(config: CfgNode, material: Lessons, model: ChatModel) -> ChatStages:
     """The run's stages: who trains them, what they depend on, what is checked and locked."""
-    dpo = config.method == "dpo"
+    trains_by_dpo = config.method in ("dpo", "best_of_n")
+    has_reward = config.method in ("ppo", "best_of_n")
     sampling = {
         "max_new_tokens": config.ask.max_new_tokens,
         "temperature": config.ask.temperature,
@@ -256,20 +271,23 @@ def make_stages(config: CfgNode, material: Lessons, model: ChatModel) -> ChatSta
         config.system.work_dir,
         order={
             "sft": Trainer if config.sft else None,
-            "reward": Trainer if config.method == "ppo" else None,
-            "rl": {"ppo": PPOTrainer, "dpo": Trainer, "none": None}[config.method],
+            "reward": Trainer if has_reward else None,
+            "rl": TRAINERS[config.method],
         },
         base=config.base,
         # Which sections of options, and which facts, a stage depends on beside those before it.
         sections={
             "sft": ["finetune", "demonstrations"],
             "reward": ["reward", "labels"],
-            "rl": [*(["dpo", "rl"] if dpo else ["rl", "dpo"]), "labels", "data", "ask", "method"],
+            "rl": [
+                *(["dpo", "rl"] if trains_by_dpo else ["rl", "dpo"]),
+                *("best_of_n", "labels", "data", "ask", "method"),
+            ],
         },
-        extras={"reward": ["prior"], "rl": ["beta"] if dpo else []},
+        extras={"reward": ["prior"], "rl": ["beta"] if trains_by_dpo else []},
         overrides={
             "reward": WHOLE_BATCH | {"batch_size": max(1, len(material.rows))},
-            "rl": {} if dpo else sampling,
+            "rl": {} if trains_by_dpo else sampling,
         },
         free=[
             *("base", "labels", "merge", "method", "sft", "data.test", "system.work_dir"),
@@ -339,25 +357,42 @@ def ppo(config: CfgNode, stages: ChatStages, material: Lessons, model: ChatModel
         value_model = ValueModel.on(
             model.model, rank=config.model.rank, alpha=config.model.alpha
         )
-    prompts = answers.read_prompts(config.data.prompts)
     return PPOTrainer(
         trainer_config,
         model.model,
         judge,
-        [model.encode(config.ask, prompt) for prompt in prompts],
+        [model.encode(config.ask, prompt) for prompt in training_prompts(config)],
         value_model=value_model,
         tokenizer=model.chat,
     )
+
+
+def best_of_n(config: CfgNode, stages: ChatStages, material: Lessons, model: ChatModel) -> Trainer:
+    """Learn to answer as in the best of n answers, and not as in the worst."""
+    set_seed(config.system.seed + 2)
+    prepare_policy(config, stages, model)
+    judge, _ = Judge.load(stages.model_folder("reward"), model.model)
+    prompts = asked_prompts(config, config.best_of_n.prompts)
+    file = Path(stages.trainer_config("rl").work_dir) / PAIRS
+    pairs = find_pairs(config, file, judge, model, prompts)
+    return dpo_trainer(config, stages, pairs, model)
 
 
 def dpo(config: CfgNode, stages: ChatStages, material: Lessons, model: ChatModel) -> Trainer:
     """Learn from the labels themselves, without a reward model."""
     set_seed(config.system.seed + 2)
     prepare_policy(config, stages, model)
+    return dpo_trainer(config, stages, material.rows, model)
+
+
+def dpo_trainer(
+    config: CfgNode, stages: ChatStages, rows: list[dict], model: ChatModel
+) -> Trainer:
+    """Learn to prefer the chosen answers. The reference is the policy as it is now."""
     return Trainer(
         stages.trainer_config("rl"),
         ActorCritic(model.model),
-        load_comparisons(material.rows, model),
+        load_comparisons(rows, model),
         loss_fn=DPOLoss(model.model, config.dpo.beta),
         collate_fn=Comparisons.collate,
     )
@@ -380,13 +415,25 @@ def rewards_of_reference(config: CfgNode, judge: Judge, reference: ChatModel) ->
 
     Bradley-Terry leaves open where the zero of a reward is. This is where it comes from.
     """
-    prompts = answers.read_prompts(config.data.prompts)
-    asked = [
-        answers.prompt_number(prompts, i, config.system.seed)
-        for i in range(config.data.compared_with)
-    ]
-    samples = reference.sample(config.ask, asked, 1, config.system.seed, BATCH)
+    prompts = asked_prompts(config, config.data.compared_with)
+    samples = reference.sample(config.ask, prompts, 1, config.system.seed, BATCH)
     return evaluation.score(samples, judge.reward, BATCH)
+
+
+def training_prompts(config: CfgNode) -> list[str]:
+    """What is asked in training: the prompts of a file, or those of the project and its facts.
+
+    The KL penalty is only felt where something is asked. Without questions of fact a model forgets
+    what it knows, and the penalty does not notice.
+    """
+    prompts = answers.read_prompts(config.data.prompts)
+    return prompts if config.data.prompts else prompts + answers.read_prompts(str(answers.FACTS))
+
+
+def asked_prompts(config: CfgNode, n: int) -> list[str]:
+    """n of the training prompts in random order; each of them again where n is larger."""
+    prompts = training_prompts(config)
+    return [answers.prompt_number(prompts, i, config.system.seed) for i in range(n)]
 
 
 def load_comparisons(rows: list[dict], model: ChatModel) -> Comparisons:
@@ -410,7 +457,8 @@ def main(args: list[str]) -> None:
     model: ChatModel | None = load_base(config)
     stages = make_stages(config, material, model)
     seconds_before = stages.seconds()  # finished stages took this when they ran
-    makers = {"sft": sft, "reward": reward, "rl": dpo if config.method == "dpo" else ppo}
+    by_method = {"ppo": ppo, "best_of_n": best_of_n, "dpo": dpo, "none": None}
+    makers = {"sft": sft, "reward": reward, "rl": by_method[config.method]}
     for stage in stages.names:
         if stages.finished(stage):
             continue
@@ -442,8 +490,12 @@ def report(config: CfgNode, stages: ChatStages, material: Lessons, started: floa
             test = load_comparisons(material.test, before)
             features = judge.read(test, BATCH // 2)
             margins["test"] = judge.margins(features)[:, 0].detach().cpu()
-        others = read_json(stages.stage_folder("rl") / COMPARED_WITH, list)
-        judge.compare_with(torch.tensor(others))
+        file = stages.stage_folder("rl") / COMPARED_WITH
+        if file.exists():
+            others = torch.tensor(read_json(file, list))
+        else:  # best_of_n has not needed them
+            others = rewards_of_reference(config, judge, before)
+        judge.compare_with(others)
     outcome.write(config, stages, before, after, judge, margins, started)
 
 

@@ -1,0 +1,72 @@
+"""
+Best of n: comparisons that the reward model makes, for DPO to learn from.
+
+A person compares two answers 200 times. The reward model that has learned it never gets tired: it
+reads n answers to each of many prompts, and says which one it likes best, and which one least. Such
+a pair teaches more than two random answers, because they differ far more (West-of-N, Pace et al.
+2024, arXiv:2401.12086). All of them are answers to the question, as the model gives them anyway:
+the best of n is at most log n - (n - 1)/n nats away from the model (Beirami et al. 2024,
+arXiv:2401.01879), which is 1.2 for n = 8. So what DPO learns from them stays near, too.
+
+Sampling takes minutes, so that the pairs are kept in a file, and an interrupted run goes on there.
+"""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import answers
+import lessons
+from answers import ChatModel
+from judge import Judge
+from mingpt import evaluation
+from mingpt.checkpoint import to_json, write_text
+from mingpt.config import CfgNode
+from mingpt.evaluation import Samples
+
+logger = logging.getLogger("mingpt.chat")
+
+BATCH = 32  # answers that are sampled and judged at once
+
+
+def find_pairs(
+    config: CfgNode, file: Path, judge: Judge, model: ChatModel, prompts: list[str]
+) -> list[dict[str, Any]]:
+    """For each prompt the best and the worst of n answers, as `Comparisons` takes them.
+
+    Prompts whose best answer says the same as its worst are left out. file: where the pairs are
+    kept. What is there already is not sampled again.
+    """
+    n = config.best_of_n.n
+    pairs = read_pairs(file)
+    step = max(1, BATCH // n)  # prompts
+    for first in range(len(pairs), len(prompts), step):
+        some = prompts[first : first + step]
+        samples = model.sample(config.ask, some, n, config.system.seed + first, BATCH)
+        samples.rewards = evaluation.score(samples, judge.reward, BATCH)
+        for i, prompt in enumerate(some):
+            messages = answers.messages_for(config.ask, prompt)
+            pairs.append(extremes(messages, samples.select(range(n * i, n * (i + 1)))))
+        write_text(file, "".join(to_json(pair) + "\n" for pair in pairs))
+        logger.info("the best and the worst answer to %d of %d prompts", len(pairs), len(prompts))
+    return [pair for pair in pairs if lessons.is_usable(pair)]
+
+
+def read_pairs(file: Path) -> list[dict[str, Any]]:
+    """The pairs that a file holds, as far as it has come; none if there is no such file."""
+    if not file.exists():
+        return []
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+def extremes(messages: list[dict], samples: Samples) -> dict[str, Any]:
+    """The answer with the highest reward, chosen over the one with the lowest."""
+    assert samples.rewards is not None
+    best, worst = int(samples.rewards.argmax()), int(samples.rewards.argmin())
+    return {
+        "prompt": messages,
+        "chosen": samples.texts[best].strip(),
+        "rejected": samples.texts[worst].strip(),
+        "ended": [bool(samples.ended[best]), bool(samples.ended[worst])],
+    }
