@@ -1437,10 +1437,12 @@ class TeachTests(TempDirTestCase):
 
     def test_best_of_n_learns_from_the_best_and_the_worst_answers(self):
         folder = self.folder / "best"
-        options = ["--best_of_n.n=4", "--best_of_n.prompts=20", "--dpo.max_iters=3"]
-        base = f"--base={self.ppo}"
-        printed(self.teach, folder, "--method=best_of_n", base, "--dpo.epochs=None", *options)
-        self.assertEqual(len(read_metrics(folder / "rl" / "metrics.jsonl")), 3)
+        options = ["--best_of_n.n=4", "--best_of_n.prompts=20", "--best_of_n.learning_rate=1e-2"]
+        printed(self.teach, folder, "--method=best_of_n", f"--base={self.ppo}", *options)
+        rows = read_metrics(folder / "rl" / "metrics.jsonl")
+        self.assertEqual(len(rows), 3)  # all 20 pairs once, in batches of 8
+        # IPO's first loss, before anything is learned: (0 - 1 / (2 beta))^2.
+        self.assertAlmostEqual(rows[0]["loss"], 25.0, delta=1e-3)
         summary = self.summary(folder)
         self.assertGreater(summary["kl"], 0)
         reward_model = self.summary(self.ppo)["held_out_accuracy"]

@@ -1,12 +1,12 @@
 """
-Best of n: comparisons that the reward model makes, for DPO to learn from.
+Best of n: comparisons that the reward model makes, for a policy to learn from.
 
 A person compares two answers 200 times. The reward model that has learned it never gets tired: it
 reads n answers to each of many prompts, and says which one it likes best, and which one least. Such
 a pair teaches more than two random answers, because they differ far more (West-of-N, Pace et al.
 2024, arXiv:2401.12086). All of them are answers to the question, as the model gives them anyway:
 the best of n is at most log n - (n - 1)/n nats away from the model (Beirami et al. 2024,
-arXiv:2401.01879), which is 1.2 for n = 8. So what DPO learns from them stays near, too.
+arXiv:2401.01879), which is 1.2 for n = 8. So what is learned from them can stay near, too.
 
 Sampling takes minutes, so that the pairs are kept in a file, and an interrupted run goes on there.
 """

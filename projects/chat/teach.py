@@ -3,7 +3,7 @@ Teach a chat model what you like, from the labels of label.py.
 
   1. sft      only with --sft: fine-tuning on conversations, on the assistant's turns alone
   2. reward   a reward model learns which answers you choose (judge.py)
-  3. rl       PPO against that reward model; or, with --method=best_of_n, DPO on pairs of answers
+  3. rl       PPO against that reward model; or, with --method=best_of_n, IPO on pairs of answers
               that it finds (best_of_n.py); or, with --method=dpo and without a reward model, DPO on
               the labels themselves
 
@@ -50,8 +50,11 @@ from mingpt.utils import import_extra, log_to_console, set_seed
 
 logger = logging.getLogger("mingpt.chat")
 
-# The methods, and what trains by them.
+# The methods: what trains by them, and the section of its options.
 TRAINERS = {"ppo": PPOTrainer, "best_of_n": Trainer, "dpo": Trainer, "none": None}
+SECTIONS = {"ppo": "rl", "best_of_n": "best_of_n", "dpo": "dpo", "none": "rl"}
+# Options in these sections that are not the Trainer's.
+EXTRAS = {"ppo": [], "best_of_n": ["beta", "n", "prompts"], "dpo": ["beta"], "none": []}
 BATCH = 32  # texts that are sampled, scored or read at once
 COMPARED_WITH = "compared_with.json"  # beside PPO's checkpoint: rewards of the reference's answers
 PAIRS = "pairs.jsonl"  # beside best_of_n's checkpoint: the best and the worst answers
@@ -106,7 +109,7 @@ def get_rl_config() -> CfgNode:
 
 @documented
 def get_dpo_config() -> CfgNode:
-    """Options of dpo and best_of_n: the Trainer's, and DPO's own."""
+    """Options of --method=dpo: the Trainer's, and DPO's own."""
     C = Trainer.get_default_config()
     C.max_iters = 25                # however many labels there are: more go too far
     C.batch_size = 8                # labels
@@ -117,6 +120,18 @@ def get_dpo_config() -> CfgNode:
     C.weight_decay = 0.0
     C.log_every = 1
     C.beta = 0.1                    # strength of the penalty for leaving the reference
+    return C
+
+
+@documented
+def get_best_of_n_config() -> CfgNode:
+    """Options of --method=best_of_n: those of dpo, and how the pairs are found."""
+    C = get_dpo_config()
+    C.max_iters = None
+    C.epochs = 1
+    C.beta = 0.1                    # IPO's: log π(best)/π(worst) is to grow by 1 / (2 beta)
+    C.n = 8                         # answers to a prompt, of which the best and the worst are kept
+    C.prompts = 300                 # how many prompts are answered
     return C
 
 
@@ -160,14 +175,11 @@ def get_config() -> CfgNode:
     C.reward = get_reward_config()
     C.rl = get_rl_config()
 
-    # The Trainer's options for --method=dpo and --method=best_of_n.
+    # The Trainer's options for --method=dpo, and for --method=best_of_n.
     C.dpo = get_dpo_config()
+    C.best_of_n = get_best_of_n_config()
 
-    C.best_of_n = CfgNode()
-    C.best_of_n.n = 8                # answers to a prompt, of which the best and the worst are kept
-    C.best_of_n.prompts = 300        # how many prompts are answered
-
-    for section in (C.finetune, C.reward, C.rl, C.dpo):
+    for section in (C.finetune, C.reward, C.rl, C.dpo, C.best_of_n):
         del section.work_dir  # folders are named after the stages
 
     C.report = CfgNode()
@@ -201,6 +213,7 @@ def check_config(config: CfgNode) -> None:
     check_numbers(config.data, "first", low=lessons.FEWEST, whole=True, optional=True)
     check_numbers(config.data, "compared_with", low=1, whole=True)
     check_numbers(config.dpo, "beta", low=1e-6)
+    check_numbers(config.best_of_n, "beta", low=1e-6)
     check_numbers(config.best_of_n, "n", low=2, whole=True)
     check_numbers(config.best_of_n, "prompts", low=1, whole=True)
     check_numbers(config.reward, "prior", low=1e-6)
@@ -259,7 +272,6 @@ class ChatStages(Stages):
 
 def make_stages(config: CfgNode, material: Lessons, model: ChatModel) -> ChatStages:
     """The run's stages: who trains them, what they depend on, what is checked and locked."""
-    trains_by_dpo = config.method in ("dpo", "best_of_n")
     has_reward = config.method in ("ppo", "best_of_n")
     sampling = {
         "max_new_tokens": config.ask.max_new_tokens,
@@ -280,14 +292,14 @@ def make_stages(config: CfgNode, material: Lessons, model: ChatModel) -> ChatSta
             "sft": ["finetune", "demonstrations"],
             "reward": ["reward", "labels"],
             "rl": [
-                *(["dpo", "rl"] if trains_by_dpo else ["rl", "dpo"]),
-                *("best_of_n", "labels", "data", "ask", "method"),
+                SECTIONS[config.method],  # the Trainer's comes first
+                *("rl", "dpo", "best_of_n", "labels", "data", "ask", "method"),
             ],
         },
-        extras={"reward": ["prior"], "rl": ["beta"] if trains_by_dpo else []},
+        extras={"reward": ["prior"], "rl": EXTRAS[config.method]},
         overrides={
             "reward": WHOLE_BATCH | {"batch_size": max(1, len(material.rows))},
-            "rl": {} if trains_by_dpo else sampling,
+            "rl": sampling if config.method == "ppo" else {},
         },
         free=[
             *("base", "labels", "merge", "method", "sft", "data.test", "system.work_dir"),
@@ -368,32 +380,38 @@ def ppo(config: CfgNode, stages: ChatStages, material: Lessons, model: ChatModel
 
 
 def best_of_n(config: CfgNode, stages: ChatStages, material: Lessons, model: ChatModel) -> Trainer:
-    """Learn to answer as in the best of n answers, and not as in the worst."""
+    """Learn to answer as in the best of n answers, and not as in the worst, by IPO.
+
+    DPO would never have enough of a pair: where best and worst can be told apart, it goes on until
+    the model is far away. IPO asks for a certain distance between the two (Azar et al. 2023).
+    """
     set_seed(config.system.seed + 2)
     prepare_policy(config, stages, model)
     judge, _ = Judge.load(stages.model_folder("reward"), model.model)
     prompts = asked_prompts(config, config.best_of_n.prompts)
     file = Path(stages.trainer_config("rl").work_dir) / PAIRS
     pairs = find_pairs(config, file, judge, model, prompts)
-    return dpo_trainer(config, stages, pairs, model)
+    loss_fn = DPOLoss(model.model, config.best_of_n.beta, "ipo")
+    return comparing_trainer(stages, pairs, model, loss_fn)
 
 
 def dpo(config: CfgNode, stages: ChatStages, material: Lessons, model: ChatModel) -> Trainer:
     """Learn from the labels themselves, without a reward model."""
     set_seed(config.system.seed + 2)
     prepare_policy(config, stages, model)
-    return dpo_trainer(config, stages, material.rows, model)
+    loss_fn = DPOLoss(model.model, config.dpo.beta)
+    return comparing_trainer(stages, material.rows, model, loss_fn)
 
 
-def dpo_trainer(
-    config: CfgNode, stages: ChatStages, rows: list[dict], model: ChatModel
+def comparing_trainer(
+    stages: ChatStages, rows: list[dict], model: ChatModel, loss_fn: DPOLoss
 ) -> Trainer:
-    """Learn to prefer the chosen answers. The reference is the policy as it is now."""
+    """The Trainer of a policy that learns from comparisons."""
     return Trainer(
         stages.trainer_config("rl"),
         ActorCritic(model.model),
         load_comparisons(rows, model),
-        loss_fn=DPOLoss(model.model, config.dpo.beta),
+        loss_fn=loss_fn,
         collate_fn=Comparisons.collate,
     )
 
