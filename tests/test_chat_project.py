@@ -1448,7 +1448,8 @@ class TeachTests(TempDirTestCase):
         reward_model = self.summary(self.ppo)["held_out_accuracy"]
         self.assertEqual(summary["held_out_accuracy"], reward_model)
         # The same answers, one by one: the best is chosen, and the worst rejected.
-        pairs = read_jsonl(folder / "rl" / teach.PAIRS)
+        [file] = (folder / "rl").glob("pairs_*.jsonl")
+        pairs = read_jsonl(file)
         self.assertEqual(len(pairs), 20)
         config = self.best_of_n_config(4)
         model = answers.ChatModel.load(self.model, "cpu")
@@ -1474,12 +1475,13 @@ class TeachTests(TempDirTestCase):
     def test_pairs_that_were_found_are_not_sampled_again(self):
         model = answers.ChatModel.load(self.model, "cpu")
         judge, _ = Judge.load(self.ppo / "reward" / "model", model.model)
-        file = self.folder / "pairs.jsonl"
+        config = self.best_of_n_config(4)
         prompts = [f"Why {n}?" for n in range(20)]
         find = functools.partial(
-            best_of_n.find_pairs, self.best_of_n_config(4), file, judge, model, prompts
+            best_of_n.find_pairs, config, self.folder, judge, model, prompts
         )
         pairs = find()
+        [file] = self.folder.glob("pairs_*.jsonl")
         whole = file.read_text()
         self.assertEqual(whole.count("\n"), 20)
         # As if it had been killed after the first 8 prompts: then it does the others, as before.
@@ -1487,6 +1489,10 @@ class TeachTests(TempDirTestCase):
         with mock.patch.object(model, "sample", wraps=model.sample) as sample:
             self.assertEqual(find(), pairs)
         self.assertEqual([len(call.args[1]) for call in sample.call_args_list], [8, 4])
+        self.assertEqual(file.read_text(), whole)
+        # With other options they are other pairs.
+        config.ask.temperature = 0.5
+        self.assertNotEqual(find(), pairs)
         self.assertEqual(file.read_text(), whole)
 
     def test_answers_that_teach_nothing_are_left_out(self):

@@ -31,14 +31,15 @@ BATCH = 32  # answers that are sampled and judged at once
 
 
 def find_pairs(
-    config: CfgNode, file: Path, judge: Judge, model: ChatModel, prompts: list[str]
+    config: CfgNode, folder: Path, judge: Judge, model: ChatModel, prompts: list[str]
 ) -> list[dict[str, Any]]:
     """For each prompt the best and the worst of n answers, as `Comparisons` takes them.
 
-    Prompts whose best answer says the same as its worst are left out. file: where the pairs are
+    Prompts whose best answer says the same as its worst are left out. folder: where the pairs are
     kept. What is there already is not sampled again.
     """
     n = config.best_of_n.n
+    file = pairs_file(config, folder, prompts)
     pairs = read_pairs(file)
     step = max(1, BATCH // n)  # prompts
     for first in range(len(pairs), len(prompts), step):
@@ -51,6 +52,12 @@ def find_pairs(
         write_text(file, "".join(to_json(pair) + "\n" for pair in pairs))
         logger.info("the best and the worst answer to %d of %d prompts", len(pairs), len(prompts))
     return [pair for pair in pairs if lessons.is_usable(pair)]
+
+
+def pairs_file(config: CfgNode, folder: Path, prompts: list[str]) -> Path:
+    """The file of the pairs. Those that were found with other options have another name."""
+    options = {"ask": config.ask.to_dict(), "n": config.best_of_n.n, "seed": config.system.seed}
+    return folder / f"pairs_{lessons.digest([options, prompts])}.jsonl"
 
 
 def read_pairs(file: Path) -> list[dict[str, Any]]:

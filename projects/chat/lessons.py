@@ -126,6 +126,6 @@ def demonstrations(labels: list[Label], source: str) -> list[dict[str, Any]]:
     return rows
 
 
-def digest(rows: list[dict[str, Any]]) -> str:
-    """A short hash of some rows: a run of other labels is another run."""
+def digest(rows: list) -> str:
+    """A short hash of what goes into JSON: a run of other labels, say, is another run."""
     return hashlib.sha256(to_json(rows).encode()).hexdigest()[:16]

@@ -57,7 +57,6 @@ SECTIONS = {"ppo": "rl", "best_of_n": "best_of_n", "dpo": "dpo", "none": "rl"}
 EXTRAS = {"ppo": [], "best_of_n": ["beta", "n", "prompts"], "dpo": ["beta"], "none": []}
 BATCH = 32  # texts that are sampled, scored or read at once
 COMPARED_WITH = "compared_with.json"  # beside PPO's checkpoint: rewards of the reference's answers
-PAIRS = "pairs.jsonl"  # beside best_of_n's checkpoint: the best and the worst answers
 
 # Options of the reward stage that are not for the user to choose: all labels are one batch, and the
 # prior takes the place of weight decay. (None for the batch size: their number, see make_stages.)
@@ -389,8 +388,8 @@ def best_of_n(config: CfgNode, stages: ChatStages, material: Lessons, model: Cha
     prepare_policy(config, stages, model)
     judge, _ = Judge.load(stages.model_folder("reward"), model.model)
     prompts = asked_prompts(config, config.best_of_n.prompts)
-    file = Path(stages.trainer_config("rl").work_dir) / PAIRS
-    pairs = find_pairs(config, file, judge, model, prompts)
+    folder = Path(stages.trainer_config("rl").work_dir)
+    pairs = find_pairs(config, folder, judge, model, prompts)
     loss_fn = DPOLoss(model.model, config.best_of_n.beta, "ipo")
     return comparing_trainer(stages, pairs, model, loss_fn)
 
