@@ -20,7 +20,6 @@ import answers
 import lessons
 from answers import ChatModel
 from judge import Judge
-from mingpt import evaluation
 from mingpt.checkpoint import to_json, write_text
 from mingpt.config import CfgNode
 from mingpt.evaluation import Samples
@@ -45,7 +44,8 @@ def find_pairs(
     for first in range(len(pairs), len(prompts), step):
         some = prompts[first : first + step]
         samples = model.sample(config.ask, some, n, config.system.seed + first, BATCH)
-        samples.rewards = evaluation.score(samples, judge.reward, BATCH)
+        masks = (samples.attention_mask, samples.completion_mask)
+        samples.rewards = judge.reward(samples.idx, *masks, rows_per_prompt=n).cpu()
         for i, prompt in enumerate(some):
             messages = answers.messages_for(config.ask, prompt)
             pairs.append(extremes(messages, samples.select(range(n * i, n * (i + 1)))))
