@@ -1456,7 +1456,7 @@ class TeachTests(TempDirTestCase):
         judge, _ = Judge.load(self.ppo / "reward" / "model", model.model)
         asked = [pair["prompt"][-1]["content"] for pair in pairs]
         config.ask.request = ""  # it stands behind the questions already
-        samples = model.sample(config.ask, asked[:8], 4, config.system.seed, best_of_n.BATCH)
+        samples = model.sample(config.ask, asked[:8], 4, config.system.seed, answers.BATCH)
         rewards = torch.stack([
             judge.reward(*(x[i : i + 1] for x in masks_of(samples))) for i in range(32)
         ])

@@ -29,6 +29,7 @@ PROMPTS = Path(__file__).with_name("prompts.txt")
 FACTS = Path(__file__).with_name("facts.txt")  # asked beside PROMPTS when a model is taught
 FRESH = Path(__file__).with_name("fresh.txt")  # nothing is trained on these
 TRIES = 4  # to sample two answers that differ
+BATCH = 32  # answers that are sampled, scored or read at once
 BASE = "base.json"  # beside an adapter: the name and the hash of its base
 
 # GPT-2 has never seen a conversation. With --sft it learns one from this form.
@@ -116,7 +117,7 @@ class ChatModel:
             self.encode(ask, prompt)
 
     def sample(
-        self, ask: CfgNode, prompts: Sequence[str], n: int, seed: int, batch_size: int = 32
+        self, ask: CfgNode, prompts: Sequence[str], n: int, seed: int, batch_size: int = BATCH
     ) -> Samples:
         """n answers to each prompt; those to one prompt are adjacent. The same for a seed."""
         return evaluation.sample(

@@ -18,15 +18,13 @@ from typing import Any
 
 import answers
 import lessons
-from answers import ChatModel
+from answers import BATCH, ChatModel
 from judge import Judge
 from mingpt.checkpoint import to_json, write_text
 from mingpt.config import CfgNode
 from mingpt.evaluation import Samples
 
 logger = logging.getLogger("mingpt.chat")
-
-BATCH = 32  # answers that are sampled and judged at once
 
 
 def find_pairs(

@@ -26,7 +26,7 @@ import functools
 import logging
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,7 +35,7 @@ from torch.utils.data import TensorDataset
 import answers
 import lessons
 import outcome
-from answers import ChatModel
+from answers import BATCH, ChatModel
 from best_of_n import find_pairs
 from judge import FOLDS, Judge
 from mingpt import distributed, evaluation, lora
@@ -50,12 +50,6 @@ from mingpt.utils import import_extra, log_to_console, set_seed
 
 logger = logging.getLogger("mingpt.chat")
 
-# The methods: what trains by them, and the section of its options.
-TRAINERS = {"ppo": PPOTrainer, "best_of_n": Trainer, "dpo": Trainer, "none": None}
-SECTIONS = {"ppo": "rl", "best_of_n": "best_of_n", "dpo": "dpo", "none": "rl"}
-# Options in these sections that are not the Trainer's.
-EXTRAS = {"ppo": [], "best_of_n": ["beta", "n", "prompts"], "dpo": ["beta"], "none": []}
-BATCH = 32  # texts that are sampled, scored or read at once
 COMPARED_WITH = "compared_with.json"  # beside PPO's checkpoint: rewards of the reference's answers
 
 # Options of the reward stage that are not for the user to choose: all labels are one batch, and the
@@ -66,6 +60,23 @@ WHOLE_BATCH = {
     "weight_decay": 0.0,
     "compile": False,
     "eval_every": None,
+}
+
+
+class Method(NamedTuple):
+    """A way to teach a policy."""
+
+    trainer_class: type[Trainer] | None  # what trains it; None: nothing does
+    section: str  # of that trainer's options
+    extras: tuple[str, ...]  # options in the section that are not the trainer's
+    has_reward: bool  # whether a reward model learns first
+
+
+METHODS = {
+    "ppo": Method(PPOTrainer, "rl", (), has_reward=True),
+    "best_of_n": Method(Trainer, "best_of_n", ("beta", "n", "prompts"), has_reward=True),
+    "dpo": Method(Trainer, "dpo", ("beta",), has_reward=False),
+    "none": Method(None, "rl", (), has_reward=False),
 }
 
 
@@ -198,8 +209,8 @@ def complete(config: CfgNode) -> None:
 
 def check_config(config: CfgNode) -> None:
     """ValueError for options that cannot be, before anything is loaded."""
-    if config.method not in TRAINERS:
-        raise ValueError(f"--method={config.method} must be one of {', '.join(TRAINERS)}")
+    if config.method not in METHODS:
+        raise ValueError(f"--method={config.method} must be one of {', '.join(METHODS)}")
     if config.method == "none" and not config.sft:
         raise ValueError("--method=none teaches nothing without --sft=FILE: give one of them")
     if distributed.is_launched():
@@ -242,7 +253,7 @@ class Lessons:
         warning = lessons.check_number(self.rows, config.labels)
         if warning:
             logger.warning(warning)
-        if config.method != "dpo":  # the reward model is tested on them
+        if METHODS[config.method].has_reward:  # which is tested on them
             self.folds = lessons.folds(self.rows, FOLDS, config.system.seed)
         logger.info("%d labels to learn from", len(self.rows))
 
@@ -271,7 +282,7 @@ class ChatStages(Stages):
 
 def make_stages(config: CfgNode, material: Lessons, model: ChatModel) -> ChatStages:
     """The run's stages: who trains them, what they depend on, what is checked and locked."""
-    has_reward = config.method in ("ppo", "best_of_n")
+    method = METHODS[config.method]
     sampling = {
         "max_new_tokens": config.ask.max_new_tokens,
         "temperature": config.ask.temperature,
@@ -282,8 +293,8 @@ def make_stages(config: CfgNode, material: Lessons, model: ChatModel) -> ChatSta
         config.system.work_dir,
         order={
             "sft": Trainer if config.sft else None,
-            "reward": Trainer if has_reward else None,
-            "rl": TRAINERS[config.method],
+            "reward": Trainer if method.has_reward else None,
+            "rl": method.trainer_class,
         },
         base=config.base,
         # Which sections of options, and which facts, a stage depends on beside those before it.
@@ -291,11 +302,11 @@ def make_stages(config: CfgNode, material: Lessons, model: ChatModel) -> ChatSta
             "sft": ["finetune", "demonstrations"],
             "reward": ["reward", "labels"],
             "rl": [
-                SECTIONS[config.method],  # the Trainer's comes first
+                method.section,  # the trainer's comes first
                 *("rl", "dpo", "best_of_n", "labels", "data", "ask", "method"),
             ],
         },
-        extras={"reward": ["prior"], "rl": EXTRAS[config.method]},
+        extras={"reward": ["prior"], "rl": method.extras},
         overrides={
             "reward": WHOLE_BATCH | {"batch_size": max(1, len(material.rows))},
             "rl": sampling if config.method == "ppo" else {},
