@@ -24,6 +24,7 @@ from mingpt.run_folder import read_metrics
 from tests.common import NO_POINTS, ROOT, TempDirTestCase, load_script, tiny_gpt
 
 sys.path.insert(0, str(ROOT / "projects" / "happy_gpt"))
+import average
 import data
 import preferences
 import report
@@ -458,6 +459,32 @@ class TestWholeJob(ScriptTestCase):
         self.assertIn("| -1 to 0.2 |", printed)
 
 
+class TestAverage(TempDirTestCase):
+    def test_the_mean_of_some_policies_and_its_distance_from_the_reference(self):
+        reference, *policies = (tiny_gpt(seed=seed) for seed in range(4))
+        for scale in (0.0, 1.0, 1.1):
+            result = dict(average.average(reference, policies, scale).named_parameters())
+            for name, start in reference.named_parameters():
+                ends = [dict(policy.named_parameters())[name] for policy in policies]
+                distances = [(end - start).detach().double().numpy() for end in ends]
+                expected = start.detach().double().numpy() + scale * np.mean(distances, axis=0)
+                np.testing.assert_allclose(result[name].detach().numpy(), expected, atol=1e-6)
+
+    def test_the_mean_of_one_policy_is_that_policy(self):
+        reference, policy = tiny_gpt(seed=0), tiny_gpt(seed=1)
+        idx = torch.tensor([[1, 2, 3]])
+        logits = average.average(reference, [policy])(idx)[0]
+        torch.testing.assert_close(logits, policy.eval()(idx)[0], rtol=0, atol=1e-5)
+
+    def test_what_has_no_mean_is_refused(self):
+        with self.assertRaisesRegex(ValueError, "the runs' models differ in transformer.wte"):
+            average.average(tiny_gpt(), [tiny_gpt(vocab_size=7)])
+        with self.assertRaisesRegex(ValueError, "--runs is empty"):
+            average.main([])
+        with self.assertRaisesRegex(ValueError, "there is no .*it comes with a finished run"):
+            average.main([f"--runs={self.folder}", f"--reference={self.folder}"])
+
+
 class TestFamily(ScriptTestCase):
     def test_other_algorithms_and_rewards_from_the_stages_of_one_run(self):
         self.run_script("--stages=pretrain", "--data.path=nowhere.jsonl", code=1)
@@ -469,6 +496,7 @@ class TestFamily(ScriptTestCase):
         self.check_best_of_n()
         self.check_human()
         self.check_compare()
+        self.check_average()
         self.check_half_a_stage()
 
     def run_from_base(self, name, *options):
@@ -533,6 +561,20 @@ class TestFamily(ScriptTestCase):
         rows = r"\| reinforce \| -?0\.\d+ .*\n\| best of 16 \| 0\.\d+ \| ≤ 1\.84 "
         self.assertRegex(printed, rows)
         self.assertGreater((self.folder / "family.png").stat().st_size, 0)
+
+    def check_average(self):
+        out = self.folder / "out"
+        process = self.start(
+            "average.py",
+            f"--runs={out},{self.folder / 'dpo'}",
+            f"--reference={out / 'sft' / 'model'}",
+            f"--out={self.folder / 'average'}",
+            "--samples=16",
+        )
+        printed, complaint = process.communicate()
+        self.assertEqual(process.returncode, 0, complaint)
+        self.assertRegex(printed, r"reward -?0\.\d+ at -?\d+\.\d+ nats, ")
+        self.assertTrue((self.folder / "average" / "chars.json").exists())
 
     def check_half_a_stage(self):
         out = self.folder / "out"
