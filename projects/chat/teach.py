@@ -283,6 +283,7 @@ class ChatStages(Stages):
 def make_stages(config: CfgNode, material: Lessons, model: ChatModel) -> ChatStages:
     """The run's stages: who trains them, what they depend on, what is checked and locked."""
     method = METHODS[config.method]
+    other_sections = {other.section for other in METHODS.values()} - {method.section}
     sampling = {
         "max_new_tokens": config.ask.max_new_tokens,
         "temperature": config.ask.temperature,
@@ -301,10 +302,7 @@ def make_stages(config: CfgNode, material: Lessons, model: ChatModel) -> ChatSta
         sections={
             "sft": ["finetune", "demonstrations"],
             "reward": ["reward", "labels"],
-            "rl": [
-                method.section,  # the trainer's comes first
-                *("rl", "dpo", "best_of_n", "labels", "data", "ask", "method"),
-            ],
+            "rl": [method.section, "labels", "data", "ask", "method"],
         },
         extras={"reward": ["prior"], "rl": method.extras},
         overrides={
@@ -314,6 +312,7 @@ def make_stages(config: CfgNode, material: Lessons, model: ChatModel) -> ChatSta
         free=[
             *("base", "labels", "merge", "method", "sft", "data.test", "system.work_dir"),
             "report.*",
+            *(f"{section}.*" for section in other_sections),
         ],
         facts={"base_hash": model.hash, "method.name": config.method, **material.facts()},
         tokenizer=model.chat,
