@@ -1492,10 +1492,25 @@ class TeachTests(TempDirTestCase):
             self.assertEqual(find(), pairs)
         self.assertEqual([len(call.args[1]) for call in sample.call_args_list], [8, 4])
         self.assertEqual(file.read_text(), whole)
-        # With other options they are other pairs.
+        # With other options or another judge they are other pairs.
         config.ask.temperature = 0.5
         self.assertNotEqual(find(), pairs)
+        config.ask.temperature = 0.7
+        self.assertEqual(find(), pairs)
+        with torch.no_grad():
+            judge.weight.neg_()
+        backwards = [(pair["rejected"], pair["chosen"]) for pair in pairs]
+        self.assertEqual([(pair["chosen"], pair["rejected"]) for pair in find()], backwards)
         self.assertEqual(file.read_text(), whole)
+        self.assertEqual(len(list(self.folder.glob("pairs_*.jsonl"))), 3)
+
+    def test_answers_that_are_all_alike_are_no_pairs(self):
+        model = answers.ChatModel.load(self.model, "cpu")
+        judge, _ = Judge.load(self.ppo / "reward" / "model", model.model)
+        config = self.best_of_n_config(2)
+        config.ask.temperature = 1e-6
+        with self.assertRaisesRegex(ValueError, "say the same.* raise --ask.temperature=1e-06"):
+            best_of_n.find_pairs(config, self.folder, judge, model, ["Why?", "How?"])
 
     def test_answers_that_teach_nothing_are_left_out(self):
         def row(chosen, rejected, ended):
@@ -1587,6 +1602,7 @@ class TeachTests(TempDirTestCase):
             ("--method=none", "teaches nothing without --sft"),
             ("--rl.batch_size=0", "the stage rl cannot run .*batch_size=0"),
             ("--reward.prior=0", "prior=0.0 must be"),
+            ("--best_of_n.n=33", "n=33 must be"),
         ):
             with self.subTest(option), self.assertRaisesRegex(ValueError, message):
                 self.teach(self.folder, option)

@@ -3,12 +3,12 @@ Best of n: comparisons that the reward model makes, for a policy to learn from.
 
 A person compares two answers 200 times. The reward model that has learned it never gets tired: it
 reads n answers to each of many prompts, and says which one it likes best, and which one least. Such
-a pair teaches more than two random answers, because they differ far more (West-of-N, Pace et al.
-2024, arXiv:2401.12086). All of them are answers to the question, as the model gives them anyway:
-the best of n is at most log n - (n - 1)/n nats away from the model (Beirami et al. 2024,
-arXiv:2401.01879), which is 1.2 for n = 8. So what is learned from them can stay near, too.
+a pair teaches more than two random answers, because they differ far more. (West-of-N, Pace et al.
+2024, arXiv:2401.12086, trains reward models on such pairs.) All of them are answers to the
+question, as the model gives them anyway: whoever always takes the best of n is at most
+log n - (n - 1)/n nats away from the model (Beirami et al. 2024, arXiv:2401.01879), 1.2 for n = 8.
 
-Sampling takes minutes, so that the pairs are kept in a file, and an interrupted run goes on there.
+Sampling takes minutes. So the pairs are kept in a file, and an interrupted run goes on from there.
 """
 
 import json
@@ -32,11 +32,12 @@ def find_pairs(
 ) -> list[dict[str, Any]]:
     """For each prompt the best and the worst of n answers, as `Comparisons` takes them.
 
-    Prompts whose best answer says the same as its worst are left out. folder: where the pairs are
-    kept. What is there already is not sampled again.
+    Prompts whose best answer says the same as the worst are left out. folder: where the pairs are
+    kept. What is there already is not sampled again. ValueError if no prompt is left.
     """
+    model.check_prompts(config.ask, prompts)  # now, and not after minutes
     n = config.best_of_n.n
-    file = pairs_file(config, folder, prompts)
+    file = pairs_file(config, folder, judge, model, prompts)
     pairs = read_pairs(file)
     step = max(1, BATCH // n)  # prompts
     for first in range(len(pairs), len(prompts), step):
@@ -49,13 +50,22 @@ def find_pairs(
             pairs.append(extremes(messages, samples.select(range(n * i, n * (i + 1)))))
         write_text(file, "".join(to_json(pair) + "\n" for pair in pairs))
         logger.info("the best and the worst answer to %d of %d prompts", len(pairs), len(prompts))
-    return [pair for pair in pairs if lessons.is_usable(pair)]
+    usable = [pair for pair in pairs if lessons.is_usable(pair)]
+    if not usable:
+        raise ValueError(
+            f"all {n} answers to a prompt say the same, for each of {len(prompts)} prompts: raise "
+            f"--ask.temperature={config.ask.temperature} or --best_of_n.n={n}"
+        )
+    return usable
 
 
-def pairs_file(config: CfgNode, folder: Path, prompts: list[str]) -> Path:
-    """The file of the pairs. Those that were found with other options have another name."""
+def pairs_file(
+    config: CfgNode, folder: Path, judge: Judge, model: ChatModel, prompts: list[str]
+) -> Path:
+    """The file of the pairs. Its name says how they were found: others are in another file."""
     options = {"ask": config.ask.to_dict(), "n": config.best_of_n.n, "seed": config.system.seed}
-    return folder / f"pairs_{lessons.digest([options, prompts])}.jsonl"
+    hashes = [answers.hash_of(judge), answers.hash_of(model.model)]
+    return folder / f"pairs_{lessons.digest([options, hashes, prompts])}.jsonl"
 
 
 def read_pairs(file: Path) -> list[dict[str, Any]]:

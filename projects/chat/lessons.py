@@ -127,5 +127,5 @@ def demonstrations(labels: list[Label], source: str) -> list[dict[str, Any]]:
 
 
 def digest(rows: list) -> str:
-    """A short hash of what goes into JSON: a run of other labels, say, is another run."""
+    """A short hash of anything that JSON can hold, such as labels."""
     return hashlib.sha256(to_json(rows).encode()).hexdigest()[:16]

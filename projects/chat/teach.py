@@ -224,7 +224,7 @@ def check_config(config: CfgNode) -> None:
     check_numbers(config.data, "compared_with", low=1, whole=True)
     check_numbers(config.dpo, "beta", low=1e-6)
     check_numbers(config.best_of_n, "beta", low=1e-6)
-    check_numbers(config.best_of_n, "n", low=2, whole=True)
+    check_numbers(config.best_of_n, "n", low=2, high=BATCH, whole=True)
     check_numbers(config.best_of_n, "prompts", low=1, whole=True)
     check_numbers(config.reward, "prior", low=1e-6)
 
@@ -391,8 +391,8 @@ def ppo(config: CfgNode, stages: ChatStages, material: Lessons, model: ChatModel
 def best_of_n(config: CfgNode, stages: ChatStages, material: Lessons, model: ChatModel) -> Trainer:
     """Learn to answer as in the best of n answers, and not as in the worst, by IPO.
 
-    DPO would never have enough of a pair: where best and worst can be told apart, it goes on until
-    the model is far away. IPO asks for a certain distance between the two (Azar et al. 2023).
+    DPO keeps widening the gap between the two, until the model is far away. IPO asks for a certain
+    gap, and for no more (Azar et al. 2023, arXiv:2310.12036).
     """
     set_seed(config.system.seed + 2)
     prepare_policy(config, stages, model)
@@ -517,9 +517,8 @@ def report(config: CfgNode, stages: ChatStages, material: Lessons, started: floa
             test = load_comparisons(material.test, before)
             features = judge.read(test, BATCH // 2)
             margins["test"] = judge.margins(features)[:, 0].detach().cpu()
-        file = stages.stage_folder("rl") / COMPARED_WITH
-        if file.exists():
-            others = torch.tensor(read_json(file, list))
+        if config.method == "ppo":
+            others = torch.tensor(read_json(stages.stage_folder("rl") / COMPARED_WITH, list))
         else:  # best_of_n has not needed them
             others = rewards_of_reference(config, judge, before)
         judge.compare_with(others)

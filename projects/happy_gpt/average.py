@@ -1,5 +1,5 @@
 """
-The mean of several runs' weights: one policy that is better than each of them.
+The mean of several runs' weights: one policy that pays less KL for its reward than each of them.
 
     python projects/happy_gpt/average.py --runs=out/happy_gpt,out/seed_1,out/seed_2
 
