@@ -1552,7 +1552,7 @@ class TeachTests(TempDirTestCase):
             choices = choose(config.rl)
             expected = "leave_one_out" if name == "ppo" else row.advantage
             self.assertEqual(choices.advantage, expected, name)
-            self.assertEqual(choices.kl_coef, 0.01 if row.kl_penalty != "none" else 0.0, name)
+            self.assertEqual(choices.kl_coef, 0.03 if row.kl_penalty != "none" else 0.0, name)
 
     def test_with_a_value_function_on_the_same_trunk(self):
         folder = self.folder / "gae"

@@ -108,7 +108,7 @@ def get_rl_config() -> CfgNode:
                                     # value function (gae) learns nothing from so few answers
     C.learning_rate = 1e-3
     C.lr_schedule = "linear"
-    C.kl_coef = None                # a probability, per nat; None: 0.01 where there is a penalty
+    C.kl_coef = None                # a probability, per nat; None: 0.03 where there is a penalty
     C.missing_eos_penalty = 0.5     # makes it worse than most answers that have ended
     C.checkpoint_every = 4
     C.value_lr_ratio = 3.0          # this one and the next only with advantage=gae
@@ -204,7 +204,7 @@ def complete(config: CfgNode) -> None:
     if config.rl.advantage is None and config.rl.algorithm == "ppo":
         config.rl.advantage = "leave_one_out"
     if config.rl.kl_coef is None and row is not None and row.kl_penalty != "none":
-        config.rl.kl_coef = 0.01
+        config.rl.kl_coef = 0.03
 
 
 def check_config(config: CfgNode) -> None:
