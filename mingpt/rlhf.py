@@ -1257,14 +1257,9 @@ class PPOTrainer(Trainer):
         scores = scored.rewards - self.config.missing_eos_penalty * ~ended
 
         # From scores to the reward of each token, and from there to advantages: (B, T-1).
-        rewards = self.token_rewards(scores, old_log_probs, ref_log_probs, mask)
-        if self.config.shaping:
-            potentials = self.potentials(
-                idx, attention_mask, completion_mask, prompt_index, *prefix
-            )
-            rewards = shaped(rewards, potentials, mask, self.config.gamma)
-        if self.config.whiten_rewards:
-            rewards = self.whiten(rewards, mask, shift_mean=False)
+        texts = (idx, attention_mask, completion_mask, prompt_index)
+        potentials = self.potentials(*texts, *prefix) if self.config.shaping else None
+        rewards = self.token_rewards(scores, old_log_probs, ref_log_probs, mask, potentials)
         advantages, returns = self.advantages(rewards, values, mask)
         return Rollout(
             idx=idx,
@@ -1417,9 +1412,17 @@ class PPOTrainer(Trainer):
         return potentials
 
     def token_rewards(
-        self, scores: Tensor, log_probs: Tensor, ref_log_probs: Tensor, mask: Tensor
+        self,
+        scores: Tensor,
+        log_probs: Tensor,
+        ref_log_probs: Tensor,
+        mask: Tensor,
+        potentials: Tensor | None,
     ) -> Tensor:
-        """The reward of each action, (B, T-1): the KL penalty on each, the score on the last."""
+        """The reward of each action, (B, T-1): the KL penalty on each, the score on the last.
+
+        potentials: those of `shaped`, (B, T-1), or None without shaping.
+        """
         # r_t = -kl_coef · KL_t: each step away from the reference costs something at once ...
         rewards = torch.zeros_like(log_probs)
         if self.choices.kl_penalty == "reward":
@@ -1427,6 +1430,10 @@ class PPOTrainer(Trainer):
             rewards = masked(-self.kl_coef * penalty, mask)
         # ... and the text is judged when it is complete, which is at its last action.
         rewards[torch.arange(len(scores)), last_real(mask)] += scores
+        if potentials is not None:
+            rewards = shaped(rewards, potentials, mask, self.config.gamma)
+        if self.config.whiten_rewards:
+            rewards = self.whiten(rewards, mask, shift_mean=False)
         return rewards
 
     def advantages(
