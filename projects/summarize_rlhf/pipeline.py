@@ -30,6 +30,62 @@ SOURCES = ("docstrings", "tldr")
 
 
 @documented
+def get_pretrain_config() -> CN:
+    """Options of pretrain: the Trainer's."""
+    C = Trainer.get_default_config()
+    C.max_iters = 1500
+    C.batch_size = 16
+    C.learning_rate = 3e-3
+    C.lr_schedule = "cosine"
+    C.warmup_iters = 100
+    C.eval_every = 500
+    return C
+
+
+@documented
+def get_sft_config() -> CN:
+    """Options of sft: the Trainer's."""
+    C = Trainer.get_default_config()
+    C.epochs = 2
+    C.batch_size = 32
+    C.learning_rate = 1e-3
+    C.lr_schedule = "cosine"
+    C.warmup_iters = 50
+    C.eval_every = 200
+    return C
+
+
+@documented
+def get_reward_config() -> CN:
+    """Options of reward and judge: the Trainer's."""
+    C = Trainer.get_default_config()
+    C.epochs = 2
+    C.batch_size = 8                 # texts, each with the author's line and all others
+    C.learning_rate = 5e-4
+    C.lr_schedule = "cosine"
+    C.warmup_iters = 50
+    C.eval_every = 200
+    return C
+
+
+@documented
+def get_ppo_config() -> CN:
+    """Options of ppo: the PPOTrainer's."""
+    C = PPOTrainer.get_default_config()
+    C.max_iters = 120
+    C.batch_size = 256
+    C.group_size = 8
+    C.minibatch_size = 128
+    C.ppo_epochs = 1
+    C.learning_rate = 3e-4
+    C.lr_schedule = "linear"
+    C.warmup_iters = 5
+    C.kl_coef = 0.05
+    C.missing_eos_penalty = 1.0      # in standard deviations of the reward
+    return C
+
+
+@documented
 def get_config(data: str = "docstrings") -> CN:
     """Every option and its default; tldr has other defaults than docstrings."""
     C = CN()
@@ -59,44 +115,14 @@ def get_config(data: str = "docstrings") -> CN:
     C.model.name = ""                # start from these weights (gpt2, or a folder) and GPT-2's
                                      # vocabulary, instead of pre-training
 
-    C.pretrain = Trainer.get_default_config()
-    C.pretrain.max_iters = 1500
-    C.pretrain.batch_size = 16
-    C.pretrain.learning_rate = 3e-3
-    C.pretrain.lr_schedule = "cosine"
-    C.pretrain.warmup_iters = 100
-    C.pretrain.eval_every = 500
-
-    C.sft = Trainer.get_default_config()
-    C.sft.epochs = 2
-    C.sft.batch_size = 32
-    C.sft.learning_rate = 1e-3
-    C.sft.lr_schedule = "cosine"
-    C.sft.warmup_iters = 50
-    C.sft.eval_every = 200
+    C.pretrain = get_pretrain_config()
+    C.sft = get_sft_config()
 
     C.comparisons = CN()
     C.comparisons.centering = 0.01   # how strongly each text's rewards are drawn to a mean of 0
 
-    C.reward = Trainer.get_default_config()  # the judge is trained with the same options
-    C.reward.epochs = 2
-    C.reward.batch_size = 8          # texts, each with the author's line and all others
-    C.reward.learning_rate = 5e-4
-    C.reward.lr_schedule = "cosine"
-    C.reward.warmup_iters = 50
-    C.reward.eval_every = 200
-
-    C.ppo = PPOTrainer.get_default_config()
-    C.ppo.max_iters = 120
-    C.ppo.batch_size = 256
-    C.ppo.group_size = 8
-    C.ppo.minibatch_size = 128
-    C.ppo.ppo_epochs = 1
-    C.ppo.learning_rate = 3e-4
-    C.ppo.lr_schedule = "linear"
-    C.ppo.warmup_iters = 5
-    C.ppo.kl_coef = 0.05
-    C.ppo.missing_eos_penalty = 1.0  # in standard deviations of the reward
+    C.reward = get_reward_config()   # the judge is trained with the same options
+    C.ppo = get_ppo_config()
 
     C.report = CN()
     C.report.samples = 500           # held-out texts to summarize in the end
