@@ -11,7 +11,6 @@ log n - (n - 1)/n nats away from the model (Beirami et al. 2024, arXiv:2401.0187
 Sampling takes minutes. So the pairs are kept in a file, and an interrupted run goes on from there.
 """
 
-import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -20,9 +19,10 @@ import answers
 import lessons
 from answers import BATCH, ChatModel
 from judge import Judge
-from mingpt.checkpoint import to_json, write_text
+from mingpt.checkpoint import write_text
 from mingpt.config import CfgNode
-from mingpt.evaluation import Samples
+from mingpt.datasets import read_jsonl
+from mingpt.run_folder import to_lines
 
 logger = logging.getLogger("mingpt.chat")
 
@@ -38,17 +38,20 @@ def find_pairs(
     model.check_prompts(config.ask, prompts)  # now, and not after minutes
     n = config.best_of_n.n
     file = pairs_file(config, folder, judge, model, prompts)
-    pairs = read_pairs(file)
-    step = max(1, BATCH // n)  # prompts
+    pairs = read_jsonl(file) if file.exists() else []
+    step = BATCH // n  # prompts
     for first in range(len(pairs), len(prompts), step):
         some = prompts[first : first + step]
         samples = model.sample(config.ask, some, n, config.system.seed + first, BATCH)
         masks = (samples.attention_mask, samples.completion_mask)
-        samples.rewards = judge.reward(samples.idx, *masks, rows_per_prompt=n).cpu()
+        rewards = judge.reward(samples.idx, *masks, rows_per_prompt=n).view(-1, n)
         for i, prompt in enumerate(some):
-            messages = answers.messages_for(config.ask, prompt)
-            pairs.append(extremes(messages, samples.select(range(n * i, n * (i + 1)))))
-        write_text(file, "".join(to_json(pair) + "\n" for pair in pairs))
+            best, worst = (
+                answers.as_answer(samples, n * i + int(place), model.hash)
+                for place in (rewards[i].argmax(), rewards[i].argmin())
+            )
+            pairs.append(lessons.as_row(answers.messages_for(config.ask, prompt), best, worst))
+        write_text(file, to_lines(pairs))
         logger.info("the best and the worst answer to %d of %d prompts", len(pairs), len(prompts))
     usable = [pair for pair in pairs if lessons.is_usable(pair)]
     if not usable:
@@ -66,22 +69,3 @@ def pairs_file(
     options = {"ask": config.ask.to_dict(), "n": config.best_of_n.n, "seed": config.system.seed}
     hashes = [answers.hash_of(judge), answers.hash_of(model.model)]
     return folder / f"pairs_{lessons.digest([options, hashes, prompts])}.jsonl"
-
-
-def read_pairs(file: Path) -> list[dict[str, Any]]:
-    """The pairs that a file holds, as far as it has come; none if there is no such file."""
-    if not file.exists():
-        return []
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-
-
-def extremes(messages: list[dict], samples: Samples) -> dict[str, Any]:
-    """The answer with the highest reward, chosen over the one with the lowest."""
-    assert samples.rewards is not None
-    best, worst = int(samples.rewards.argmax()), int(samples.rewards.argmin())
-    return {
-        "prompt": messages,
-        "chosen": samples.texts[best].strip(),
-        "rejected": samples.texts[worst].strip(),
-        "ended": [bool(samples.ended[best]), bool(samples.ended[worst])],
-    }

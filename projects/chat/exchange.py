@@ -19,8 +19,9 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from mingpt.checkpoint import to_json, write_text
+from mingpt.checkpoint import write_text
 from mingpt.datasets import read_jsonl
+from mingpt.run_folder import to_lines
 from store import Answer, Label, Pair, Store, check_encodable
 
 # --------------------------------------------------------------------------------------------------
@@ -30,7 +31,7 @@ from store import Answer, Label, Pair, Store, check_encodable
 def export_labels(store: Store, path: str | Path) -> int:
     """Write all comparisons to a file; how many they are. Pairs that are alike are none."""
     rows = [row for label in store.labels() for row in as_rows(label)]
-    write_text(path, "".join(to_json(row) + "\n" for row in rows))
+    write_text(path, to_lines(rows))
     return len(rows)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from mingpt.checkpoint import to_json
 from mingpt.datasets import read_jsonl
-from store import Label, Store
+from store import Answer, Label, Store
 
 FEWEST = 12  # comparisons, below which nothing is taught
 FEW = 50  # comparisons, below which it is said that they are few
@@ -34,16 +34,21 @@ def comparisons(labels: list[Label]) -> list[dict[str, Any]]:
     Left out are texts that say the same twice, and empty ones that have not even ended.
     """
     rows = [
-        {
-            "prompt": label.pair.messages,
-            "chosen": chosen.text,
-            "rejected": rejected.text,
-            "ended": [chosen.ended, rejected.ended],
-        }
+        as_row(label.pair.messages, chosen, rejected)
         for label in labels
         for chosen, rejected in label.comparisons()
     ]
     return [row for row in rows if is_usable(row)]
+
+
+def as_row(messages: list[dict], chosen: Answer, rejected: Answer) -> dict[str, Any]:
+    """Two answers to a prompt, as `Comparisons` takes them."""
+    return {
+        "prompt": messages,
+        "chosen": chosen.text,
+        "rejected": rejected.text,
+        "ended": [chosen.ended, rejected.ended],
+    }
 
 
 def is_usable(row: dict[str, Any]) -> bool:

@@ -25,6 +25,7 @@ An interrupted run continues where it stopped, and finished stages are skipped.
 import functools
 import logging
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -60,23 +61,6 @@ WHOLE_BATCH = {
     "weight_decay": 0.0,
     "compile": False,
     "eval_every": None,
-}
-
-
-class Method(NamedTuple):
-    """A way to teach a policy."""
-
-    trainer_class: type[Trainer] | None  # what trains it; None: nothing does
-    section: str  # of that trainer's options
-    extras: tuple[str, ...]  # options in the section that are not the trainer's
-    has_reward: bool  # whether a reward model learns first
-
-
-METHODS = {
-    "ppo": Method(PPOTrainer, "rl", (), has_reward=True),
-    "best_of_n": Method(Trainer, "best_of_n", ("beta", "n", "prompts"), has_reward=True),
-    "dpo": Method(Trainer, "dpo", ("beta",), has_reward=False),
-    "none": Method(None, "rl", (), has_reward=False),
 }
 
 
@@ -425,6 +409,26 @@ def comparing_trainer(
     )
 
 
+class Method(NamedTuple):
+    """A way to teach a policy."""
+
+    make_trainer: Callable[..., Trainer] | None  # one of the functions above; None: nothing follows
+    trainer_class: type[Trainer] | None  # what it returns
+    section: str  # of that trainer's options
+    extras: tuple[str, ...]  # options in the section that are not the trainer's
+    has_reward: bool  # whether a reward model learns first
+
+
+METHODS = {
+    "ppo": Method(ppo, PPOTrainer, "rl", (), has_reward=True),
+    "best_of_n": Method(
+        best_of_n, Trainer, "best_of_n", ("beta", "n", "prompts"), has_reward=True
+    ),
+    "dpo": Method(dpo, Trainer, "dpo", ("beta",), has_reward=False),
+    "none": Method(None, None, "rl", (), has_reward=False),
+}
+
+
 # --------------------------------------------------------------------------------------------------
 # Their parts
 
@@ -484,8 +488,7 @@ def main(args: list[str]) -> None:
     model: ChatModel | None = load_base(config)
     stages = make_stages(config, material, model)
     seconds_before = stages.seconds()  # finished stages took this when they ran
-    by_method = {"ppo": ppo, "best_of_n": best_of_n, "dpo": dpo, "none": None}
-    makers = {"sft": sft, "reward": reward, "rl": by_method[config.method]}
+    makers = {"sft": sft, "reward": reward, "rl": METHODS[config.method].make_trainer}
     for stage in stages.names:
         if stages.finished(stage):
             continue

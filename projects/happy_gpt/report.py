@@ -19,7 +19,7 @@ from mingpt.config import CfgNode as CN
 from mingpt.evaluation import Samples
 from mingpt.model import GPT
 from mingpt.plots import plot_metrics
-from mingpt.run_folder import read_metrics
+from mingpt.run_folder import read_metrics, to_lines
 from mingpt.stages import Stages
 from mingpt.utils import peak_memory_mb
 
@@ -149,7 +149,7 @@ def write(
     }
     plots(work_dir, metrics, reference_rewards)
     rows = [{"stage": stage, **row} for stage, stage_rows in metrics.items() for row in stage_rows]
-    write_text(work_dir / "metrics.jsonl", "".join(to_json(row) + "\n" for row in rows))
+    write_text(work_dir / "metrics.jsonl", to_lines(rows))
     write_text(work_dir / "samples.md", side_by_side(tweets, min(20, config.report.samples)))
     summary |= {
         "seconds": round(time.time() - started, 1),

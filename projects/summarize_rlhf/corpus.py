@@ -32,9 +32,10 @@ from pathlib import Path
 import docstrings
 import tldr
 from mingpt.bpe import BPETokenizer
-from mingpt.checkpoint import to_json, write_text
+from mingpt.checkpoint import write_text
 from mingpt.config import CfgNode as CN
 from mingpt.datasets import read_jsonl, split_rows
+from mingpt.run_folder import to_lines
 
 logger = logging.getLogger("mingpt.summarize_rlhf")
 
@@ -125,8 +126,7 @@ def write_splits(
                 f"{len(rows)} {kind} are too few for {split}: give a few hundred texts, with "
                 f"summaries of fewer than --data.summary_tokens={config.data.summary_tokens} tokens"
             )
-        lines = [to_json(row) + "\n" for row in fitting]
-        write_text(folder / f"{kind}_{split}.jsonl", "".join(lines))
+        write_text(folder / f"{kind}_{split}.jsonl", to_lines(fitting))
 
 
 # --------------------------------------------------------------------------------------------------
